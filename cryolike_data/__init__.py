@@ -1,0 +1,44 @@
+"""CryoSPARC particles for PyTorch: lazy data sets over tables and MRC stacks, batched device work, and export."""
+
+from importlib.metadata import version as _version
+
+from .batch import Particle, ParticleBatch
+from .collate import Collate
+from .convert import (
+    convert_particle_stacks_from_cryosparc_job_directory,
+    convert_particle_stacks_from_indexed_cryosparc,
+    convert_particle_stacks_from_indexed_cryosparc_file,
+)
+from .cryosparc import IndexedDataset, JobDirectoryDataset, read_table
+from .ctf import Ctf
+from .dataset import ParticleDataset
+from .descriptor import ImageDescriptor
+from .errors import CryolikeDataError
+from .export import export_cryolike, export_zarr
+from .particles import Particles
+from .transforms import Downsample, Normalize
+from .zarr_dataset import ZarrDataset
+
+__version__ = _version("cryolike-data")
+
+__all__ = [
+    "Collate",
+    "CryolikeDataError",
+    "Ctf",
+    "Downsample",
+    "ImageDescriptor",
+    "IndexedDataset",
+    "JobDirectoryDataset",
+    "Normalize",
+    "Particle",
+    "ParticleBatch",
+    "ParticleDataset",
+    "Particles",
+    "ZarrDataset",
+    "convert_particle_stacks_from_cryosparc_job_directory",
+    "convert_particle_stacks_from_indexed_cryosparc",
+    "convert_particle_stacks_from_indexed_cryosparc_file",
+    "export_cryolike",
+    "export_zarr",
+    "read_table",
+]

@@ -1,0 +1,206 @@
+"""``ParticleBatch``: the images of some particles with everything known about each, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ctf import Ctf
+from .errors import MixedParticlesError, RowIndexError
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ParticleBatch:
+    """A batch of particles; all tensors share the first axis.
+
+    Attributes
+    ----------
+    images : (B, H, W) tensor, rows are y and columns are x
+    index : (B,) int64, row of each particle in the data set it came from
+    uid : (B,) int64 bit view of CryoSPARC's uint64 uid (``batch.uid.numpy().view("uint64")`` gives it back)
+    pixel_size : pixel size of these images, angstrom
+    ctf : ``Ctf`` of (B, ...) tensors, or None where the table has no ctf columns
+    pose : (B, 3) rotation vector taking the particle frame to the volume frame, radian, or None
+    shift_A : (B, 2) translation (x, y) to apply to the image to centre the particle, angstrom, or None
+    pending : work that is left for the main process (see ``Collate``); ``finish()`` does it
+    """
+
+    images: Tensor
+    index: Tensor
+    uid: Tensor
+    pixel_size: float
+    ctf: Ctf[Tensor] | None = None
+    pose: Tensor | None = None
+    shift_A: Tensor | None = None
+    pending: Callable[[ParticleBatch], ParticleBatch] | None = None
+
+    @property
+    def shift(self) -> Tensor | None:
+        """The same as ``shift_A``: (B, 2), angstrom."""
+        return self.shift_A
+
+    @property
+    def box(self) -> int:
+        """Box size, pixels."""
+        return int(self.images.shape[-1])
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the images."""
+        return self.images.device
+
+    def __len__(self) -> int:
+        return int(self.images.shape[0])
+
+    def __iter__(self) -> Iterator[Particle]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, key: Any) -> Any:
+        """One particle for an integer; a smaller batch for a slice, a mask or an index tensor."""
+        if isinstance(key, int):
+            row = key + len(self) if key < 0 else key
+            if not 0 <= row < len(self):
+                raise RowIndexError(f"particle {key} of a batch of {len(self)}")
+            return Particle(self, row)
+        return self.map(lambda tensor: tensor[key])
+
+    def batch(self, rows: Sequence[int]) -> ParticleBatch:
+        """The given rows as a batch of their own (the same call as ``ParticleDataset.batch``)."""
+        chosen = torch.as_tensor(rows, dtype=torch.int64, device=self.device)
+        return self.map(lambda tensor: tensor[chosen])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> ParticleBatch:
+        """A batch with ``function`` applied to every tensor in it."""
+        return replace(
+            self,
+            images=function(self.images),
+            index=function(self.index),
+            uid=function(self.uid),
+            ctf=None if self.ctf is None else self.ctf.map(function),
+            pose=None if self.pose is None else function(self.pose),
+            shift_A=None if self.shift_A is None else function(self.shift_A),
+        )
+
+    def to(self, device: torch.device | str | None = None, *, non_blocking: bool = False) -> ParticleBatch:
+        """The batch on another device; dtypes stay as they are."""
+        return self.map(lambda tensor: tensor.to(device=device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> ParticleBatch:
+        """The batch in page-locked memory (``DataLoader(pin_memory=True)`` calls this)."""
+        return self.map(lambda tensor: tensor.pin_memory())
+
+    def finish(self) -> ParticleBatch:
+        """Do what a ``Collate`` in a worker process left for the main process; the batch itself where nothing is left."""
+        return self if self.pending is None else self.pending(replace(self, pending=None))
+
+    def __repr__(self) -> str:
+        shape = " x ".join(str(n) for n in self.images.shape)
+        known = [name for name in ("ctf", "pose", "shift_A") if getattr(self, name) is not None]
+        left = ", unfinished: call .finish()" if self.pending is not None else ""
+        return (
+            f"ParticleBatch({shape} {str(self.images.dtype).removeprefix('torch.')} on {self.device}, "
+            f"{self.pixel_size:.4g} A/pixel, with {', '.join(known) or 'no optics or poses'}{left})"
+        )
+
+
+class Particle:
+    """One particle of a data set or batch. It reads nothing until a property is asked for.
+
+    A list of particles collates through one batched read, which is how a plain ``DataLoader`` stays fast.
+    """
+
+    __slots__ = ("row", "source")
+
+    def __init__(self, source: Any, row: int) -> None:
+        self.source = source
+        self.row = row
+
+    @property
+    def batch(self) -> ParticleBatch:
+        """The particle as a batch of one."""
+        one: ParticleBatch = self.source.batch([self.row])
+        return one
+
+    @property
+    def image(self) -> Tensor:
+        """(H, W) image in the dtype of the file."""
+        return self.batch.images[0]
+
+    @property
+    def index(self) -> int:
+        """Row in the data set."""
+        return int(self.batch.index[0]) if isinstance(self.source, ParticleBatch) else self.row
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("uid", "ctf", "pose", "shift_A", "shift", "pixel_size", "box"):
+            value = getattr(self.batch, name)
+            if isinstance(value, Tensor):
+                return value[0]
+            return value.map(lambda tensor: tensor[0]) if isinstance(value, Ctf) else value
+        raise AttributeError(f"a Particle has no {name!r}")
+
+    def __getstate__(self) -> tuple[Any, int]:
+        return self.source, self.row
+
+    def __setstate__(self, state: tuple[Any, int]) -> None:
+        self.source, self.row = state
+
+    def __repr__(self) -> str:
+        return f"Particle({self.row} of the {len(self.source)} in a {type(self.source).__name__})"
+
+
+def merge_particles(items: Sequence[Particle] | ParticleBatch) -> ParticleBatch:
+    """One batch from what a ``DataLoader`` hands to a collate function, in its order.
+
+    Particles of one data set are read in one call; a ``ConcatDataset`` costs one call per data set.
+
+    Raises
+    ------
+    MixedParticlesError
+        if the data sets differ in box size, pixel size or in which columns they have
+    """
+    if isinstance(items, ParticleBatch):
+        return items
+    rows_of: dict[int, list[int]] = {}
+    for position, item in enumerate(items):
+        rows_of.setdefault(id(item.source), []).append(position)
+    parts = [items[positions[0]].source.batch([items[p].row for p in positions]) for positions in rows_of.values()]
+    if len(parts) == 1:
+        only: ParticleBatch = parts[0]
+        return only
+    order = torch.as_tensor([p for positions in rows_of.values() for p in positions]).argsort()
+    return _concatenate(parts).map(lambda tensor: tensor[order])
+
+
+def _concatenate(parts: list[ParticleBatch]) -> ParticleBatch:
+    kinds = {(tuple(p.images.shape[1:]), round(p.pixel_size, 5), _columns(p)) for p in parts}
+    if len(kinds) > 1:
+        told = "\n".join(f"  {shape[-1]} px, {px} A/pixel, columns {', '.join(names)}" for shape, px, names in sorted(kinds))
+        raise MixedParticlesError(f"These data sets cannot share a batch:\n{told}\nUse one DataLoader for each kind.")
+    first = parts[0]
+    ctf = None if first.ctf is None else Ctf(**{n: torch.cat([getattr(p.ctf, n) for p in parts]) for n, _ in first.ctf.items()})
+    names = [name for name in ("images", "index", "uid", "pose", "shift_A") if getattr(first, name) is not None]
+    joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return replace(first, ctf=ctf, **joined)
+
+
+def _columns(batch: ParticleBatch) -> tuple[str, ...]:
+    plain = [name for name in ("pose", "shift_A") if getattr(batch, name) is not None]
+    return tuple(plain + ([] if batch.ctf is None else [name for name, _ in batch.ctf.items()]))
+
+
+def _register_default_collate() -> None:
+    """Teach torch's own collate function our items, so that a plain ``DataLoader`` gives a ``ParticleBatch``."""
+    from torch.utils.data._utils.collate import default_collate_fn_map
+
+    def collate(batch: Any, *, collate_fn_map: Any = None) -> ParticleBatch:
+        return merge_particles(batch)
+
+    default_collate_fn_map[Particle] = collate
+
+
+_register_default_collate()

@@ -1,0 +1,189 @@
+"""The command line: ``cryolike-data info``, ``export`` and ``demo``, thin over the public names."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from . import __version__
+from .collate import Collate
+from .cryosparc import IndexedDataset, JobDirectoryDataset
+from .cryosparc.join import load_table
+from .dataset import ParticleDataset, human_bytes
+from .descriptor import ImageDescriptor
+from .errors import ArgumentError, CryolikeDataError
+from .export import export_cryolike, export_zarr
+from .transforms import Downsample
+from .zarr_dataset import ZarrDataset
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 if it went well, 1 with the reason on the error stream if not."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
+    try:
+        options.command(options)
+    except CryolikeDataError as error:
+        print(f"cryolike-data: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cryolike-data", description="CryoSPARC particles: what is in them, and export.")
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("-v", "--verbose", action="store_true", help="say what is decided on the way")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="what is in a table and its stacks")
+    _add_source(info)
+    info.set_defaults(command=_info)
+
+    export = commands.add_parser("export", help="write a Zarr store (OUT ends in .zarr) or CryoLike stacks (OUT is a folder)")
+    _add_source(export)
+    export.add_argument("out", type=Path, metavar="OUT", help="a name ending in .zarr, or a folder for CryoLike's phys/ and fft/")
+    export.add_argument("--box", type=int, help="downsample to this box size, pixels")
+    export.add_argument("--factor", type=int, help="downsample by this factor")
+    export.add_argument("--method", choices=("fourier", "mean", "max"), default="fourier", help="how to downsample (default: fourier)")
+    export.add_argument("--dtype", choices=("float16", "float32", "float64"), help="pixels of a Zarr store (default: as the files)")
+    export.add_argument("--descriptor", type=Path, help="CryoLike params file (default: made for the images that are written)")
+    export.add_argument("--batch-size", type=int, default=1024, help="images per CryoLike stack (default: 1024)")
+    export.add_argument("--n-stacks-max", type=int, default=-1, help="stop after so many CryoLike stacks")
+    export.add_argument("--plots", action="store_true", help="draw CryoLike's three pictures per stack")
+    export.add_argument("--resume", action="store_true", help="keep CryoLike stacks that are whole, write the others")
+    export.add_argument("--overwrite", action="store_true", help="replace what is there")
+    export.set_defaults(command=_export)
+
+    show = commands.add_parser("show", help="a picture of some particles (extra: plot)")
+    _add_source(show)
+    show.add_argument("out", type=Path, metavar="PNG", help="the picture to write")
+    show.add_argument("--count", type=int, default=32, help="how many particles, evenly spread over the table (default: 32)")
+    show.add_argument("--box", type=int, help="downsample to this box size first, which takes noise away")
+    show.set_defaults(command=_show)
+
+    demo = commands.add_parser("demo", help="write a small synthetic CryoSPARC project with its truth")
+    demo.add_argument("out", type=Path, metavar="OUT", help="the project folder to write")
+    demo.add_argument("--particles", type=int, default=600, help="number of particles (default: 600)")
+    demo.add_argument("--box", type=int, default=64, help="box size, pixels (default: 64)")
+    demo.add_argument("--seed", type=int, default=0, help="the same seed writes the same project (default: 0)")
+    demo.add_argument("--overwrite", action="store_true", help="replace what is there")
+    demo.set_defaults(command=_demo)
+    return parser
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help=".cs, .csg or .zarr; with --job the project folder")
+    parser.add_argument("--job", type=int, metavar="N", help="read the job directory FILE/JN")
+    parser.add_argument("--folder", type=Path, help="where the stacks lie, by file name")
+    parser.add_argument("--passthrough", type=Path, action="append", help="a table with further columns, joined by uid; may be repeated")
+    parser.add_argument("--index-base", type=int, choices=(0, 1), default=0, help="1 if blob/idx counts from 1 (default: 0)")
+    parser.add_argument("--pairing", choices=("sequence", "uid"), default="sequence", help="how rows of a job find their images")
+    parser.add_argument("--pixel-size", type=float, help="angstrom (default: from the table or the MRC headers)")
+    parser.add_argument("--group", type=int, help="take the particles of this exposure group only")
+
+
+def _open(options: argparse.Namespace) -> ParticleDataset:
+    dataset = _open_whole(options)
+    if options.group is None:
+        return dataset
+    ctf = dataset.particles.ctf
+    if ctf is None or ctf.exposure_group is None or options.group not in ctf.exposure_group:
+        raise ArgumentError(f"There is no exposure group {options.group} in {options.file}; `cryolike-data info` lists the groups.")
+    return dataset.select(ctf.exposure_group == options.group)
+
+
+def _open_whole(options: argparse.Namespace) -> ParticleDataset:
+    if options.job is not None:
+        return JobDirectoryDataset(options.file, options.job, pairing=options.pairing, pixel_size=options.pixel_size)
+    if options.file.is_dir():
+        if options.file.suffix == ".zarr" or (options.file / "zarr.json").is_file():
+            return ZarrDataset(options.file)
+        raise ArgumentError(f"{options.file} is a folder; give a .cs file, or --job N to read the job directory {options.file / 'JN'}.")
+    return IndexedDataset(
+        options.file,
+        folder=options.folder,
+        index_base=options.index_base,
+        passthrough=options.passthrough,
+        pixel_size=options.pixel_size,
+    )
+
+
+def _info(options: argparse.Namespace) -> None:
+    if options.file.is_file():
+        # Before the stacks are looked for, so that a table without its stacks still tells what it holds.
+        table = load_table(options.file, passthrough=options.passthrough)
+        print(f"{options.file}\n  rows       {len(table):,}\n  fields     {len(table.fields)} in {table.describe_slots()}")
+    dataset = _open(options)
+    print(repr(dataset))
+    ctf = dataset.particles.ctf
+    if ctf is None or ctf.exposure_group is None:
+        return
+    for group in np.unique(ctf.exposure_group).tolist():
+        chosen = dataset.particles.where(exposure_group=group).ctf
+        assert chosen is not None
+        kinds = (("voltage_kv", "kV"), ("spherical_aberration_mm", "mm Cs"), ("amplitude_contrast", "amplitude contrast"))
+        told = [
+            f"{'/'.join(f'{value:g}' for value in np.unique(column))} {unit}"
+            for name, unit in kinds
+            if (column := getattr(chosen, name)) is not None
+        ]
+        print(f"  group {group:<4} {len(chosen.require('exposure_group')[0]):,} particles, {', '.join(told)}")
+    example = dataset.image_bytes
+    print(f"  bytes      {human_bytes(len(dataset) * example)} of images, {human_bytes(example)} each")
+
+
+def _export(options: argparse.Namespace) -> None:
+    dataset = _open(options)
+    downsample = None if options.box is None and options.factor is None else Downsample(options.factor, options.box, options.method)
+    if options.out.suffix == ".zarr":
+        _refuse(options, ("descriptor", "plots", "resume"), "a Zarr store")
+        store = export_zarr(dataset, options.out, downsample=downsample, dtype=options.dtype, overwrite=options.overwrite)
+        print(repr(ZarrDataset(store)))
+        print(f"Written to {store}")
+        return
+    _refuse(options, ("dtype",), "CryoLike stacks")
+    box = dataset.box if downsample is None else downsample.output_box(dataset.box)
+    made = ImageDescriptor.from_individual_values(n_pixels=box, pixel_size=dataset.pixel_size * dataset.box / box)
+    stacks = export_cryolike(
+        dataset,
+        options.out,
+        descriptor=made if options.descriptor is None else options.descriptor,
+        batch_size=options.batch_size,
+        n_stacks_max=options.n_stacks_max,
+        downsample=downsample,
+        plots=options.plots,
+        overwrite=options.overwrite,
+        resume=options.resume,
+    )
+    print(f"{len(stacks)} stacks in {options.out}; their descriptor is {options.out / 'fft' / 'image_descriptor.npz'}")
+
+
+def _show(options: argparse.Namespace) -> None:
+    from .plots import montage
+
+    dataset = _open(options)
+    rows = np.unique(np.linspace(0, len(dataset) - 1, max(1, options.count)).round().astype(int))
+    collate = Collate(downsample=None if options.box is None else Downsample(box=options.box))
+    figure = montage(collate(dataset.batch(rows)).images, titles=[f"row {row}" for row in rows.tolist()])
+    figure.savefig(options.out)
+    print(f"{len(rows)} of {len(dataset):,} particles are shown in {options.out}")
+
+
+def _refuse(options: argparse.Namespace, names: Sequence[str], what: str) -> None:
+    given = [f"--{name}" for name in names if getattr(options, name)]
+    if given:
+        raise ArgumentError(f"{', '.join(given)} has no meaning for {what} ({options.out}).")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from .demo import write_project
+
+    project = write_project(options.out, n_particles=options.particles, box=options.box, seed=options.seed, overwrite=options.overwrite)
+    print(
+        f"Wrote {project.folder}. Look at it with:\n  cryolike-data info {project.indexed}\n  cryolike-data info {project.folder} --job 4"
+    )

@@ -1,0 +1,127 @@
+"""From a table and the stacks it points into to ``Particles``, with everything checked before the first image is read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import ArgumentError, StackError, TableError
+from ..particles import Particles, repeat_of, shortest
+from ..stacks import StackPool
+from .columns import read_ctf, read_pose, read_sign, read_uid
+from .table import Table
+
+log = logging.getLogger(__name__)
+
+
+def assemble(
+    table: Table,
+    pool: StackPool,
+    file: np.ndarray,
+    image: np.ndarray,
+    *,
+    blob_paths: Sequence[str] | None,
+    pixel_size: Any,
+    index_hint: str = "",
+) -> Particles:
+    """Particles whose row i is row i of the table and lies at ``image[i]`` of ``pool.paths[file[i]]``.
+
+    Raises
+    ------
+    StackError
+        listing every file that is too short for its rows, not square, or of another size than the table says
+    """
+    if len(table) == 0:
+        raise TableError(f"{table.path} has no rows.")
+    problems = [*_missing_images(pool, file, image, index_hint), *_wrong_shapes(pool, file, table, pixel_size)]
+    if problems:
+        shown = [f"  {text}" for text in problems[:20]] + ([f"  ... and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise StackError("\n".join([f"{table.path} and its stacks do not fit together:", *shown]))
+    return Particles(
+        row=np.arange(len(table), dtype=np.int64),
+        uid=read_uid(table),
+        file=file.astype(np.int32, copy=False),
+        slice=image.astype(np.int64, copy=False),
+        box=repeat_of([header.nx for header in pool.headers], file, np.int32),
+        pixel_size=_pixel_sizes(table, pool, file, pixel_size),
+        paths=pool.paths,
+        blob_paths=None if blob_paths is None else tuple(blob_paths),
+        ctf=read_ctf(table),
+        sign=read_sign(table),
+        **read_pose(table),
+    )
+
+
+def _missing_images(pool: StackPool, file: np.ndarray, image: np.ndarray, index_hint: str) -> list[str]:
+    n_complete = repeat_of([header.n_complete for header in pool.headers], file, np.int64)
+    bad = np.flatnonzero((image < 0) | (image >= n_complete))
+    told: list[str] = []
+    for number in np.unique(file[bad]).tolist():
+        rows = bad[file[bad] == number]
+        header, path = pool.headers[number], pool.paths[number]
+        if (image[rows] < 0).any():
+            told.append(f"{path}: image {image[rows].min()} is asked for ({len(rows)} rows); images count from 0{index_hint}")
+        elif (image[rows] >= header.nz).any():
+            told.append(
+                f"{path} has {header.nz} images, 0 to {header.nz - 1}; image {image[rows].max()} is asked for "
+                f"({len(rows)} rows, first row {rows[0]}){index_hint}"
+            )
+        else:
+            told.append(f"{path} is truncated: {header.n_complete} of {header.nz} images are complete; {len(rows)} rows need later ones")
+    return told
+
+
+def _wrong_shapes(pool: StackPool, file: np.ndarray, table: Table, pixel_size: Any) -> list[str]:
+    used = np.unique(file).tolist()
+    told = [
+        f"{pool.paths[number]} holds images of {header.nx} x {header.ny} pixels; particles have to be square"
+        for number in used
+        if (header := pool.headers[number]).nx != header.ny
+    ]
+    if "blob/shape" not in table:
+        return told
+    stated = table["blob/shape"].astype(np.int64)
+    found = np.stack([repeat_of([getattr(h, side) for h in pool.headers], file, np.int64) for side in ("ny", "nx")], axis=1)
+    differ = np.flatnonzero((stated != found).any(axis=1))
+    if len(differ) and pixel_size is not None:
+        log.warning("blob/shape of %s differs from the stacks in %d rows; the stacks are believed.", table.path, len(differ))
+    elif len(differ):
+        row = int(differ[0])
+        told.append(
+            f"{pool.paths[int(file[row])]} holds images of {found[row, 1]} pixels and blob/shape says {stated[row, 1]} "
+            f"({len(differ)} rows differ); if the stacks were resampled, pass their pixel_size"
+        )
+    return told
+
+
+def _pixel_sizes(table: Table, pool: StackPool, file: np.ndarray, argument: Any) -> np.ndarray:
+    """The argument, else blob/psize_A, else the MRC headers where plausible."""
+    stated = table.get("blob/psize_A")
+    if stated is not None and not (np.isfinite(stated) & (stated > 0)).all():
+        log.warning("blob/psize_A of %s is not positive everywhere and is not used.", table.path)
+        stated = None
+    if argument is not None:
+        given = square_pixel_size(argument)
+        if stated is not None and not np.allclose(stated, given, rtol=1e-3):
+            log.warning("pixel_size=%g is used; %s says %s in blob/psize_A.", given, table.path, shortest(stated[0]))
+        return np.full(len(table), given)
+    if stated is not None:
+        return stated
+    sizes = [header.pixel_size for header in pool.headers]
+    if all(sizes[number] is not None for number in np.unique(file).tolist()):
+        log.info("The pixel size is taken from the MRC headers (%s A).", shortest(np.float32(sizes[int(file[0])] or 0)))
+        return repeat_of([np.nan if size is None else size for size in sizes], file, np.float32)
+    raise TableError(
+        f"The pixel size is not known: {table.path} has no blob/psize_A and the MRC headers do not say. Pass pixel_size= in angstrom."
+    )
+
+
+def square_pixel_size(value: Any) -> float:
+    """One number for a pixel size given as a number or as an (x, y) pair."""
+    sizes = np.atleast_1d(np.asarray(value, float))
+    if sizes.ndim != 1 or len(sizes) > 2 or not (np.isfinite(sizes) & (sizes > 0)).all() or not np.allclose(sizes, sizes[0], rtol=1e-5):
+        raise ArgumentError(f"pixel_size is a positive number of angstrom (or two equal ones), not {value!r}")
+    return float(sizes[0])

@@ -1,0 +1,91 @@
+"""What CryoSPARC's columns mean: from a table to optics, poses and shifts in this package's names and units."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from ..ctf import Ctf
+from ..errors import TableError
+from .table import Table
+
+log = logging.getLogger(__name__)
+
+_CTF_FIELDS = {
+    "voltage_kv": "ctf/accel_kv",
+    "spherical_aberration_mm": "ctf/cs_mm",
+    "amplitude_contrast": "ctf/amp_contrast",
+    "defocus_u": "ctf/df1_A",
+    "defocus_v": "ctf/df2_A",
+    "astigmatism_angle_rad": "ctf/df_angle_rad",
+    "phase_shift_rad": "ctf/phase_shift_rad",
+    "exposure_group": "ctf/exp_group_id",
+    "scale": "ctf/scale",
+    "bfactor_A2": "ctf/bfactor",
+    "beam_shift_A": "ctf/shift_A",
+    "tilt_A": "ctf/tilt_A",
+    "trefoil_A": "ctf/trefoil_A",
+    "tetrafoil_A": "ctf/tetra_A",
+    "anisomag": "ctf/anisomag",
+}
+_OTHER_SLOTS = {"map": "a volume", "mask": "a mask", "precision": "a volume", "map_half_A": "a half map", "micrograph_blob": "micrographs"}
+
+
+def read_ctf(table: Table) -> Ctf[np.ndarray] | None:
+    """Optics per particle, or None where the table has no ctf columns."""
+    columns: dict[str, Any] = {name: table[field] for name, field in _CTF_FIELDS.items() if field in table}
+    # torch has no arithmetic on uint32; exposure group ids are small.
+    if "exposure_group" in columns:
+        columns["exposure_group"] = columns["exposure_group"].astype(np.int64)
+    return Ctf(**columns) if columns else None
+
+
+def read_pose(table: Table) -> dict[str, np.ndarray]:
+    """Whichever of ``pose``, ``shift_A`` and ``half_set`` the table holds, from alignments3D, else from alignments2D.
+
+    A shift is in pixels of the alignment's own pixel size (``alignments3D/psize_A``), which may differ from the image's.
+    """
+    slot = next((slot for slot in ("alignments3D", "alignments2D") if f"{slot}/pose" in table), None)
+    if slot is None:
+        return {}
+    found: dict[str, np.ndarray] = {}
+    pose = table[f"{slot}/pose"].astype(np.float32, copy=False)
+    found["pose"] = pose if pose.ndim == 2 else np.stack([np.zeros_like(pose), np.zeros_like(pose), pose], axis=1)
+    if f"{slot}/shift" in table and f"{slot}/psize_A" in table:
+        found["shift_A"] = table[f"{slot}/shift"].astype(np.float32, copy=False) * table[f"{slot}/psize_A"].astype(np.float32)[:, None]
+    elif f"{slot}/shift" in table:
+        log.warning("%s has %s/shift without %s/psize_A, so the unit of the shifts is unknown; they are left out.", table.path, slot, slot)
+    if f"{slot}/split" in table:
+        found["half_set"] = table[f"{slot}/split"].astype(np.int64)
+    return found
+
+
+def read_sign(table: Table) -> np.ndarray | None:
+    """``blob/sign``, with a warning if it differs within the table."""
+    sign = table.get("blob/sign")
+    if sign is not None and len(sign) and sign.min() != sign.max():
+        log.warning("%s mixes particles of both contrast signs (blob/sign); the pixels are given as stored.", table.path)
+    return sign
+
+
+def read_uid(table: Table) -> np.ndarray:
+    """The uid column as uint64, zeros where there is none."""
+    return table["uid"].astype(np.uint64, copy=False) if "uid" in table else np.zeros(len(table), np.uint64)
+
+
+def require_images(table: Table) -> None:
+    """Raise a ``TableError`` that says what the table describes instead, if it does not say where images lie."""
+    missing = [name for name in ("blob/path", "blob/idx") if name not in table]
+    if not missing:
+        return
+    other = next((meaning for slot, meaning in _OTHER_SLOTS.items() if any(name.startswith(slot) for name in table.slots)), None)
+    if other is not None and "ctf" not in table.slots and not any(slot.startswith("alignments") for slot in table.slots):
+        raise TableError(f"{table.path} describes {other}, not particles (it has {table.describe_slots()}).")
+    near = sorted(path.name for path in table.path.absolute().parent.glob("*.cs") if path.name != table.path.name)
+    raise TableError(
+        f"{table.path} has no {' and '.join(missing)}, so it does not say where its images lie (it has {table.describe_slots()}). "
+        "Pass the file that does as passthrough=, or the .csg of the job instead of the .cs"
+        + (f"; beside it lie {', '.join(near[:6])}." if near else ".")
+    )

@@ -1,0 +1,74 @@
+"""``IndexedDataset``: one table whose rows name a file (``blob/path``) and an image in it (``blob/idx``)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..dataset import ParticleDataset
+from ..errors import ArgumentError
+from ..mrc import Mode0
+from ..particles import Selection
+from ..stacks import open_stacks
+from .assemble import assemble
+from .columns import require_images
+from .join import Unmatched, load_table
+from .paths import resolve_paths, unique_paths
+
+_HINTS = {
+    0: ". If blob/idx of this table counts from 1, pass index_base=1",
+    1: ". CryoSPARC itself counts blob/idx from 0: leave index_base=1 out if this table does",
+}
+
+
+class IndexedDataset(ParticleDataset):
+    """The particles of a CryoSPARC table that says where each image lies. Row i of the table is item i.
+
+    Parameters
+    ----------
+    file_cs : a ``.cs`` table or a ``.csg`` group
+    folder : where the stacks lie, directly in it, found by file name; without it ``blob/path`` is taken as written
+        (absolute or from the working directory), then from the folder of the table and the folders above it
+    index_base : 0 as CryoSPARC counts images; 1 if this table counts them from 1
+    passthrough : further table(s) with column groups that ``file_cs`` lacks, joined by uid
+    pixel_size : angstrom; default ``blob/psize_A``, then the MRC header where it is plausible
+    unmatched : "error", or "drop" to leave out rows without a partner when tables are joined
+    select : which rows to take: a mask, row numbers, a slice, or a function of the particles
+    mode0 : how to read 8-bit pixels, see ``cryolike_data.mrc.read_header``
+
+    Raises
+    ------
+    MissingStackError
+        listing every stack that is not there
+    TableError, PairingError, StackError, MixedParticlesError
+        if tables, stacks or their contents do not fit; says where and what to do
+    """
+
+    def __init__(
+        self,
+        file_cs: str | os.PathLike[str],
+        *,
+        folder: str | os.PathLike[str] | None = None,
+        index_base: Literal[0, 1] = 0,
+        passthrough: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+        pixel_size: Any = None,
+        unmatched: Unmatched = "error",
+        select: Selection = None,
+        mode0: Mode0 = "auto",
+    ) -> None:
+        if index_base not in (0, 1):
+            raise ArgumentError(f"index_base is 0 or 1, not {index_base!r}")
+        table = load_table(Path(file_cs).expanduser(), passthrough=passthrough, unmatched=unmatched)
+        require_images(table)
+        names, file = unique_paths(table["blob/path"])
+        rows_per_name = np.bincount(file, minlength=len(names)).tolist()
+        paths = resolve_paths(names, rows_per_name, table=table.origin("blob/path"), folder=folder)
+        pool = open_stacks(paths, mode0=mode0)
+        image = table["blob/idx"].astype(np.int64) - index_base
+        hint = _HINTS[index_base]
+        particles = assemble(table, pool, file, image, blob_paths=names, pixel_size=pixel_size, index_hint=hint)
+        super().__init__(particles, pool, select=select)

@@ -1,0 +1,223 @@
+"""``JobDirectoryDataset``: a job folder whose table rows go in step with numbered stacks in ``restack/`` or ``downsample/``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..dataset import ParticleDataset
+from ..errors import ArgumentError, MissingStackError, PairingError
+from ..mrc import Mode0
+from ..particles import Selection
+from ..stacks import StackPool, open_stacks
+from .assemble import assemble
+from .join import Unmatched, csg_results, find_metafile, join_tables, match_uids, side_by_side, take_rows, usable_uid
+from .paths import resolve_paths, unique_paths
+from .table import Table, read_table
+
+log = logging.getLogger(__name__)
+
+Pairing = Literal["sequence", "uid"]
+_BATCH = re.compile(r"batch_(\d+)_(restacked|downsample)\.mrcs?$")
+_KINDS = {"restack": ("restacked", "restacked_particles.cs"), "downsample": ("downsample", "downsampled_particles.cs")}
+
+
+class JobDirectoryDataset(ParticleDataset):
+    """The particles of a restack or downsample job. Row k of ``J{n}_passthrough_particles.cs`` is item k.
+
+    Parameters
+    ----------
+    folder : the project folder, which holds ``J{n}/``
+    job_number : n
+    pairing : "sequence" takes row k for image k over the numbered stacks, from 0 to the first missing number; "uid" finds
+        each row's image by uid in the job's own record of them (``restacked_particles.cs``, ``downsampled_particles.cs``, or
+        the table that a ``.csg`` there names). Real restack jobs are not always in sequence: where such a record is at hand
+        and contradicts the sequence, that is an error.
+    pixel_size : angstrom; default ``blob/psize_A``, then the MRC header where it is plausible
+    unmatched : "error", or "drop" to leave out rows without a partner (``pairing="uid"`` only)
+    select : which rows to take: a mask, row numbers, a slice, or a function of the particles
+    mode0 : how to read 8-bit pixels, see ``cryolike_data.mrc.read_header``
+
+    Warns
+    -----
+    UserWarning
+        if there are more rows than images, or stacks beyond a gap in the numbering; both counts are given
+
+    Raises
+    ------
+    MissingStackError
+        if the job, its table or its stacks are not there
+    PairingError
+        if rows run out before images do, or the job's own record contradicts the sequence
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        job_number: int,
+        *,
+        pairing: Pairing = "sequence",
+        pixel_size: Any = None,
+        unmatched: Unmatched = "error",
+        select: Selection = None,
+        mode0: Mode0 = "auto",
+    ) -> None:
+        if pairing not in ("sequence", "uid"):
+            raise ArgumentError(f'pairing is "sequence" or "uid", not {pairing!r}')
+        job = Path(folder).expanduser().absolute() / f"J{job_number}"
+        table = _read_passthrough(job, job_number)
+        stacks = _find_stacks(job)
+        record = _find_record(job, stacks, table)
+        if pairing == "uid":
+            table, pool, file, image, names = _pair_by_uid(table, stacks, record, unmatched, mode0)
+        else:
+            table, pool, file, image = _pair_in_sequence(table, stacks, record, mode0)
+            names = None
+        particles = assemble(table, pool, file, image, blob_paths=names, pixel_size=pixel_size)
+        super().__init__(particles, pool, select=select)
+
+
+@dataclass(frozen=True)
+class _Stacks:
+    """The numbered stacks of a job: ``paths[i]`` has number i; ``later`` lie beyond the first missing number."""
+
+    folder: Path
+    paths: tuple[Path, ...]
+    later: tuple[Path, ...]
+
+
+def _read_passthrough(job: Path, number: int) -> Table:
+    if not job.is_dir():
+        near = sorted(path.name for path in job.parent.glob("J*") if path.is_dir())[:8] if job.parent.is_dir() else []
+        raise MissingStackError(f"There is no job folder {job}" + (f"; there are {', '.join(near)}." if near else "."))
+    path = job / f"J{number}_passthrough_particles.cs"
+    if not path.is_file():
+        near = sorted(file.name for file in job.glob("*.cs"))
+        raise MissingStackError(
+            f"There is no table {path}; a job folder needs one whose rows go in step with its stacks. "
+            + (f"If one of {', '.join(near[:6])} has blob/path, open it with IndexedDataset." if near else "There is no .cs file in it.")
+        )
+    return read_table(path)
+
+
+def _find_stacks(job: Path) -> _Stacks:
+    """``restack/`` before ``downsample/``; numbers with any zero padding, from 0 to the first gap."""
+    looked = []
+    for kind, (word, _) in _KINDS.items():
+        by_number: dict[int, Path] = {}
+        for path in sorted((job / kind).glob(f"batch_*_{word}.mrc*")):
+            match = _BATCH.match(path.name)
+            if match is None:
+                continue
+            twin = by_number.setdefault(int(match[1]), path)
+            if twin is not path:
+                raise PairingError(f"{twin.name} and {path.name} in {path.parent} have the same number; keep one of them.")
+        if by_number:
+            n = next(i for i in range(len(by_number) + 1) if i not in by_number)
+            later = tuple(by_number[i] for i in sorted(by_number) if i > n)
+            if n == 0:
+                raise MissingStackError(
+                    f"{job / kind} holds {later[0].name} but no stack number 0 (batch_0_{word}.mrc or batch_000000_...)."
+                )
+            return _Stacks(job / kind, tuple(by_number[i] for i in range(n)), later)
+        looked.append(f"{job / kind}/batch_*_{word}.mrc")
+    raise MissingStackError(f"There are no stacks in {job}: looked for {' and '.join(looked)}.")
+
+
+def _find_record(job: Path, stacks: _Stacks, passthrough: Table) -> Table | None:
+    """The job's own record of which image each uid is: a table with uid and blob columns that points to these stacks."""
+    candidates = [job / _KINDS[stacks.folder.name][1]]
+    for group in sorted(job.glob("*.csg")):
+        blob = csg_results(group).get("blob")
+        if blob is not None:
+            candidates.append(find_metafile(group, str(blob["metafile"])))
+    tables = [read_table(path) for path in dict.fromkeys(candidates) if path.is_file()] + [passthrough]
+    return next((table for table in tables if {"uid", "blob/path", "blob/idx"} <= set(table.fields) and _points_to(table, stacks)), None)
+
+
+def _points_to(table: Table, stacks: _Stacks) -> bool:
+    names, _ = unique_paths(table["blob/path"])
+    return any(_number(name, stacks) is not None for name in names)
+
+
+def _number(name: str, stacks: _Stacks) -> int | None:
+    """The stack number that a ``blob/path`` means, if it is one of the kind in use."""
+    match = _BATCH.search(Path(name).name)
+    return int(match[1]) if match and match[2] == _KINDS[stacks.folder.name][0] else None
+
+
+def _pair_in_sequence(table: Table, stacks: _Stacks, record: Table | None, mode0: Mode0) -> tuple[Table, StackPool, np.ndarray, np.ndarray]:
+    pool = open_stacks(stacks.paths, mode0=mode0)
+    counts = np.array([header.nz for header in pool.headers])
+    n_rows, n_images = len(table), int(counts.sum())
+    later = f", and stops before {', '.join(path.name for path in stacks.later[:3])}" if stacks.later else ""
+    told = f"{table.path.name} has {n_rows} rows and {stacks.folder} has {n_images} images in {len(counts)} stacks numbered from 0{later}"
+    if n_rows < n_images:
+        raise PairingError(f"{told}: rows run out, so row k cannot be image k. Is this the table of another job or of a selection?")
+    if n_rows > n_images or stacks.later:
+        warnings.warn(f"{told}. The first {n_images} rows are used.", UserWarning, stacklevel=3)
+    if n_rows > n_images:
+        table = take_rows(table, np.arange(n_images))
+    file = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    image = np.arange(n_images) - np.repeat(np.cumsum(counts) - counts, counts)
+    if record is not None:
+        table = _check_sequence(table, record, stacks, file, image)
+    elif "blob" in table.slots:
+        # A passthrough may carry the blob of an earlier job, whose pixel size and box are not those of these stacks.
+        log.warning("blob/* of %s names other stacks than those in %s and is not used.", table.path, stacks.folder)
+        table = _without_blob(table)
+    return table, pool, file, image
+
+
+def _check_sequence(table: Table, record: Table, stacks: _Stacks, file: np.ndarray, image: np.ndarray) -> Table:
+    """The table with the record's columns beside it, after making sure that the record does not contradict the sequence."""
+    rows = np.arange(len(table)) if record.path == table.path else _record_rows(table, record)
+    if rows is None:
+        return table
+    names, number = unique_paths(record["blob/path"])
+    numbers = np.array([-1 if (found := _number(name, stacks)) is None else found for name in names])
+    agrees = (rows >= 0) & (numbers[number[rows]] == file) & (record["blob/idx"][rows] == image)
+    if not agrees.all():
+        row = int(np.flatnonzero(~agrees)[0])
+        said = f"image {record['blob/idx'][rows[row]]} of {names[number[rows[row]]]}" if rows[row] >= 0 else "not in it"
+        raise PairingError(
+            f"The rows of {table.path.name} are not in the order of the images: by {record.path.name}, {int((~agrees).sum())} of "
+            f"{len(table)} rows belong to another image (row {row} is {said}, not image {image[row]} of {stacks.paths[file[row]].name}). "
+            'Pass pairing="uid" to join them by uid.'
+        )
+    return table if record.path == table.path else side_by_side(table, None, record, rows, prefer=("blob",))
+
+
+def _record_rows(table: Table, record: Table) -> np.ndarray | None:
+    if "uid" not in table or not table["uid"].any():
+        log.warning("%s has no uids, so its order cannot be checked against %s.", table.path, record.path.name)
+        return None
+    return match_uids(usable_uid(table), usable_uid(record))
+
+
+def _pair_by_uid(
+    table: Table, stacks: _Stacks, record: Table | None, unmatched: Unmatched, mode0: Mode0
+) -> tuple[Table, StackPool, np.ndarray, np.ndarray, list[str]]:
+    if record is None:
+        raise PairingError(
+            f'pairing="uid" needs the job\'s record of its images in {stacks.folder.parent}: {_KINDS[stacks.folder.name][1]}, or a .csg '
+            'that names such a table. Copy it there, or use pairing="sequence" if you know that row k is image k.'
+        )
+    if record.path != table.path:
+        table = join_tables(_without_blob(table), record, unmatched=unmatched)
+    names, file = unique_paths(table["blob/path"])
+    rows_per_name = np.bincount(file, minlength=len(names)).tolist()
+    paths = resolve_paths(names, rows_per_name, table=record.path, folder=stacks.folder)
+    return table, open_stacks(paths, mode0=mode0), file, table["blob/idx"].astype(np.int64), names
+
+
+def _without_blob(table: Table) -> Table:
+    fields = {name: dtype for name, dtype in table.fields.items() if not name.startswith("blob/")}
+    return Table(table.path, fields, table.rows, table)

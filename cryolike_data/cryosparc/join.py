@@ -1,0 +1,189 @@
+"""Tables put side by side by uid, never by row, and the ``.csg`` groups that say which tables belong together."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..errors import ArgumentError, MissingDependencyError, MissingStackError, PairingError, TableError
+from .table import Table, read_table
+
+Unmatched = Literal["error", "drop"]
+
+log = logging.getLogger(__name__)
+
+
+def load_table(
+    path: str | os.PathLike[str],
+    *,
+    passthrough: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    unmatched: Unmatched = "error",
+) -> Table:
+    """A ``.cs`` or ``.csg`` file, joined by uid with the tables given as ``passthrough``.
+
+    The rows and their order are those of the first table; where two tables hold the same group of columns (``blob``,
+    ``ctf``, ...) the first wins.
+    """
+    extra = [] if passthrough is None else [passthrough] if isinstance(passthrough, str | os.PathLike) else list(passthrough)
+    table = _read_any(path, unmatched)
+    for other in extra:
+        table = join_tables(table, _read_any(other, unmatched), unmatched=unmatched)
+    return table
+
+
+def join_tables(table: Table, other: Table, *, unmatched: Unmatched = "error") -> Table:
+    """``table`` with the column groups that only ``other`` has, row for row by uid.
+
+    Raises
+    ------
+    PairingError
+        if uids are zero or occur twice, or if rows of either table have no partner (``unmatched="drop"`` leaves them out
+        and logs how many)
+    """
+    if unmatched not in ("error", "drop"):
+        raise ArgumentError(f'unmatched is "error" or "drop", not {unmatched!r}')
+    left, right = usable_uid(table), usable_uid(other)
+    rows = match_uids(left, right)
+    lonely = rows < 0
+    n_left, n_right = int(lonely.sum()), len(right) - int((~lonely).sum())
+    if n_left or n_right:
+        told = (
+            f"{table.path} and {other.path} do not hold the same particles: {n_left} of {len(left)} rows of the first and {n_right} of "
+            f"{len(right)} rows of the second have no partner with the same uid"
+        )
+        if unmatched == "error":
+            example = f" (first: uid {', '.join(map(str, left[lonely][:3]))})" if n_left else ""
+            raise PairingError(f'{told}{example}. If that is intended, unmatched="drop" keeps the rows that both have.')
+        log.warning("%s; they are left out.", told)
+    return side_by_side(table, np.flatnonzero(~lonely) if n_left else None, other, rows[~lonely])
+
+
+def side_by_side(table: Table, rows: np.ndarray | None, other: Table, other_rows: np.ndarray, *, prefer: Collection[str] = ()) -> Table:
+    """Chosen rows of two tables next to each other.
+
+    A column group that both have comes from ``table``, unless it is named in ``prefer``. ``rows=None`` means all.
+    """
+    theirs = {slot for slot in other.slots if slot not in table.slots or slot in prefer}
+    parts = {name: _Part(table, rows) for name in table.fields if name.split("/")[0] not in theirs}
+    parts |= {name: _Part(other, other_rows) for name in other.fields if name.split("/")[0] in theirs}
+    fields = {name: part.table.fields[name] for name, part in parts.items()}
+    return Table(table.path, fields, len(other_rows), _SideBySide(parts))
+
+
+def take_rows(table: Table, rows: np.ndarray) -> Table:
+    """A table of the given rows only."""
+    return Table(table.path, table.fields, len(rows), _SideBySide({name: _Part(table, rows) for name in table.fields}))
+
+
+def match_uids(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """For each uid of ``left`` the row of ``right`` that has it, or -1; both hold each uid once."""
+    order = np.argsort(right)
+    place = np.searchsorted(right, left, sorter=order)
+    rows = order[np.minimum(place, len(right) - 1)] if len(right) else np.zeros(len(left), np.int64)
+    found = right[rows] == left if len(right) else np.zeros(len(left), bool)
+    return np.where(found, rows, -1)
+
+
+@dataclass(frozen=True)
+class _Part:
+    table: Table
+    rows: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class _SideBySide:
+    parts: dict[str, _Part]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        part = self.parts[name]
+        return part.table[name] if part.rows is None else part.table[name][part.rows]
+
+    def origin(self, name: str) -> Path:
+        return self.parts[name].table.origin(name)
+
+
+def usable_uid(table: Table) -> np.ndarray:
+    """The uids of a table, or a ``PairingError`` if they are absent, all zero or not unique."""
+    if "uid" not in table:
+        raise PairingError(f"{table.path} has no uid column, so its rows cannot be matched with another table's.")
+    uid = table["uid"].astype(np.uint64, copy=False)
+    if len(uid) and not uid.any():
+        raise PairingError(f"All {len(uid)} uids of {table.path} are zero, so its rows cannot be matched with another table's.")
+    values, counts = np.unique(uid, return_counts=True)
+    repeated = values[counts > 1]
+    if len(repeated):
+        shown = ", ".join(map(str, repeated[:3]))
+        raise PairingError(
+            f"{len(repeated)} uids of {table.path} occur more than once (first: {shown}), so its rows cannot be matched one to one. "
+            "Remove the duplicates in CryoSPARC (job Remove Duplicate Particles) first."
+        )
+    return uid
+
+
+def _read_any(path: str | os.PathLike[str], unmatched: Unmatched) -> Table:
+    path = Path(path).expanduser()
+    if path.suffix.lower() != ".csg":
+        return read_table(path)
+    files = csg_files(path)
+    table = read_table(files[0])
+    for other in files[1:]:
+        table = join_tables(table, read_table(other), unmatched=unmatched)
+    return table
+
+
+def csg_files(path: Path) -> list[Path]:
+    """The tables that a ``.csg`` group names, the one that defines rows first (passthrough tables come last).
+
+    Raises
+    ------
+    TableError
+        if the group cannot be read, holds no particles or a table has another number of rows than it says
+    MissingStackError
+        if a table that it names is not there
+    """
+    results = csg_results(path)
+    if not results:
+        raise TableError(f"{path} does not describe particles.")
+    counts: dict[Path, int | None] = {}
+    for entry in results.values():
+        file = find_metafile(path, str(entry["metafile"]))
+        counts.setdefault(file, entry.get("num_items"))
+    missing = [file for file in counts if not file.is_file()]
+    if missing:
+        raise MissingStackError("\n".join([f"{len(missing)} tables named by {path} were not found:", *(f"  {file}" for file in missing)]))
+    for file, count in counts.items():
+        rows = len(read_table(file))
+        if count is not None and rows != int(count):
+            raise TableError(f"{path} promises {count} rows in {file.name}, which has {rows}; export the group again.")
+    return sorted(counts, key=lambda file: "passthrough" in file.name)
+
+
+def csg_results(path: Path) -> dict[str, dict[str, Any]]:
+    """The particle results of a ``.csg`` group by column group (blob, ctf, ...), each with its ``metafile``; empty if it has none."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingDependencyError(f'{path} is a .csg group, which needs PyYAML: pip install "cryolike-data[csg]"') from error
+    if not path.is_file():
+        raise MissingStackError(f"There is no group file {path}.")
+    try:
+        results = yaml.safe_load(path.read_text("utf-8"))["results"]
+        of_particles = {slot: dict(entry) for slot, entry in results.items() if str(entry.get("type", "particle")).startswith("particle")}
+        return {slot: entry for slot, entry in of_particles.items() if entry["metafile"]}
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
+        raise TableError(f"{path} is not a CryoSPARC group file: it should list results with a metafile each ({error}).") from error
+
+
+def find_metafile(group: Path, name: str) -> Path:
+    """The table a group names: ``>file`` lies beside the group, any other path starts at the project directory above it."""
+    beside = group.parent / name.removeprefix(">")
+    if name.startswith(">"):
+        return beside
+    candidates = [beside, *(folder / name for folder in group.absolute().parents)]
+    return next((file for file in candidates if file.is_file()), beside)

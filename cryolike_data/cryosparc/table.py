@@ -1,0 +1,177 @@
+"""CryoSPARC tables (``.cs``), told apart by their first bytes, with columns copied out one at a time on demand."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from ..errors import MissingDependencyError, MissingStackError, TableError
+
+_NUMPY, _CSDAT, _SNAPPY = b"\x93NUMPY", b"\x95CSDAT", b"\x94CSDAT"
+_OTHERS = {
+    b"PK\x03\x04": "a zip archive (such as .npz); extract the .cs file from it",
+    b"\x80": "a Python pickle, which could run code when loaded; save the table from CryoSPARC, or with numpy.save of a structured array",
+    b"\x89HDF": "an HDF5 file",
+    b"\x1f\x8b": "compressed with gzip; unpack it first (gunzip)",
+}
+# Parent classifications leave hundreds of fields behind; NumPy's own limit of 10 kB is soon passed.
+_MAX_HEADER_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A table with one row per particle. ``table["blob/idx"]`` is that column as a contiguous array.
+
+    Attributes
+    ----------
+    path : the file
+    fields : dtype of each column, with its shape per row
+    rows : number of rows
+    """
+
+    path: Path
+    fields: Mapping[str, np.dtype[Any]]
+    rows: int
+    _source: Any
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.fields
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.fields:
+            raise TableError(f"{self.path} has no column {name!r}. It has {self.describe_slots()}.")
+        column = np.ascontiguousarray(self._source[name])
+        return column.astype(column.dtype.newbyteorder("="), copy=False)
+
+    def get(self, name: str) -> np.ndarray | None:
+        """The column, or None where the table has none of that name."""
+        return self[name] if name in self.fields else None
+
+    def origin(self, name: str) -> Path:
+        """The file that a column comes from (tables joined by uid have several)."""
+        origin = getattr(self._source, "origin", None)
+        return self.path if origin is None else Path(origin(name))
+
+    @property
+    def slots(self) -> list[str]:
+        """The groups of columns that are present: blob, ctf, alignments3D, ..."""
+        return list(dict.fromkeys(name.split("/")[0] for name in self.fields if "/" in name))
+
+    def describe_slots(self) -> str:
+        """The column groups in words, for messages."""
+        return ", ".join(f"{slot}/*" for slot in self.slots) or "no columns of any known group"
+
+
+def read_table(path: str | os.PathLike[str]) -> Table:
+    """Open a CryoSPARC table of any container format.
+
+    NumPy tables are memory-mapped: opening costs milliseconds and only the columns that are used are ever read. CSDAT tables
+    (LZ4, from cryosparc-tools >= 4.4) are read whole and need the extra ``csdat``.
+
+    Raises
+    ------
+    MissingStackError
+        if there is no such file
+    TableError
+        if it is no CryoSPARC table, is truncated, or holds Python objects; says which
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingStackError(f"There is no table {path}" + (": it is a folder." if path.is_dir() else "."))
+    with path.open("rb") as file:
+        magic = file.read(6)
+        file.seek(0)
+        if magic == _NUMPY:
+            return _read_numpy(path, file)
+        if magic == _CSDAT:
+            return _read_csdat(path, file)
+    if magic == _SNAPPY:
+        raise TableError(
+            f"{path} is in the old Snappy CSDAT format of cryosparc-tools 4.1 to 4.3, which current cryosparc-tools cannot read either. "
+            "Load it with one of those versions and save it again with Dataset.save(path, format=NUMPY_FORMAT)."
+        )
+    for start, meaning in _OTHERS.items():
+        if magic.startswith(start):
+            raise TableError(f"{path} is not a CryoSPARC table but {meaning}.")
+    raise TableError(f"{path} is not a CryoSPARC table: it starts with {magic!r}, not with a NumPy or CSDAT header.")
+
+
+def _read_numpy(path: Path, file: IO[bytes]) -> Table:
+    shape, dtype = _numpy_header(path, file)
+    names = dtype.names
+    if names is None or len(shape) != 1:
+        raise TableError(f"{path} holds a plain array of shape {shape}, not a table with named columns.")
+    objects = [name for name in names if dtype[name].hasobject]
+    if objects:
+        raise TableError(
+            f"{path} holds Python objects (columns {', '.join(objects[:5])}), which could run code when loaded. Give these columns a "
+            'fixed-length string type, e.g. table.astype(...) with "S120", and save it again.'
+        )
+    start = file.tell()
+    expected, found = shape[0] * dtype.itemsize, path.stat().st_size - start
+    if found < expected:
+        raise TableError(f"{path} is truncated: {shape[0]} rows need {expected} bytes and {found} are there. Copy it again.")
+    fields = {name: dtype[name] for name in names}
+    empty = shape[0] == 0 or dtype.itemsize == 0
+    source = np.empty(shape, dtype) if empty else np.memmap(path, dtype, "r", start, shape)
+    return Table(path, fields, shape[0], source)
+
+
+def _numpy_header(path: Path, file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    try:
+        version = np.lib.format.read_magic(file)
+        # Versions 2 and 3 share a layout (3 is UTF-8); NumPy reads both here.
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file, max_header_size=_MAX_HEADER_BYTES)
+    except (ValueError, EOFError, TypeError) as error:
+        raise TableError(f"{path} has a damaged NumPy header: {error}") from error
+    return shape, dtype
+
+
+def _read_csdat(path: Path, file: IO[bytes]) -> Table:
+    """``magic | u32 length, JSON header | per column: u32 length, bytes (an LZ4 block if listed so) | heap of strings``."""
+    try:
+        import lz4.block
+    except ImportError as error:
+        raise MissingDependencyError(f'{path} is a CSDAT table, which needs LZ4: pip install "cryolike-data[csdat]"') from error
+    try:
+        file.seek(len(_CSDAT))
+        header = json.loads(_sized(file))
+        rows = int(header["length"])
+        specs = [(str(spec[0]), str(spec[1]), tuple(spec[2]) if len(spec) > 2 else ()) for spec in header["dtype"]]
+        packed = set(header.get("compressed_fields") or ()) if header.get("compression") else set()
+        columns: dict[str, np.ndarray] = {}
+        for name, code, shape in specs if rows else ():
+            dtype = np.dtype("<u8") if code == "|O" else np.dtype(code)
+            size = rows * dtype.itemsize * int(np.prod(shape, dtype=int))
+            raw = _sized(file)
+            data = lz4.block.decompress(raw, uncompressed_size=size) if name in packed else raw
+            columns[name] = np.frombuffer(data, dtype).reshape(rows, *shape)
+        heap = file.read()
+        for name, code, shape in specs:
+            if rows == 0:
+                columns[name] = np.empty((0, *shape), "S1" if code == "|O" else code)
+            elif code == "|O":
+                columns[name] = np.array([heap[start : heap.index(b"\0", start)] for start in columns[name].tolist()])
+    except (ValueError, KeyError, IndexError, TypeError, struct.error, lz4.block.LZ4BlockError) as error:
+        raise TableError(f"{path} is a damaged or truncated CSDAT table ({error}). Copy or save it again.") from error
+    fields = {name: np.dtype((column.dtype, column.shape[1:])) for name, column in columns.items()}
+    return Table(path, fields, rows, columns)
+
+
+def _sized(file: IO[bytes]) -> bytes:
+    (size,) = struct.unpack("<I", file.read(4))
+    data = file.read(size)
+    if len(data) < size:
+        raise ValueError(f"{size} bytes announced, {len(data)} found")
+    return data

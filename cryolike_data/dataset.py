@@ -1,0 +1,179 @@
+"""``ParticleDataset``: a lazy ``torch.utils.data.Dataset`` over ``Particles``, read in batches into one buffer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .batch import Particle, ParticleBatch
+from .ctf import Ctf
+from .errors import ArgumentError, RowIndexError
+from .particles import Particles, Selection, resolve_rows, shortest
+from .stacks import ImageSource
+
+ColumnT = TypeVar("ColumnT")
+
+
+class ParticleDataset(Dataset[Particle]):
+    """Particles of one box and pixel size with their images, which stay on disk until they are asked for.
+
+    Item i is row i of ``particles``. ``ds[i]`` is a lazy ``Particle``, ``ds[3:9]`` a smaller data set, ``ds[[4, 1, 7]]`` a
+    ``ParticleBatch``. A plain ``DataLoader(ds, batch_size=32, shuffle=True)`` gives ``ParticleBatch``es, each read in one
+    call; so do ``Subset``, ``random_split`` and ``ConcatDataset`` of such data sets. Pickles without open files.
+
+    Parameters
+    ----------
+    particles : the table; every row has to have the same box and pixel size
+    source : where the images are
+    select : which rows to take (mask, row numbers, slice, or a function of the particles), before that is checked
+
+    Raises
+    ------
+    MixedParticlesError
+        if boxes or pixel sizes differ; names the groups and how to select one
+    """
+
+    def __init__(self, particles: Particles, source: ImageSource, *, select: Selection = None) -> None:
+        self.particles = particles if select is None else particles[resolve_rows(select, len(particles), particles)]
+        if len(self.particles) == 0:
+            raise ArgumentError(f"select= leaves none of the {len(particles)} particles")
+        self.source = source
+        self.box: int = int(self.particles.one_value("box"))
+        self.pixel_size: float = float(shortest(self.particles.one_value("pixel_size")))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which images are read: that of the files."""
+        return torch_dtype(self.source.dtype)
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one image."""
+        return self.box * self.box * self.source.dtype.itemsize
+
+    def __len__(self) -> int:
+        return len(self.particles)
+
+    def __getitem__(self, key: Any) -> Any:
+        """A particle (int), a data set (slice), or a batch (list, array or tensor of row numbers, or a mask)."""
+        if isinstance(key, int | np.integer):
+            row = int(key) + len(self) if key < 0 else int(key)
+            if not 0 <= row < len(self):
+                raise RowIndexError(f"particle {key} of a data set of {len(self)}")
+            return Particle(self, row)
+        return self.select(key) if isinstance(key, slice) else self.batch(key)
+
+    def __getitems__(self, indices: Sequence[int]) -> ParticleBatch:
+        """What ``DataLoader`` calls with the row numbers of a whole batch."""
+        return self.batch(indices)
+
+    def read(self, indices: Selection, out: Tensor | None = None) -> Tensor:
+        """Read images in one call.
+
+        Parameters
+        ----------
+        indices : row numbers (negative ones count from the end), a mask or a slice
+        out : (B, H, W) contiguous CPU tensor in the dtype of the files, to be filled; a new one if not given
+
+        Returns
+        -------
+        (B, H, W) tensor in the dtype of the files, in the order of ``indices``
+
+        Raises
+        ------
+        RowIndexError
+            if a row is out of range
+        ArgumentError
+            if ``out`` does not fit
+        """
+        return self._read_rows(resolve_rows(indices, len(self), self.particles), out)
+
+    def batch(self, indices: Selection) -> ParticleBatch:
+        """The same as ``read`` with everything known about each particle."""
+        rows = resolve_rows(indices, len(self), self.particles)
+        particles = self.particles
+
+        def tensor(column: np.ndarray) -> Tensor:
+            return torch.from_numpy(column[rows])
+
+        def optional(column: np.ndarray | None) -> Tensor | None:
+            return None if column is None else tensor(column)
+
+        ctf: Ctf[Tensor] | None = None if particles.ctf is None else particles.ctf.map(tensor)
+        return ParticleBatch(
+            images=self._read_rows(rows, None),
+            index=torch.from_numpy(rows),
+            uid=tensor(particles.uid.view(np.int64)),
+            pixel_size=self.pixel_size,
+            ctf=ctf,
+            pose=optional(particles.pose),
+            shift_A=optional(particles.shift_A),
+        )
+
+    def select(self, selection: Selection) -> Self:
+        """A data set of the chosen rows (mask, row numbers, slice, or a function of ``particles``) over the same files."""
+        chosen = copy.copy(self)
+        chosen.particles = self.particles[resolve_rows(selection, len(self), self.particles)]
+        return chosen
+
+    def _read_rows(self, rows: np.ndarray, out: Tensor | None) -> Tensor:
+        shape = (len(rows), self.box, self.box)
+        if out is None:
+            out = torch.empty(shape, dtype=self.dtype)
+        elif tuple(out.shape) != shape or out.dtype != self.dtype or out.device.type != "cpu" or not out.is_contiguous():
+            raise ArgumentError(
+                f"out has to be a contiguous {self.dtype} CPU tensor of shape {shape}, not {out.dtype} {tuple(out.shape)} on {out.device}"
+            )
+        self.source.read_into(self.particles.file[rows], self.particles.slice[rows], out.numpy())
+        return out
+
+    def __repr__(self) -> str:
+        particles = self.particles
+        size = len(self) * self.image_bytes
+        lines = [
+            f"{type(self).__name__}: {len(self):,} particles in {len(np.unique(particles.file)):,} files",
+            f"  images     {self.box} x {self.box} px, {self.pixel_size:g} A/pixel, {self.source.dtype}, {human_bytes(size)} in all",
+            f"  optics     {_describe_optics(particles)}",
+            f"  poses      {_describe_poses(particles)}",
+            f"  first file {particles.paths[int(particles.file[0])] if len(self) else '-'}",
+        ]
+        return "\n".join(lines)
+
+
+def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
+    """The torch dtype of a NumPy dtype."""
+    return torch.from_numpy(np.empty(0, dtype)).dtype
+
+
+def human_bytes(size: float) -> str:
+    """A number of bytes in the unit that reads best."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def _describe_optics(particles: Particles) -> str:
+    ctf = particles.ctf
+    if ctf is None or len(particles) == 0:
+        return "none"
+    parts = []
+    if ctf.exposure_group is not None:
+        parts.append(f"{len(np.unique(ctf.exposure_group))} exposure groups")
+    if ctf.voltage_kv is not None:
+        parts.append("/".join(f"{v:g}" for v in np.unique(ctf.voltage_kv)) + " kV")
+    if ctf.defocus_u is not None:
+        parts.append(f"defocus {ctf.defocus_u.min() / 1e4:.2f} to {ctf.defocus_u.max() / 1e4:.2f} um")
+    return ", ".join(parts) or "incomplete"
+
+
+def _describe_poses(particles: Particles) -> str:
+    present = [name for name in ("pose", "shift_A", "half_set") if getattr(particles, name) is not None]
+    return ", ".join(present) or "none"

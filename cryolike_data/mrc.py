@@ -1,0 +1,157 @@
+"""MRC image stacks: what their header says, and their pixels mapped into memory.
+
+Only nx, ny, nz, mode and nsymbt (and the size of the file) are believed: in the wild the machine stamp, the ``MAP`` word,
+mz, ispg, the statistics and the cell are often wrong. A stack is always (nz, ny, nx); z counts images from 0.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from .errors import StackError
+
+Mode0 = Literal["auto", "signed", "unsigned"]
+
+HEADER_BYTES = 1024
+_IMOD_STAMP = 1146047817
+_PIXEL_CODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
+_REFUSED_MODES = {
+    3: "complex 16-bit integers, a transform and not an image",
+    4: "complex numbers, a transform and not an image",
+    16: "RGB colours",
+    101: "4-bit pixels",
+}
+_COMPRESSED = {b"\x1f\x8b": ("gzip", "gunzip"), b"BZ": ("bzip2", "bunzip2")}
+
+
+@dataclass(frozen=True, slots=True)
+class MrcHeader:
+    """What is needed to find the pixels of one stack.
+
+    Attributes
+    ----------
+    nx, ny, nz : columns, rows and images as the header says
+    mode : MRC mode number
+    dtype : NumPy dtype of a pixel, byte order included
+    offset : byte at which the first image starts
+    n_complete : images that lie wholly inside the file (less than nz if the file is truncated)
+    pixel_size : angstrom, or None where the header's value is a placeholder
+    """
+
+    nx: int
+    ny: int
+    nz: int
+    mode: int
+    dtype: np.dtype[np.generic]
+    offset: int
+    n_complete: int
+    pixel_size: float | None
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one image."""
+        return self.nx * self.ny * self.dtype.itemsize
+
+
+def read_header(path: str | os.PathLike[str], *, mode0: Mode0 = "auto") -> MrcHeader:
+    """Read the header of an MRC stack.
+
+    Parameters
+    ----------
+    path : the file
+    mode0 : how to read 8-bit pixels (mode 0). "auto" takes them as signed, as MRC2014 says, unless IMOD's flag says
+        unsigned; programs disagree, so "signed" and "unsigned" override.
+
+    Raises
+    ------
+    StackError
+        if the file is compressed, too short, not an MRC stack, or holds pixels that are no real images; says what to do
+    """
+    with open(path, "rb") as file:
+        return parse_header(file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size, path, mode0=mode0)
+
+
+def parse_header(raw: bytes, file_bytes: int, path: str | os.PathLike[str], *, mode0: Mode0 = "auto") -> MrcHeader:
+    """The same as ``read_header`` from the first 1024 bytes and the size of the file; ``path`` is for messages."""
+    for magic, (name, command) in _COMPRESSED.items():
+        if raw.startswith(magic) and _order(raw) is None:
+            raise StackError(f"{path} is compressed with {name} and cannot be mapped into memory; unpack it first ({command}).")
+    if len(raw) < HEADER_BYTES:
+        raise StackError(f"{path} has {file_bytes} bytes, less than the {HEADER_BYTES} of an MRC header; copy or write it again.")
+    order = _order(raw)
+    if order is None:
+        nx, ny, nz, mode = struct.unpack_from("<4i", raw)
+        raise StackError(f"{path} is not an MRC stack: its header reads nx={nx} ny={ny} nz={nz} mode={mode}.")
+    nx, ny, nz, mode = struct.unpack_from(f"{order}4i", raw)
+    if mode in _REFUSED_MODES:
+        raise StackError(
+            f"{path} holds {_REFUSED_MODES[mode]} (MRC mode {mode}). "
+            "Write the particles as 32-bit or 16-bit floats (mode 2 or 12) and try again."
+        )
+    offset = HEADER_BYTES + struct.unpack_from(f"{order}i", raw, 92)[0]
+    dtype = np.dtype(f"{order}{_PIXEL_CODES[mode]}")
+    if mode == 0:
+        dtype = _mode0_dtype(raw, order, mode0)
+    n_complete = min(nz, max(0, file_bytes - offset) // (nx * ny * dtype.itemsize))
+    return MrcHeader(nx, ny, nz, mode, dtype, offset, n_complete, _pixel_size(raw, order, nx, ny))
+
+
+def map_stack(path: str | os.PathLike[str], header: MrcHeader) -> np.ndarray:
+    """The complete images of a stack as a read-only memory map, (n_complete, ny, nx) in the dtype of the file.
+
+    The map lives as long as the array; nothing can be written through it.
+    """
+    shape = (header.n_complete, header.ny, header.nx)
+    if header.n_complete == 0:
+        return np.empty(shape, header.dtype)
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size < header.offset + header.n_complete * header.image_bytes:
+            raise StackError(f"{path} has become shorter since its header was read; is another program writing it?")
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return np.ndarray(shape, header.dtype, buffer=mapped, offset=header.offset)
+
+
+def describe_shortfall(path: Path | str, header: MrcHeader, index: int) -> str:
+    """Why image ``index`` (from 0) of a stack cannot be read."""
+    if index < header.nz:
+        return f"{path} is truncated: its header promises {header.nz} images, the file holds {header.n_complete} complete ones"
+    return f"{path} has {header.nz} images, numbered 0 to {header.nz - 1}, and image {index} is asked for"
+
+
+def _order(raw: bytes) -> Literal["<", ">"] | None:
+    """Byte order of a header: by its machine stamp if that makes sense, else the order in which the header does."""
+    if len(raw) < HEADER_BYTES:
+        return None
+    orders: tuple[Literal["<", ">"], Literal["<", ">"]] = (">", "<") if raw[212:214] == b"\x11\x11" else ("<", ">")
+    for order in orders:
+        nx, ny, nz, mode = struct.unpack_from(f"{order}4i", raw)
+        nsymbt = struct.unpack_from(f"{order}i", raw, 92)[0]
+        known = mode in _PIXEL_CODES or mode in _REFUSED_MODES
+        if known and 0 < nx <= 1 << 17 and 0 < ny <= 1 << 17 and 0 < nz <= 1 << 28 and 0 <= nsymbt <= 1 << 30:
+            return order
+    return None
+
+
+def _mode0_dtype(raw: bytes, order: str, mode0: Mode0) -> np.dtype[np.generic]:
+    if mode0 == "auto":
+        stamp, flags = struct.unpack_from(f"{order}2i", raw, 152)
+        mode0 = "unsigned" if stamp == _IMOD_STAMP and not flags & 1 else "signed"
+    return np.dtype("u1" if mode0 == "unsigned" else "i1")
+
+
+def _pixel_size(raw: bytes, order: str, nx: int, ny: int) -> float | None:
+    """Pixel size from the cell, unless it is a placeholder: zero, exactly 1 A, not square, absurd, or of another grid."""
+    mx, my = struct.unpack_from(f"{order}2i", raw, 28)
+    cell_x, cell_y = struct.unpack_from(f"{order}2f", raw, 40)
+    if (mx, my) != (nx, ny) or not np.isfinite([cell_x, cell_y]).all():
+        return None
+    size_x, size_y = cell_x / nx, cell_y / ny
+    plausible = 0.05 < size_x < 100 and abs(size_x - size_y) < 1e-3 * size_x and abs(size_x - 1.0) > 1e-6
+    return float(size_x) if plausible else None

@@ -1,0 +1,173 @@
+"""``Particles``: one row per particle, saying where its image lies and what is known about it, wherever the row came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from .ctf import Ctf
+from .errors import ArgumentError, MixedParticlesError, RowIndexError
+
+#: What selects rows: a boolean mask, row numbers, a slice, or a function of the particles that gives one of these.
+Selection = Any
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Particles:
+    """A table of N particles. Every selection keeps all columns in step.
+
+    Attributes
+    ----------
+    row : (N,) int64, row in the table the particles came from
+    uid : (N,) uint64, CryoSPARC's id of the particle (0 where the table has none)
+    file : (N,) int32, index into ``paths``
+    slice : (N,) int64, image inside that file, from 0
+    box : (N,) int32, box size of the stored image, pixels
+    pixel_size : (N,) float, pixel size of the stored image, angstrom
+    paths : the files
+    blob_paths : the same files as the table names them (``blob/path``), or None where it names none
+    ctf : optics per particle, or None
+    pose : (N, 3) float32 rotation vector taking the particle frame to the volume frame, radian, or None; a 2-D alignment
+        gives (0, 0, angle)
+    shift_A : (N, 2) float32 translation (x, y) to apply to the image to centre the particle, angstrom, or None
+    half_set : (N,) 0 or 1, or None
+    sign : (N,) contrast sign of the stored pixels, or None; never applied
+    """
+
+    row: np.ndarray
+    uid: np.ndarray
+    file: np.ndarray
+    slice: np.ndarray
+    box: np.ndarray
+    pixel_size: np.ndarray
+    paths: tuple[str, ...]
+    blob_paths: tuple[str, ...] | None = None
+    ctf: Ctf[np.ndarray] | None = None
+    pose: np.ndarray | None = None
+    shift_A: np.ndarray | None = None
+    half_set: np.ndarray | None = None
+    sign: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.uid)
+
+    def __getitem__(self, key: Selection) -> Particles:
+        """The chosen rows, by mask, integer array, slice or single row, with every column in step."""
+        rows = resolve_rows([key] if isinstance(key, int | np.integer) else key, len(self), self)
+        return self.map(lambda column: column[rows])
+
+    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> Particles:
+        """Particles with ``function`` applied to every per-particle column."""
+        changed: dict[str, Any] = {name: function(column) for name, column in self._plain_columns()}
+        return replace(self, ctf=None if self.ctf is None else self.ctf.map(function), **changed)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Every per-particle column that is present; optics are named ``ctf/...``."""
+        optics = [] if self.ctf is None else self.ctf.items()
+        return dict(self._plain_columns()) | {f"ctf/{name}": column for name, column in optics}
+
+    def where(self, condition: Selection = None, /, **equal: Any) -> Particles:
+        """The rows that fulfil a condition and hold the given values.
+
+        Parameters
+        ----------
+        condition : a mask, row numbers, or a function of the particles that gives a mask
+        equal : columns by name (``box=128``, ``exposure_group=3``, ``defocus_u=...``); floats compare to 5 digits
+
+        Examples
+        --------
+        >>> particles.where(exposure_group=3)                                # doctest: +SKIP
+        >>> particles.where(lambda p: p.ctf.defocus_u < 20000, half_set=0)   # doctest: +SKIP
+        """
+        mask = np.ones(len(self), bool)
+        if condition is not None:
+            mask[:] = False
+            mask[resolve_rows(condition, len(self), self)] = True
+        columns = self.columns()
+        for name, value in equal.items():
+            column = columns.get(name, columns.get(f"ctf/{name}"))
+            if column is None or column.ndim > 1:
+                usable = sorted(n.removeprefix("ctf/") for n, c in columns.items() if c.ndim == 1)
+                raise ArgumentError(f"There is no column {name!r} to compare; there are {', '.join(usable)}.")
+            mask &= np.isclose(column, value, rtol=1e-5) if column.dtype.kind == "f" else column == value
+        return self[mask]
+
+    def one_value(self, name: str, remedy: str = "select") -> Any:
+        """The single value that column ``name`` has in all rows.
+
+        Raises
+        ------
+        MixedParticlesError
+            naming the groups, their sizes and how to select one
+        """
+        column = self.columns()[name]
+        short = name.removeprefix("ctf/")
+        values, counts = np.unique(column, return_counts=True)
+        if len(values) == 1 or (column.dtype.kind == "f" and np.allclose(values, values[0], rtol=1e-5, atol=0)):
+            return values[0]
+        where = f"p.ctf.{short}" if name.startswith("ctf/") else f"p.{short}"
+        shown = [
+            f"  {short} {shortest(value)}: {count} particles   {remedy}=lambda p: np.isclose({where}, {shortest(value)})"
+            for value, count in zip(values[:12], counts[:12], strict=True)
+        ]
+        more = [f"  ... and {len(values) - 12} more"] if len(values) > 12 else []
+        raise MixedParticlesError("\n".join([f"The particles differ in {short}; take one group at a time:", *shown, *more]))
+
+    def _plain_columns(self) -> list[tuple[str, np.ndarray]]:
+        names = ("row", "uid", "file", "slice", "box", "pixel_size", "pose", "shift_A", "half_set", "sign")
+        return [(name, getattr(self, name)) for name in names if getattr(self, name) is not None]
+
+    def __repr__(self) -> str:
+        optics = "without CTF" if self.ctf is None else "with CTF"
+        if self.ctf is not None and self.ctf.exposure_group is not None:
+            optics = f"with CTF in {len(np.unique(self.ctf.exposure_group))} exposure groups"
+        poses = "with poses" if self.pose is not None else "without poses"
+        boxes = ", ".join(map(str, np.unique(self.box)))
+        return f"Particles({len(self)} rows in {len(np.unique(self.file))} files, box {boxes} px, {optics}, {poses})"
+
+
+def resolve_rows(selection: Selection, n: int, particles: Particles | None = None) -> np.ndarray:
+    """Row numbers (int64, none negative) that a selection stands for, among ``n`` rows.
+
+    Raises
+    ------
+    RowIndexError
+        if a row is out of range or a mask has the wrong length
+    """
+    if callable(selection):
+        selection = selection(particles)
+    if isinstance(selection, slice):
+        return np.arange(n, dtype=np.int64)[selection]
+    if isinstance(selection, torch.Tensor):
+        selection = selection.cpu().numpy()
+    rows = np.asarray(selection)
+    if rows.ndim != 1:
+        raise RowIndexError(f"rows are chosen by a one-dimensional mask or list of row numbers, not by one of shape {rows.shape}")
+    if rows.dtype == bool:
+        if len(rows) != n:
+            raise RowIndexError(f"a mask of {len(rows)} values cannot choose among {n} rows")
+        return np.flatnonzero(rows)
+    if len(rows) == 0:
+        return np.empty(0, np.int64)
+    if rows.dtype.kind not in "iu":
+        raise RowIndexError(f"rows are chosen by integers or a mask, not by {rows.dtype} values")
+    rows = rows.astype(np.int64)
+    bad = (rows < -n) | (rows >= n)
+    if bad.any():
+        raise RowIndexError(f"row {rows[bad][0]} is out of range ({int(bad.sum())} of {len(rows)} asked for are): there are {n} rows")
+    return np.where(rows < 0, rows + n, rows)
+
+
+def shortest(value: Any) -> float | int:
+    """A NumPy number as the Python number with the fewest digits that reads back the same (1.3 for float32 1.29999995)."""
+    return float(str(value)) if np.asarray(value).dtype.kind == "f" else int(value)
+
+
+def repeat_of(values: Sequence[Any], rows: np.ndarray, dtype: Any) -> np.ndarray:
+    """``values[rows]`` as an array: a per-file list spread over the particles."""
+    spread: np.ndarray = np.asarray(values, dtype=dtype)[rows]
+    return spread

@@ -1,0 +1,33 @@
+"""Fixtures that several test modules use: the demo project and the reference files beside the project."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support import SHARED
+
+from cryolike_data.demo import DemoProject, write_project
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoProject:
+    """A small demo project, written once; tests read it only."""
+    return write_project(tmp_path_factory.mktemp("demo") / "project", n_particles=60, box=32, seed=1)
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of reference files, or a skip that names it."""
+    if not SHARED.is_dir():
+        pytest.skip(f"reference files are not beside the project ({SHARED.name}/)")
+    return SHARED
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` are skipped where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -1,0 +1,211 @@
+"""The polar transform against direct sums, scipy's quadrature and closed forms."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import jv, roots_jacobi
+
+from cryolike_data.errors import ArgumentError, MissingDependencyError
+from cryolike_data.transforms import Normalize, PolarGrid, PolarTransform, normalize_polar, to_polar, to_polar_exact
+
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+
+
+def golden(name):
+    path = GOLDEN / name
+    if not path.exists():
+        pytest.skip(f"shared/golden/{name} is not beside the repository")
+    return path
+
+
+def noise(*shape, dtype=torch.float32):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(3))
+
+
+def plain_sum(image, grid):
+    """The definition, point by point, in numpy."""
+    box = len(image)
+    j = np.arange(box) - box // 2
+    out = np.empty((grid.n_shells, grid.n_inplanes), np.complex128)
+    for s, r in enumerate(grid.radii):
+        for a, theta in enumerate(grid.angles):
+            k0, k1 = 4 * np.pi / box * r * np.cos(theta), 4 * np.pi / box * r * np.sin(theta)
+            out[s, a] = (image * np.exp(-1j * (k0 * j[:, None] + k1 * j))).sum()
+    return 4 * np.pi / box * out
+
+
+@pytest.mark.parametrize("count", [1, 2, 17, 129, 400])
+def test_shells_are_gauss_jacobi_nodes(count):
+    grid = PolarGrid(radius_max=float(count - 1) or 0.5, dist_radii=1.0 if count > 1 else 1e9, n_inplanes=4)
+    count = grid.n_shells
+    nodes, weights = roots_jacobi(count, 0, 1)
+    np.testing.assert_allclose(grid.radii / (grid.radius_max / 2) - 1, nodes, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(grid.weights / (2 * np.pi * (grid.radius_max / 2) ** 2 / (2 * np.pi) ** 2), weights, rtol=0, atol=1e-12)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.floats(0.5, 64), st.floats(0.2, 2), st.integers(1, 64))
+def test_integration_weights_sum_to_the_area_of_the_disk(radius_max, dist_radii, n_inplanes):
+    grid = PolarGrid(radius_max, dist_radii, n_inplanes)
+    assert grid.integration_weights.shape == (grid.n_shells, grid.n_inplanes)
+    assert grid.integration_weights.sum() == pytest.approx(np.pi * radius_max**2, rel=1e-12)
+
+
+def test_integration_weights_integrate_a_gaussian():
+    grid = PolarGrid(4.0, 0.25, 8)
+    integral = (np.exp(-(grid.radii**2))[:, None] * grid.integration_weights).sum()
+    assert integral == pytest.approx(np.pi * (1 - np.exp(-16)), rel=1e-12)
+
+
+def test_the_default_grid_of_a_box_of_64_has_65_shells():
+    assert PolarGrid(16.0, 0.25, 48).n_shells == 65
+
+
+@pytest.mark.parametrize(("box", "n_inplanes"), [(8, 6), (7, 5)])
+def test_the_exact_transform_is_the_definition(box, n_inplanes):
+    grid = PolarGrid(box / 4, 0.5, n_inplanes)
+    images = noise(2, box, box, dtype=torch.float64)
+    expected = [plain_sum(image, grid) for image in images.numpy()]
+    np.testing.assert_allclose(to_polar_exact(images, grid).numpy(), expected, atol=1e-12)
+
+
+def test_the_first_image_axis_is_the_first_coordinate():
+    # A point one pixel down the rows has phase exp(-i 4 pi / D r cos(theta)).
+    image = torch.zeros(1, 8, 8)
+    image[0, 5, 4] = 1
+    grid = PolarGrid(2.0, 0.5, 12)
+    expected = np.pi / 2 * np.exp(-1j * np.pi / 2 * grid.radii[:, None] * np.cos(grid.angles))
+    np.testing.assert_allclose(to_polar(image, grid, eps=1e-12)[0].numpy(), expected, atol=1e-11)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-12])
+@pytest.mark.parametrize("n_inplanes", [24, 25, 2, 1])
+@pytest.mark.parametrize("count", [1, 4, 7])
+def test_the_fast_transform_reaches_its_accuracy(eps, n_inplanes, count):
+    grid = PolarGrid(4.0, 0.25, n_inplanes)
+    images = noise(count, 16, 16)
+    exact = to_polar_exact(images, grid)
+    error = (PolarTransform(grid, 16, eps=eps, n_trans=2)(images) - exact).abs().amax((1, 2)) / exact.abs().amax((1, 2))
+    assert float(error.max()) < 10 * eps
+
+
+def test_one_transform_serves_batches_of_any_count():
+    grid = PolarGrid(4.0, 0.5, 8)
+    images = noise(9, 15, 15)
+    transform = PolarTransform(grid, 15, eps=1e-12, n_trans=2)
+    exact = to_polar_exact(images, grid)
+    for count in (9, 1, 5, 0, 4):
+        torch.testing.assert_close(transform(images[:count]), exact[:count], rtol=0, atol=1e-9)
+
+
+def test_a_faint_image_keeps_its_accuracy_beside_a_bright_one():
+    grid = PolarGrid(4.0, 0.5, 8)
+    images = noise(2, 16, 16, dtype=torch.float64) * torch.tensor([1e8, 1e-8]).reshape(2, 1, 1)
+    exact = to_polar_exact(images, grid)
+    ours = to_polar(images, grid, eps=1e-12)
+    assert float(((ours - exact).abs().amax((1, 2)) / exact.abs().amax((1, 2))).max()) < 1e-11
+
+
+def test_a_nan_stays_in_its_image():
+    grid = PolarGrid(4.0, 0.5, 8)
+    images = noise(4, 16, 16)
+    expected = to_polar(images, grid, eps=1e-12)
+    images[1, 2, 2], images[2, 0, 0] = torch.nan, torch.inf
+    ours = to_polar(images, grid, eps=1e-12)
+    torch.testing.assert_close(ours[[0, 3]], expected[[0, 3]], rtol=0, atol=1e-9)
+    assert bool(ours[[1, 2]].isnan().all())
+
+
+def test_the_transform_of_a_gaussian_is_a_gaussian():
+    box, sigma = 32, 1.5
+    away = torch.arange(box, dtype=torch.float64) - box // 2
+    image = torch.exp(-(away[:, None] ** 2 + away**2) / (2 * sigma**2))[None]
+    grid = PolarGrid(5.0, 0.5, 8)
+    k = 4 * np.pi / box * grid.radii[:, None]
+    expected = 4 * np.pi / box * 2 * np.pi * sigma**2 * np.exp(-(sigma**2) * k**2 / 2)
+    np.testing.assert_allclose(to_polar(image, grid, eps=1e-12)[0].numpy(), expected.repeat(8, 1), atol=1e-7)
+
+
+def test_a_ring_of_angles_sums_to_a_bessel_function():
+    # The mean over theta of exp(-i k x cos(theta)) is J0(k x).
+    image = torch.zeros(1, 16, 16)
+    image[0, 8, 11] = 1
+    grid = PolarGrid(4.0, 0.5, 64)
+    mean = to_polar(image, grid, eps=1e-12)[0].mean(-1).numpy()
+    np.testing.assert_allclose(mean, np.pi / 4 * jv(0, 4 * np.pi / 16 * grid.radii * 3), atol=1e-11)
+
+
+def test_images_and_their_dtype_are_left_alone():
+    images = noise(3, 8, 8).half()
+    before = images.clone()
+    assert to_polar(images, PolarGrid(2.0, 0.5, 4), eps=1e-6).dtype == torch.complex128
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_normalised_transforms_integrate_to_one(dtype):
+    grid = PolarGrid(4.0, 0.5, 6)
+    fourier = torch.complex(noise(3, grid.n_shells, 6), noise(3, grid.n_shells, 6)).to(dtype)
+    fourier[1] = 0
+    normalized = normalize_polar(fourier, grid)
+    power = (np.abs(normalized.numpy()) ** 2 * grid.integration_weights).sum((1, 2))
+    np.testing.assert_allclose(power, [1, 0, 1], rtol=1e-6)
+    assert normalized.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "arguments", [(0.0, 0.25, 4), (4.0, 0.0, 4), (float("inf"), 0.25, 4), (float("nan"), 0.25, 4), (4.0, 0.25, 0), (4.0, 0.25, 2.5)]
+)
+def test_impossible_grids_are_refused(arguments):
+    with pytest.raises(ArgumentError, match="must be"):
+        PolarGrid(*arguments)
+
+
+@pytest.mark.parametrize("images", [torch.zeros(8, 8), torch.zeros(2, 9, 9), torch.zeros(2, 8, 9), torch.zeros(1, 2, 8, 8)])
+def test_images_of_another_shape_are_refused(images):
+    with pytest.raises(ArgumentError, match=r"\(B, 8, 8\)|square"):
+        PolarTransform(PolarGrid(2.0, 0.5, 4), 8, eps=1e-6)(images)
+
+
+@pytest.mark.parametrize("wrong", [{"box": 0}, {"eps": 0}, {"n_trans": 0}])
+def test_impossible_plans_are_refused(wrong):
+    with pytest.raises(ArgumentError, match="must all be positive"):
+        PolarTransform(PolarGrid(2.0, 0.5, 4), **{"box": 8, "eps": 1e-6} | wrong)
+
+
+def test_normalising_with_another_grid_is_refused():
+    with pytest.raises(ArgumentError, match="5 shells x 4 angles"):
+        normalize_polar(torch.zeros(2, 5, 6, dtype=torch.complex64), PolarGrid(2.0, 0.5, 4))
+
+
+def test_without_finufft_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "finufft", None)
+    with pytest.raises(MissingDependencyError, match=r'pip install "cryolike-data\[fourier\]"'):
+        PolarTransform(PolarGrid(2.0, 0.5, 4), 8, eps=1e-6)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    ("case", "radius_max", "eps", "tolerance"),
+    [("A_indexed", 16.0, 1e-6, 1e-5), ("G_indexed_double", 8.0, 1e-12, 1e-12), ("D_indexed_mean2_desc32", 8.0, 1e-6, 1e-5)],
+)
+def test_it_is_cryolikes_transform(case, radius_max, eps, tolerance):
+    images = torch.load(golden(f"{case}/phys/particles_phys_stack_000000.pt"), weights_only=True)
+    theirs = torch.load(golden(f"{case}/fft/particles_fourier_stack_000000.pt"), weights_only=True)
+    grid = PolarGrid(radius_max, 0.25, 48)
+    ours = normalize_polar(to_polar(images, grid, eps=eps), grid)
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) < tolerance
+
+
+@pytest.mark.shared
+def test_images_normalised_by_max_give_cryolikes_transform():
+    with np.load(golden("likelihood_demo.npz")) as demo:
+        images, theirs = torch.from_numpy(demo["phys"]), torch.from_numpy(demo["images_fourier"])
+    grid = PolarGrid(9.0, 0.25, 64)
+    ours = normalize_polar(to_polar(Normalize("max")(images), grid, eps=1e-12), grid)
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-11
