@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,10 +63,8 @@ class ParticleBatch:
 
     def __getitem__(self, key: Any) -> Any:
         """One particle for an integer; a smaller batch for a slice, a mask or an index tensor."""
-        if isinstance(key, int):
-            row = key + len(self) if key < 0 else key
-            if not 0 <= row < len(self):
-                raise RowIndexError(f"particle {key} of a batch of {len(self)}")
+        row = single_row(key, len(self))
+        if row is not None:
             return Particle(self, row)
         return self.map(lambda tensor: tensor[key])
 
@@ -72,6 +72,10 @@ class ParticleBatch:
         """The given rows as a batch of their own (the same call as ``ParticleDataset.batch``)."""
         chosen = torch.as_tensor(rows, dtype=torch.int64, device=self.device)
         return self.map(lambda tensor: tensor[chosen])
+
+    def columns(self, rows: Sequence[int]) -> ParticleBatch:
+        """The same as ``batch``; a data set has this to give columns without reading images."""
+        return self.batch(rows)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> ParticleBatch:
         """A batch with ``function`` applied to every tensor in it."""
@@ -137,17 +141,15 @@ class Particle:
 
     def __getattr__(self, name: str) -> Any:
         if name in ("uid", "ctf", "pose", "shift_A", "shift", "pixel_size", "box"):
-            value = getattr(self.batch, name)
+            value = getattr(self.source.columns([self.row]), name)
             if isinstance(value, Tensor):
                 return value[0]
             return value.map(lambda tensor: tensor[0]) if isinstance(value, Ctf) else value
         raise AttributeError(f"a Particle has no {name!r}")
 
-    def __getstate__(self) -> tuple[Any, int]:
-        return self.source, self.row
-
-    def __setstate__(self, state: tuple[Any, int]) -> None:
-        self.source, self.row = state
+    def __reduce__(self) -> tuple[type[Particle], tuple[ParticleBatch, int]]:
+        # Another process gets the particle itself, not the data set that it comes from.
+        return Particle, (self.batch, 0)
 
     def __repr__(self) -> str:
         return f"Particle({self.row} of the {len(self.source)} in a {type(self.source).__name__})"
@@ -176,16 +178,42 @@ def merge_particles(items: Sequence[Particle] | ParticleBatch) -> ParticleBatch:
     return _concatenate(parts).map(lambda tensor: tensor[order])
 
 
+def single_row(key: Any, n: int) -> int | None:
+    """The row (not negative) that an integer of any kind names among ``n``, or None for a key that is no single integer.
+
+    Raises
+    ------
+    RowIndexError
+        if it is out of range
+    """
+    if isinstance(key, bool | np.bool_) or getattr(key, "ndim", 0) != 0 or getattr(key, "dtype", None) == torch.bool:
+        return None
+    try:
+        number = operator.index(key)
+    except TypeError:
+        return None
+    if not -n <= number < n:
+        raise RowIndexError(f"particle {number} is out of range: there are {n}")
+    return number + n if number < 0 else number
+
+
 def _concatenate(parts: list[ParticleBatch]) -> ParticleBatch:
     kinds = {(tuple(p.images.shape[1:]), round(p.pixel_size, 5), _columns(p)) for p in parts}
     if len(kinds) > 1:
         told = "\n".join(f"  {shape[-1]} px, {px} A/pixel, columns {', '.join(names)}" for shape, px, names in sorted(kinds))
         raise MixedParticlesError(f"These data sets cannot share a batch:\n{told}\nUse one DataLoader for each kind.")
     first = parts[0]
-    ctf = None if first.ctf is None else Ctf(**{n: torch.cat([getattr(p.ctf, n) for p in parts]) for n, _ in first.ctf.items()})
+    ctf = None if first.ctf is None else Ctf(**{n: _cat([getattr(p.ctf, n) for p in parts]) for n, _ in first.ctf.items()})
     names = [name for name in ("images", "index", "uid", "pose", "shift_A") if getattr(first, name) is not None]
-    joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    joined: dict[str, Any] = {name: _cat([getattr(part, name) for part in parts]) for name in names}
     return replace(first, ctf=ctf, **joined)
+
+
+def _cat(tensors: list[Tensor]) -> Tensor:
+    """Concatenated in the dtype that holds them all; torch itself does not know that of int16 and uint16."""
+    dtype = np.result_type(*[tensor[:0].cpu().numpy().dtype for tensor in tensors])
+    common = torch.from_numpy(np.empty(0, dtype)).dtype
+    return torch.cat([tensor.to(common) for tensor in tensors])
 
 
 def _columns(batch: ParticleBatch) -> tuple[str, ...]:

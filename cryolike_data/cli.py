@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,10 +26,11 @@ from .zarr_dataset import ZarrDataset
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 if it went well, 1 with the reason on the error stream if not."""
     options = _parser().parse_args(arguments)
+    warnings.showwarning = lambda message, *_: print(f"cryolike-data: {message}", file=sys.stderr)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:
         options.command(options)
-    except CryolikeDataError as error:
+    except (CryolikeDataError, OSError) as error:
         print(f"cryolike-data: {error}", file=sys.stderr)
         return 1
     return 0
@@ -49,11 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", type=Path, metavar="OUT", help="a name ending in .zarr, or a folder for CryoLike's phys/ and fft/")
     export.add_argument("--box", type=int, help="downsample to this box size, pixels")
     export.add_argument("--factor", type=int, help="downsample by this factor")
-    export.add_argument("--method", choices=("fourier", "mean", "max"), default="fourier", help="how to downsample (default: fourier)")
+    export.add_argument("--method", choices=("fourier", "mean", "max"), help="how to downsample (default: fourier)")
     export.add_argument("--dtype", choices=("float16", "float32", "float64"), help="pixels of a Zarr store (default: as the files)")
     export.add_argument("--descriptor", type=Path, help="CryoLike params file (default: made for the images that are written)")
-    export.add_argument("--batch-size", type=int, default=1024, help="images per CryoLike stack (default: 1024)")
-    export.add_argument("--n-stacks-max", type=int, default=-1, help="stop after so many CryoLike stacks")
+    export.add_argument("--batch-size", type=int, help="images per CryoLike stack (default: 1024)")
+    export.add_argument("--n-stacks-max", type=int, help="stop after so many CryoLike stacks")
     export.add_argument("--plots", action="store_true", help="draw CryoLike's three pictures per stack")
     export.add_argument("--resume", action="store_true", help="keep CryoLike stacks that are whole, write the others")
     export.add_argument("--overwrite", action="store_true", help="replace what is there")
@@ -81,8 +83,8 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--job", type=int, metavar="N", help="read the job directory FILE/JN")
     parser.add_argument("--folder", type=Path, help="where the stacks lie, by file name")
     parser.add_argument("--passthrough", type=Path, action="append", help="a table with further columns, joined by uid; may be repeated")
-    parser.add_argument("--index-base", type=int, choices=(0, 1), default=0, help="1 if blob/idx counts from 1 (default: 0)")
-    parser.add_argument("--pairing", choices=("sequence", "uid"), default="sequence", help="how rows of a job find their images")
+    parser.add_argument("--index-base", type=int, choices=(0, 1), help="1 if blob/idx counts from 1 (default: 0)")
+    parser.add_argument("--pairing", choices=("sequence", "uid"), help="how rows of a job find their images (default: sequence)")
     parser.add_argument("--pixel-size", type=float, help="angstrom (default: from the table or the MRC headers)")
     parser.add_argument("--group", type=int, help="take the particles of this exposure group only")
 
@@ -99,15 +101,18 @@ def _open(options: argparse.Namespace) -> ParticleDataset:
 
 def _open_whole(options: argparse.Namespace) -> ParticleDataset:
     if options.job is not None:
-        return JobDirectoryDataset(options.file, options.job, pairing=options.pairing, pixel_size=options.pixel_size)
+        _refuse(options, ("folder", "index_base", "passthrough"), "a job directory")
+        return JobDirectoryDataset(options.file, options.job, pairing=options.pairing or "sequence", pixel_size=options.pixel_size)
+    _refuse(options, ("pairing",), "anything but a job directory")
     if options.file.is_dir():
         if options.file.suffix == ".zarr" or (options.file / "zarr.json").is_file():
+            _refuse(options, ("folder", "index_base", "passthrough", "pixel_size"), "a Zarr store")
             return ZarrDataset(options.file)
         raise ArgumentError(f"{options.file} is a folder; give a .cs file, or --job N to read the job directory {options.file / 'JN'}.")
     return IndexedDataset(
         options.file,
         folder=options.folder,
-        index_base=options.index_base,
+        index_base=options.index_base or 0,
         passthrough=options.passthrough,
         pixel_size=options.pixel_size,
     )
@@ -120,6 +125,7 @@ def _info(options: argparse.Namespace) -> None:
         print(f"{options.file}\n  rows       {len(table):,}\n  fields     {len(table.fields)} in {table.describe_slots()}")
     dataset = _open(options)
     print(repr(dataset))
+    print(f"  bytes      {human_bytes(len(dataset) * dataset.image_bytes)} of images, {human_bytes(dataset.image_bytes)} each")
     ctf = dataset.particles.ctf
     if ctf is None or ctf.exposure_group is None:
         return
@@ -133,15 +139,16 @@ def _info(options: argparse.Namespace) -> None:
             if (column := getattr(chosen, name)) is not None
         ]
         print(f"  group {group:<4} {len(chosen.require('exposure_group')[0]):,} particles, {', '.join(told)}")
-    example = dataset.image_bytes
-    print(f"  bytes      {human_bytes(len(dataset) * example)} of images, {human_bytes(example)} each")
 
 
 def _export(options: argparse.Namespace) -> None:
     dataset = _open(options)
-    downsample = None if options.box is None and options.factor is None else Downsample(options.factor, options.box, options.method)
+    resized = options.box is not None or options.factor is not None
+    if not resized:
+        _refuse(options, ("method",), "images that keep their size; add --box or --factor")
+    downsample = Downsample(options.factor, options.box, options.method or "fourier") if resized else None
     if options.out.suffix == ".zarr":
-        _refuse(options, ("descriptor", "plots", "resume"), "a Zarr store")
+        _refuse(options, ("descriptor", "plots", "resume", "batch_size", "n_stacks_max"), "a Zarr store")
         store = export_zarr(dataset, options.out, downsample=downsample, dtype=options.dtype, overwrite=options.overwrite)
         print(repr(ZarrDataset(store)))
         print(f"Written to {store}")
@@ -153,8 +160,8 @@ def _export(options: argparse.Namespace) -> None:
         dataset,
         options.out,
         descriptor=made if options.descriptor is None else options.descriptor,
-        batch_size=options.batch_size,
-        n_stacks_max=options.n_stacks_max,
+        batch_size=1024 if options.batch_size is None else options.batch_size,
+        n_stacks_max=-1 if options.n_stacks_max is None else options.n_stacks_max,
         downsample=downsample,
         plots=options.plots,
         overwrite=options.overwrite,
@@ -175,9 +182,9 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _refuse(options: argparse.Namespace, names: Sequence[str], what: str) -> None:
-    given = [f"--{name}" for name in names if getattr(options, name)]
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) not in (None, False)]
     if given:
-        raise ArgumentError(f"{', '.join(given)} has no meaning for {what} ({options.out}).")
+        raise ArgumentError(f"{', '.join(given)} has no meaning for {what}.")
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -45,6 +45,12 @@ class Collate:
             raise ArgumentError(f"downsample is a Downsample, such as Downsample(box=128), not {self.downsample!r}")
         if isinstance(self.normalize, str):
             Normalize(self.normalize)
+        elif self.normalize is not None and not isinstance(self.normalize, Normalize):
+            raise ArgumentError(f'normalize is "max", "std", "background" or a Normalize, not {self.normalize!r}')
+        try:
+            torch.device("cpu" if self.device is None else self.device)
+        except RuntimeError as error:
+            raise ArgumentError(f"device={self.device!r} is not a device of torch, such as cpu or cuda: {error}") from error
 
     def __call__(self, items: Sequence[Particle] | ParticleBatch) -> ParticleBatch:
         """Read the particles in one call and process them, or leave that for ``finish`` where this is a worker and CUDA is meant."""

@@ -7,6 +7,7 @@ project folder for a job directory.
 from __future__ import annotations
 
 import os
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from .dataset import ParticleDataset
 from .descriptor import ImageDescriptor
 from .errors import ArgumentError
 from .export import export_cryolike
+from .particles import Selection
 from .transforms import Downsample
 
 PathLike = str | os.PathLike[str]
@@ -37,6 +39,7 @@ def convert_particle_stacks_from_indexed_cryosparc_file(
     flag_plots: bool = True,
     *,
     index_base: Literal[0, 1] = 0,
+    select: Selection = None,
     overwrite: bool = False,
 ) -> list[Path]:
     """Convert the particles of an indexed CryoSPARC file to CryoLike stacks, in the order of the file.
@@ -55,13 +58,16 @@ def convert_particle_stacks_from_indexed_cryosparc_file(
     skip_exist : continue a stopped run: keep the stacks that are whole
     flag_plots : draw CryoLike's three pictures of each stack
     index_base : 0 as CryoSPARC counts ``blob/idx``; 1 as CryoLike's tutorial does
+    select : which particles to take, see ``IndexedDataset``; CryoLike keeps one voltage per stack, so mixed tables need it
     overwrite : replace stacks that are in ``folder_output``
 
     Returns
     -------
     The ``.npz`` files, one per stack.
     """
-    dataset = IndexedDataset(file_cs, folder=str(folder_cryosparc) or None, index_base=index_base, pixel_size=_given_pixel_size(pixel_size))
+    dataset = IndexedDataset(
+        file_cs, folder=folder_cryosparc or None, index_base=index_base, pixel_size=_given_pixel_size(pixel_size), select=select
+    )
     return _convert(
         dataset,
         params_input,
@@ -90,6 +96,7 @@ def convert_particle_stacks_from_cryosparc_job_directory(
     flag_plots: bool = True,
     *,
     pairing: Pairing = "sequence",
+    select: Selection = None,
     overwrite: bool = False,
 ) -> list[Path]:
     """Convert the particles of a CryoSPARC restack or downsample job to CryoLike stacks, in the order of its table.
@@ -101,14 +108,16 @@ def convert_particle_stacks_from_cryosparc_job_directory(
     job_number : number of the job
     pixel_size : angstrom, a number or a pair; a negative number or None takes it from the table or the MRC headers
     pairing : "sequence" (row k is image k) or "uid" (joined by uid; see ``JobDirectoryDataset``)
-    folder_output, batch_size, n_stacks_max, downsample_factor, downsample_type, skip_exist, flag_plots, overwrite
+    folder_output, batch_size, n_stacks_max, downsample_factor, downsample_type, skip_exist, flag_plots, select, overwrite
         as for ``convert_particle_stacks_from_indexed_cryosparc_file``
 
     Returns
     -------
     The ``.npz`` files, one per stack.
     """
-    dataset = JobDirectoryDataset(str(folder_cryosparc) or ".", job_number, pairing=pairing, pixel_size=_given_pixel_size(pixel_size))
+    dataset = JobDirectoryDataset(
+        str(folder_cryosparc) or ".", job_number, pairing=pairing, pixel_size=_given_pixel_size(pixel_size), select=select
+    )
     return _convert(
         dataset,
         params_input,
@@ -139,7 +148,7 @@ def _convert(
     flag_plots: bool,
     overwrite: bool,
 ) -> list[Path]:
-    if isinstance(downsample_factor, bool) or downsample_factor < 1:
+    if isinstance(downsample_factor, bool) or not isinstance(downsample_factor, Real) or downsample_factor < 1:
         raise ArgumentError(f"downsample_factor is 1 (none) or a larger integer, not {downsample_factor!r}")
     # Made even for a factor of 1, so that an unknown downsample_type never passes unnoticed.
     downsample = Downsample(factor=downsample_factor, method=downsample_type)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .batch import Particle, ParticleBatch
+from .batch import Particle, ParticleBatch, single_row
 from .ctf import Ctf
-from .errors import ArgumentError, RowIndexError
+from .errors import ArgumentError
 from .particles import Particles, Selection, resolve_rows, shortest
 from .stacks import ImageSource
 
@@ -24,7 +24,7 @@ class ParticleDataset(Dataset[Particle]):
     """Particles of one box and pixel size with their images, which stay on disk until they are asked for.
 
     Item i is row i of ``particles``. ``ds[i]`` is a lazy ``Particle``, ``ds[3:9]`` a smaller data set, ``ds[[4, 1, 7]]`` a
-    ``ParticleBatch``. A plain ``DataLoader(ds, batch_size=32, shuffle=True)`` gives ``ParticleBatch``es, each read in one
+    ``ParticleBatch``. A plain ``DataLoader(ds, batch_size=32, shuffle=True)`` gives a ``ParticleBatch`` each time, read in one
     call; so do ``Subset``, ``random_split`` and ``ConcatDataset`` of such data sets. Pickles without open files.
 
     Parameters
@@ -62,10 +62,8 @@ class ParticleDataset(Dataset[Particle]):
 
     def __getitem__(self, key: Any) -> Any:
         """A particle (int), a data set (slice), or a batch (list, array or tensor of row numbers, or a mask)."""
-        if isinstance(key, int | np.integer):
-            row = int(key) + len(self) if key < 0 else int(key)
-            if not 0 <= row < len(self):
-                raise RowIndexError(f"particle {key} of a data set of {len(self)}")
+        row = single_row(key, len(self))
+        if row is not None:
             return Particle(self, row)
         return self.select(key) if isinstance(key, slice) else self.batch(key)
 
@@ -97,6 +95,15 @@ class ParticleDataset(Dataset[Particle]):
     def batch(self, indices: Selection) -> ParticleBatch:
         """The same as ``read`` with everything known about each particle."""
         rows = resolve_rows(indices, len(self), self.particles)
+        return self.batch_of(rows, self._read_rows(rows, None))
+
+    def columns(self, rows: Sequence[int]) -> ParticleBatch:
+        """The same as ``batch`` without reading: the images are on torch's "meta" device, which holds no pixels."""
+        chosen = resolve_rows(rows, len(self), self.particles)
+        return self.batch_of(chosen, torch.empty((len(chosen), self.box, self.box), dtype=self.dtype, device="meta"))
+
+    def batch_of(self, rows: np.ndarray, images: Tensor) -> ParticleBatch:
+        """Images that were read for these rows (int64, none negative), with their columns."""
         particles = self.particles
 
         def tensor(column: np.ndarray) -> Tensor:
@@ -107,7 +114,7 @@ class ParticleDataset(Dataset[Particle]):
 
         ctf: Ctf[Tensor] | None = None if particles.ctf is None else particles.ctf.map(tensor)
         return ParticleBatch(
-            images=self._read_rows(rows, None),
+            images=images,
             index=torch.from_numpy(rows),
             uid=tensor(particles.uid.view(np.int64)),
             pixel_size=self.pixel_size,

@@ -11,11 +11,11 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
-from .errors import StackError
+from .errors import ArgumentError, StackError
 
 Mode0 = Literal["auto", "signed", "unsigned"]
 
@@ -80,15 +80,18 @@ def read_header(path: str | os.PathLike[str], *, mode0: Mode0 = "auto") -> MrcHe
 
 def parse_header(raw: bytes, file_bytes: int, path: str | os.PathLike[str], *, mode0: Mode0 = "auto") -> MrcHeader:
     """The same as ``read_header`` from the first 1024 bytes and the size of the file; ``path`` is for messages."""
+    if mode0 not in get_args(Mode0):
+        raise ArgumentError(f"mode0 is one of {', '.join(map(repr, get_args(Mode0)))}, not {mode0!r}")
+    order = _order(raw, file_bytes)
     for magic, (name, command) in _COMPRESSED.items():
-        if raw.startswith(magic) and _order(raw) is None:
+        if raw.startswith(magic) and order is None:
             raise StackError(f"{path} is compressed with {name} and cannot be mapped into memory; unpack it first ({command}).")
     if len(raw) < HEADER_BYTES:
         raise StackError(f"{path} has {file_bytes} bytes, less than the {HEADER_BYTES} of an MRC header; copy or write it again.")
-    order = _order(raw)
     if order is None:
         nx, ny, nz, mode = struct.unpack_from("<4i", raw)
-        raise StackError(f"{path} is not an MRC stack: its header reads nx={nx} ny={ny} nz={nz} mode={mode}.")
+        (nsymbt,) = struct.unpack_from("<i", raw, 92)
+        raise StackError(f"{path} is not an MRC stack: its header reads nx={nx} ny={ny} nz={nz} mode={mode} nsymbt={nsymbt}.")
     nx, ny, nz, mode = struct.unpack_from(f"{order}4i", raw)
     if mode in _REFUSED_MODES:
         raise StackError(
@@ -125,18 +128,21 @@ def describe_shortfall(path: Path | str, header: MrcHeader, index: int) -> str:
     return f"{path} has {header.nz} images, numbered 0 to {header.nz - 1}, and image {index} is asked for"
 
 
-def _order(raw: bytes) -> Literal["<", ">"] | None:
-    """Byte order of a header: by its machine stamp if that makes sense, else the order in which the header does."""
+def _order(raw: bytes, file_bytes: int) -> Literal["<", ">"] | None:
+    """Byte order of a header: the one in which it makes sense, and if both do, whose images fit the file; then as stamped."""
     if len(raw) < HEADER_BYTES:
         return None
-    orders: tuple[Literal["<", ">"], Literal["<", ">"]] = (">", "<") if raw[212:214] == b"\x11\x11" else ("<", ">")
-    for order in orders:
+    stamped: Literal["<", ">"] = ">" if raw[212:214] == b"\x11\x11" else "<"
+    candidates: list[tuple[int, bool, Literal["<", ">"]]] = []
+    for order in (stamped, "<" if stamped == ">" else ">"):
         nx, ny, nz, mode = struct.unpack_from(f"{order}4i", raw)
         nsymbt = struct.unpack_from(f"{order}i", raw, 92)[0]
         known = mode in _PIXEL_CODES or mode in _REFUSED_MODES
         if known and 0 < nx <= 1 << 17 and 0 < ny <= 1 << 17 and 0 < nz <= 1 << 28 and 0 <= nsymbt <= 1 << 30:
-            return order
-    return None
+            image_bytes = nx * ny * np.dtype(_PIXEL_CODES.get(mode, "i1")).itemsize
+            complete = (file_bytes - HEADER_BYTES - nsymbt) // image_bytes
+            candidates.append((2 if complete >= nz else 1 if complete >= 1 else 0, order == stamped, order))
+    return max(candidates)[2] if candidates else None
 
 
 def _mode0_dtype(raw: bytes, order: str, mode0: Mode0) -> np.dtype[np.generic]:

@@ -96,8 +96,8 @@ class Particles:
             mask &= np.isclose(column, value, rtol=1e-5) if column.dtype.kind == "f" else column == value
         return self[mask]
 
-    def one_value(self, name: str, remedy: str = "select") -> Any:
-        """The single value that column ``name`` has in all rows.
+    def one_value(self, name: str, remedy: str = "select={}") -> Any:
+        """The single value that column ``name`` has in all rows; ``remedy`` says how a selection is passed, for the error.
 
         Raises
         ------
@@ -106,12 +106,12 @@ class Particles:
         """
         column = self.columns()[name]
         short = name.removeprefix("ctf/")
+        if (column == column[0]).all() or (column.dtype.kind == "f" and np.allclose(column, column[0], rtol=1e-5, atol=0)):
+            return column[0]
         values, counts = np.unique(column, return_counts=True)
-        if len(values) == 1 or (column.dtype.kind == "f" and np.allclose(values, values[0], rtol=1e-5, atol=0)):
-            return values[0]
         where = f"p.ctf.{short}" if name.startswith("ctf/") else f"p.{short}"
         shown = [
-            f"  {short} {shortest(value)}: {count} particles   {remedy}=lambda p: np.isclose({where}, {shortest(value)})"
+            f"  {short} {shortest(value)}: {count} particles   {remedy.format(f'lambda p: np.isclose({where}, {shortest(value)})')}"
             for value, count in zip(values[:12], counts[:12], strict=True)
         ]
         more = [f"  ... and {len(values) - 12} more"] if len(values) > 12 else []
@@ -155,10 +155,10 @@ def resolve_rows(selection: Selection, n: int, particles: Particles | None = Non
         return np.empty(0, np.int64)
     if rows.dtype.kind not in "iu":
         raise RowIndexError(f"rows are chosen by integers or a mask, not by {rows.dtype} values")
-    rows = rows.astype(np.int64)
-    bad = (rows < -n) | (rows >= n)
+    bad = rows >= n if rows.dtype.kind == "u" else (rows < -n) | (rows >= n)
     if bad.any():
         raise RowIndexError(f"row {rows[bad][0]} is out of range ({int(bad.sum())} of {len(rows)} asked for are): there are {n} rows")
+    rows = rows.astype(np.int64)
     return np.where(rows < 0, rows + n, rows)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from .errors import MissingDependencyError
+from .errors import ArgumentError, MissingDependencyError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,6 +28,10 @@ def montage(images: Tensor, *, columns: int = 8, titles: list[str] | None = None
     columns : images per row
     titles : one line above each image
     """
+    if len(images) == 0:
+        raise ArgumentError("There is no image to show.")
+    if titles is not None and len(titles) != len(images):
+        raise ArgumentError(f"{len(titles)} titles do not fit {len(images)} images.")
     columns = max(1, min(columns, len(images)))
     figure, axes = _panels(len(images), columns, 1.5)
     for axis, image, title in zip(axes, images.float().cpu().numpy(), titles or [""] * len(images), strict=True):
@@ -74,7 +78,8 @@ def plot_stack(phys: Tensor, fourier: Tensor, grid: ImageDescriptor, folder: Pat
 
     figure, (axis,) = _panels(1, 1, 5.0)
     spectrum = fourier.abs().square().mean(dim=(0, 2)).numpy()
-    axis.loglog(grid.box_size_A / (2 * np.asarray(polar.radii)), spectrum)
+    draw = axis.loglog if (spectrum > 0).any() else axis.semilogx
+    draw(grid.box_size_A / (2 * np.asarray(polar.radii)), spectrum)
     axis.invert_xaxis()
     axis.set_xlabel("resolution (angstrom)")
     axis.set_ylabel("mean power")
@@ -83,11 +88,10 @@ def plot_stack(phys: Tensor, fourier: Tensor, grid: ImageDescriptor, folder: Pat
 
 def _panels(n: int, columns: int, inches: float, **options: Any) -> tuple[Figure, list[Any]]:
     """A figure with ``n`` axes, drawn without a display and without pyplot's global state."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError('Pictures need matplotlib: pip install "cryolike-data[plot]", or leave plots out.') from error
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     columns = max(1, min(columns, n))
     rows = -(-n // columns)
     figure = Figure(figsize=(columns * inches, rows * inches), layout="constrained", dpi=120)
@@ -96,3 +100,12 @@ def _panels(n: int, columns: int, inches: float, **options: Any) -> tuple[Figure
     for axis in axes[n:]:
         axis.remove()
     return figure, axes[:n]
+
+
+def require_matplotlib() -> None:
+    """Raise a ``MissingDependencyError`` where matplotlib is not installed."""
+    try:
+        import matplotlib.backends.backend_agg
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError('Pictures need matplotlib: pip install "cryolike-data[plot]", or leave plots out.') from error

@@ -75,6 +75,9 @@ class StackPool:
         return self.headers[file].ny, self.headers[file].nx
 
     def _stack(self, number: int) -> np.ndarray:
+        if self._process != os.getpid():
+            # The lock may have been held by a thread that the fork left behind.
+            self._forget_maps()
         with self._lock:
             stack = self._maps.get(number)
             if stack is None:
@@ -88,6 +91,7 @@ class StackPool:
     def _forget_maps(self) -> None:
         self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
+        self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"paths": self.paths, "headers": self.headers, "max_open": self.max_open, "dtype": self.dtype}
@@ -117,7 +121,5 @@ def open_stacks(paths: Sequence[str | os.PathLike[str]], *, mode0: Mode0 = "auto
         results = list(pool.map(header_or_error, names))
     errors = [str(result) for result in results if isinstance(result, Exception)]
     if errors:
-        shown = "\n".join(f"  {text}" for text in errors[:20])
-        more = f"\n  ... and {len(errors) - 20} more" if len(errors) > 20 else ""
-        raise StackError(f"{len(errors)} of {len(names)} stacks cannot be read:\n{shown}{more}")
+        raise StackError("\n".join([f"{len(errors)} of {len(names)} stacks cannot be read:", *(f"  {text}" for text in errors)]))
     return StackPool(names, tuple(result for result in results if isinstance(result, MrcHeader)))

@@ -44,6 +44,7 @@ class ZarrImages:
     def __init__(self, path: str) -> None:
         self.path = path
         self._array = _open(Path(path))["images"]
+        _require_all_shards(path, self._array)
         self.dtype: np.dtype[Any] = np.dtype(self._array.dtype).newbyteorder("=")
 
     def read_into(self, file: np.ndarray, image: np.ndarray, out: np.ndarray) -> None:
@@ -54,7 +55,10 @@ class ZarrImages:
         cuts = np.flatnonzero(np.diff(chunk)) + 1
         for rows in np.split(order, cuts) if len(order) else []:
             first, last = int(image[rows[0]]), int(image[rows[-1]]) + 1
-            out[rows] = self._array[first:last][image[rows] - first]
+            try:
+                out[rows] = self._array[first:last][image[rows] - first]
+            except (ValueError, OSError) as error:
+                raise StackError(f"Images {first} to {last - 1} of {self.path} cannot be read, copy or export it again: {error}") from error
 
     def __reduce__(self) -> tuple[type[ZarrImages], tuple[str]]:
         return ZarrImages, (self.path,)
@@ -75,6 +79,14 @@ def _open(path: Path) -> Any:
     if layout.get("format") != FORMAT:
         raise StackError(f"{path} has layout {layout.get('format')}; this version of cryolike_data reads layout {FORMAT}. Upgrade it.")
     return group
+
+
+def _require_all_shards(path: str, images: Any) -> None:
+    """Zarr takes a file that is not there for one of zeros."""
+    shard = (images.shards or images.chunks)[0]
+    missing = [k for k in range(-(-images.shape[0] // shard)) if not Path(path, "images", "c", str(k), "0", "0").is_file()]
+    if missing:
+        raise StackError(f"{path} lacks {len(missing)} of its shards (first: images/c/{missing[0]}/0/0); copy or export it again.")
 
 
 def _read_particles(path: Path, group: Any) -> Particles:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from pathlib import Path
 from typing import Any
 
+import mrcfile
 import numpy as np
+import torch
+from scipy.special import roots_jacobi
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -97,3 +101,90 @@ def numbered_images(n: int, box: int, *, dtype: str = "f4", start: int = 0) -> n
         info = np.iinfo(dtype)
         return rng.integers(info.min, info.max, (n, box, box), dtype=dtype, endpoint=True)
     return rng.normal(size=(n, box, box)).astype(dtype)
+
+
+def stored_images(folder: Path, table: np.ndarray) -> np.ndarray:
+    """(N, H, W) images that the rows of a CryoSPARC table mean, read with mrcfile from the project folder, in the order of the rows."""
+    stacks: dict[bytes, np.ndarray] = {}
+    for path in set(table["blob/path"].tolist()):
+        with mrcfile.open(folder / path.decode().removeprefix(">"), permissive=True) as mrc:
+            stacks[path] = mrc.data.reshape(-1, *mrc.data.shape[-2:]).copy()
+    return np.stack([stacks[path][idx] for path, idx in zip(table["blob/path"].tolist(), table["blob/idx"], strict=True)])
+
+
+def centred(images: np.ndarray) -> np.ndarray:
+    """What CryoLike makes of each image before its transform: mean 0, largest magnitude 1 (float64)."""
+    shifted = images.astype(np.float64) - images.astype(np.float64).mean(axis=(-2, -1), keepdims=True)
+    return shifted / np.abs(shifted).max(axis=(-2, -1), keepdims=True)
+
+
+def polar_images(images: np.ndarray, radius_max: float, n_inplanes: int, dist_radii: float = 0.25) -> np.ndarray:
+    """CryoLike's normalised polar Fourier transform of (N, D, D) images, summed directly in float64."""
+    box, n_shells = images.shape[-1], 1 + int(np.ceil(radius_max / dist_radii))
+    nodes, weights = roots_jacobi(n_shells, 0, 1)
+    radii, angles = (nodes + 1) * radius_max / 2, 2 * np.pi * np.arange(n_inplanes) / n_inplanes
+    at = 4 * np.pi / box * (np.arange(box) - box // 2)
+    down = np.exp(-1j * at * (radii[:, None] * np.cos(angles))[..., None])
+    across = np.exp(-1j * at * (radii[:, None] * np.sin(angles))[..., None])
+    transform = np.einsum("nyx,say,sax->nsa", images.astype(np.float64), down, across, optimize=True)
+    norm = np.einsum("nsa,s->n", np.abs(transform) ** 2, weights * 2 * np.pi * (radius_max / 2) ** 2 / n_inplanes)
+    return transform / np.sqrt(norm)[:, None, None]
+
+
+def load_cryolike_stack(folder: Path, number: int = 0) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """The images, polar transforms and metadata of one CryoLike stack, without unpickling anything."""
+    name = f"stack_{number:06d}"
+    phys = torch.load(folder / "phys" / f"particles_phys_{name}.pt", weights_only=True)
+    fourier = torch.load(folder / "fft" / f"particles_fourier_{name}.pt", weights_only=True)
+    with np.load(folder / "fft" / f"particles_fourier_{name}.npz", allow_pickle=False) as file:
+        return phys.numpy(), fourier.numpy(), dict(file)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file below a folder, hidden ones too, with the hash of its bytes (pytest takes long to tell large bytes apart)."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def write_particles(
+    folder: Path, n: int = 6, *, box: int = 8, dtype: str = "f4", stacks: int = 2, seed: int = 0, order: str = "<", **columns: Any
+) -> tuple[Path, np.ndarray]:
+    """Write stacks and a table ``J1/particles.cs`` whose rows name their images in mixed order.
+
+    ``columns`` are as in ``write_table``; they replace the usual ones, and None leaves one out. Returns the table and the
+    (n, box, box) images, image i being that of row i.
+    """
+    images = numbered_images(n, box, dtype=dtype, start=seed)
+    places = np.random.default_rng([13, seed, n]).permutation(n)
+    file, index = places % stacks, places // stacks
+    for number in range(stacks):
+        rows = np.flatnonzero(file == number)
+        write_stack(folder / f"J1/extract/stack_{number}.mrc", images[rows[np.argsort(index[rows])]], order=order)
+    usual: dict[str, Any] = {
+        "uid": uids(n, seed=seed),
+        "blob__path": [f"J1/extract/stack_{number}.mrc" for number in file],
+        "blob__idx": index.astype(np.uint32),
+        "blob__psize_A": np.full(n, 1.5, np.float32),
+        **ctf_columns(n, seed=seed),
+    }
+    wanted = {name: values for name, values in (usual | columns).items() if values is not None}
+    return write_table(folder / "J1/particles.cs", **wanted), images
+
+
+def write_job(
+    project: Path, number: int, counts: list[int], *, kind: str = "restack", digits: int = 6, box: int = 8, first: int = 0, **columns: Any
+) -> tuple[Path, np.ndarray]:
+    """Write job folder ``J{number}`` with stacks numbered from ``first`` and a passthrough table in step with them.
+
+    ``columns`` are those of the passthrough table besides its optics; without ``uid`` among them it gets uids. Returns the job
+    folder and the (sum(counts), box, box) images in sequence.
+    """
+    images = numbered_images(sum(counts), box, start=number)
+    word = {"restack": "restacked", "downsample": "downsample"}[kind]
+    ends = np.cumsum(counts)
+    for batch, (end, count) in enumerate(zip(ends, counts, strict=True)):
+        write_stack(project / f"J{number}/{kind}/batch_{batch + first:0{digits}d}_{word}.mrc", images[end - count : end], pixel_size=1.7)
+    table = {"uid": uids(len(images), seed=number), **ctf_columns(len(images), seed=number), **columns}
+    job = project / f"J{number}"
+    write_table(job / f"J{number}_passthrough_particles.cs", **{name: values for name, values in table.items() if values is not None})
+    return job, images

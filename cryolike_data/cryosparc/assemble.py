@@ -38,10 +38,9 @@ def assemble(
         raise TableError(f"{table.path} has no rows.")
     problems = [*_missing_images(pool, file, image, index_hint), *_wrong_shapes(pool, file, table, pixel_size)]
     if problems:
-        shown = [f"  {text}" for text in problems[:20]] + ([f"  ... and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        raise StackError("\n".join([f"{table.path} and its stacks do not fit together:", *shown]))
+        raise StackError("\n".join([f"{table.path} and its stacks do not fit together:", *(f"  {text}" for text in problems)]))
     return Particles(
-        row=np.arange(len(table), dtype=np.int64),
+        row=np.arange(len(table), dtype=np.int64) if table.kept is None else table.kept.astype(np.int64, copy=False),
         uid=read_uid(table),
         file=file.astype(np.int32, copy=False),
         slice=image.astype(np.int64, copy=False),
@@ -88,11 +87,13 @@ def _wrong_shapes(pool: StackPool, file: np.ndarray, table: Table, pixel_size: A
     differ = np.flatnonzero((stated != found).any(axis=1))
     if len(differ) and pixel_size is not None:
         log.warning("blob/shape of %s differs from the stacks in %d rows; the stacks are believed.", table.path, len(differ))
-    elif len(differ):
-        row = int(differ[0])
+        return told
+    for number in np.unique(file[differ]).tolist():
+        rows = differ[file[differ] == number]
+        (ny, nx), header = stated[rows[0]], pool.headers[number]
         told.append(
-            f"{pool.paths[int(file[row])]} holds images of {found[row, 1]} pixels and blob/shape says {stated[row, 1]} "
-            f"({len(differ)} rows differ); if the stacks were resampled, pass their pixel_size"
+            f"{pool.paths[number]} holds images of {header.nx} x {header.ny} pixels and blob/shape says {nx} x {ny} "
+            f"({len(rows)} rows); if the stacks were resampled, pass their pixel_size"
         )
     return told
 
@@ -122,6 +123,11 @@ def _pixel_sizes(table: Table, pool: StackPool, file: np.ndarray, argument: Any)
 def square_pixel_size(value: Any) -> float:
     """One number for a pixel size given as a number or as an (x, y) pair."""
     sizes = np.atleast_1d(np.asarray(value, float))
-    if sizes.ndim != 1 or len(sizes) > 2 or not (np.isfinite(sizes) & (sizes > 0)).all() or not np.allclose(sizes, sizes[0], rtol=1e-5):
+    if (
+        sizes.ndim != 1
+        or len(sizes) not in (1, 2)
+        or not (np.isfinite(sizes) & (sizes > 0)).all()
+        or not np.allclose(sizes, sizes[0], rtol=1e-5)
+    ):
         raise ArgumentError(f"pixel_size is a positive number of angstrom (or two equal ones), not {value!r}")
     return float(sizes[0])

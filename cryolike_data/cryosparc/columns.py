@@ -53,10 +53,11 @@ def read_pose(table: Table) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     pose = table[f"{slot}/pose"].astype(np.float32, copy=False)
     found["pose"] = pose if pose.ndim == 2 else np.stack([np.zeros_like(pose), np.zeros_like(pose), pose], axis=1)
-    if f"{slot}/shift" in table and f"{slot}/psize_A" in table:
-        found["shift_A"] = table[f"{slot}/shift"].astype(np.float32, copy=False) * table[f"{slot}/psize_A"].astype(np.float32)[:, None]
-    elif f"{slot}/shift" in table:
-        log.warning("%s has %s/shift without %s/psize_A, so the unit of the shifts is unknown; they are left out.", table.path, slot, slot)
+    shift, unit = table.get(f"{slot}/shift"), table.get(f"{slot}/psize_A")
+    if shift is not None and unit is not None and (unit > 0).all():
+        found["shift_A"] = shift.astype(np.float32, copy=False) * unit.astype(np.float32)[:, None]
+    elif shift is not None:
+        log.warning("%s has %s/shift without a positive %s/psize_A, their unit; the shifts are left out.", table.path, slot, slot)
     if f"{slot}/split" in table:
         found["half_set"] = table[f"{slot}/split"].astype(np.int64)
     return found

@@ -66,7 +66,7 @@ class IndexedDataset(ParticleDataset):
         require_images(table)
         names, file = unique_paths(table["blob/path"])
         rows_per_name = np.bincount(file, minlength=len(names)).tolist()
-        paths = resolve_paths(names, rows_per_name, table=table.origin("blob/path"), folder=folder)
+        paths = resolve_paths(names, rows_per_name, table=table.origin("blob/path"), folder=folder or None)
         pool = open_stacks(paths, mode0=mode0)
         image = table["blob/idx"].astype(np.int64) - index_base
         hint = _HINTS[index_base]

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +14,12 @@ from typing import Any, Literal
 import numpy as np
 
 from ..dataset import ParticleDataset
-from ..errors import ArgumentError, MissingStackError, PairingError
+from ..errors import ArgumentError, MissingStackError, PairingError, TableError
 from ..mrc import Mode0
 from ..particles import Selection
 from ..stacks import StackPool, open_stacks
 from .assemble import assemble
-from .join import Unmatched, csg_results, find_metafile, join_tables, match_uids, side_by_side, take_rows, usable_uid
+from .join import Unmatched, csg_results, find_metafile, join_tables, match_uids, side_by_side, take_rows, take_slots, usable_uid
 from .paths import resolve_paths, unique_paths
 from .table import Table, read_table
 
@@ -86,11 +87,30 @@ class JobDirectoryDataset(ParticleDataset):
 
 @dataclass(frozen=True)
 class _Stacks:
-    """The numbered stacks of a job: ``paths[i]`` has number i; ``later`` lie beyond the first missing number."""
+    """The numbered stacks of a job in ``folder``; the first ``in_sequence`` of them are numbered 0, 1, 2, ... without a gap."""
 
     folder: Path
-    paths: tuple[Path, ...]
-    later: tuple[Path, ...]
+    by_number: dict[int, Path]
+    in_sequence: int
+
+    @property
+    def paths(self) -> list[Path]:
+        return [self.by_number[number] for number in range(self.in_sequence)]
+
+    @property
+    def later(self) -> list[Path]:
+        return [path for number, path in sorted(self.by_number.items()) if number > self.in_sequence]
+
+    @property
+    def record_name(self) -> str:
+        return _KINDS[self.folder.name][1]
+
+    def number(self, name: str) -> int | None:
+        """The number of the stack that a ``blob/path`` means, if it means one of this job and kind."""
+        path = Path(name.removeprefix(">"))
+        match = _BATCH.match(path.name)
+        ours = path.parts[-3:-1] == (self.folder.parent.name, self.folder.name) or path.parts[:-1] == (self.folder.name,)
+        return int(match[1]) if match and ours and match[2] == _KINDS[self.folder.name][0] else None
 
 
 def _read_passthrough(job: Path, number: int) -> Table:
@@ -121,39 +141,44 @@ def _find_stacks(job: Path) -> _Stacks:
                 raise PairingError(f"{twin.name} and {path.name} in {path.parent} have the same number; keep one of them.")
         if by_number:
             n = next(i for i in range(len(by_number) + 1) if i not in by_number)
-            later = tuple(by_number[i] for i in sorted(by_number) if i > n)
-            if n == 0:
-                raise MissingStackError(
-                    f"{job / kind} holds {later[0].name} but no stack number 0 (batch_0_{word}.mrc or batch_000000_...)."
-                )
-            return _Stacks(job / kind, tuple(by_number[i] for i in range(n)), later)
+            return _Stacks(job / kind, by_number, n)
         looked.append(f"{job / kind}/batch_*_{word}.mrc")
     raise MissingStackError(f"There are no stacks in {job}: looked for {' and '.join(looked)}.")
 
 
 def _find_record(job: Path, stacks: _Stacks, passthrough: Table) -> Table | None:
     """The job's own record of which image each uid is: a table with uid and blob columns that points to these stacks."""
-    candidates = [job / _KINDS[stacks.folder.name][1]]
+    tables = (table for table in _possible_records(job, stacks) if {"uid", "blob/path", "blob/idx"} <= set(table.fields))
+    own = next((table for table in tables if _points_to(table, stacks)), None)
+    if own is None and {"blob/path", "blob/idx"} <= set(passthrough.fields) and _points_to(passthrough, stacks):
+        return passthrough
+    return own
+
+
+def _possible_records(job: Path, stacks: _Stacks) -> Iterator[Table]:
+    named = job / stacks.record_name
+    if named.is_file():
+        yield read_table(named)
     for group in sorted(job.glob("*.csg")):
-        blob = csg_results(group).get("blob")
-        if blob is not None:
-            candidates.append(find_metafile(group, str(blob["metafile"])))
-    tables = [read_table(path) for path in dict.fromkeys(candidates) if path.is_file()] + [passthrough]
-    return next((table for table in tables if {"uid", "blob/path", "blob/idx"} <= set(table.fields) and _points_to(table, stacks)), None)
+        try:
+            blob = csg_results(group).get("blob")
+        except TableError as error:
+            log.warning("%s is left aside: %s", group, error)
+            continue
+        path = None if blob is None else find_metafile(group, str(blob["metafile"]))
+        if path is not None and path != named and path.is_file():
+            yield read_table(path)
 
 
 def _points_to(table: Table, stacks: _Stacks) -> bool:
     names, _ = unique_paths(table["blob/path"])
-    return any(_number(name, stacks) is not None for name in names)
-
-
-def _number(name: str, stacks: _Stacks) -> int | None:
-    """The stack number that a ``blob/path`` means, if it is one of the kind in use."""
-    match = _BATCH.search(Path(name).name)
-    return int(match[1]) if match and match[2] == _KINDS[stacks.folder.name][0] else None
+    return any(stacks.number(name) is not None for name in names)
 
 
 def _pair_in_sequence(table: Table, stacks: _Stacks, record: Table | None, mode0: Mode0) -> tuple[Table, StackPool, np.ndarray, np.ndarray]:
+    if not stacks.in_sequence:
+        first = min(stacks.by_number.items())[1]
+        raise MissingStackError(f"{stacks.folder} holds {first.name} but no stack number 0; row k is image k only from number 0 on.")
     pool = open_stacks(stacks.paths, mode0=mode0)
     counts = np.array([header.nz for header in pool.headers])
     n_rows, n_images = len(table), int(counts.sum())
@@ -180,9 +205,9 @@ def _check_sequence(table: Table, record: Table, stacks: _Stacks, file: np.ndarr
     """The table with the record's columns beside it, after making sure that the record does not contradict the sequence."""
     rows = np.arange(len(table)) if record.path == table.path else _record_rows(table, record)
     if rows is None:
-        return table
+        return _without_blob(table)
     names, number = unique_paths(record["blob/path"])
-    numbers = np.array([-1 if (found := _number(name, stacks)) is None else found for name in names])
+    numbers = np.array([-1 if (found := stacks.number(name)) is None else found for name in names])
     agrees = (rows >= 0) & (numbers[number[rows]] == file) & (record["blob/idx"][rows] == image)
     if not agrees.all():
         row = int(np.flatnonzero(~agrees)[0])
@@ -207,17 +232,20 @@ def _pair_by_uid(
 ) -> tuple[Table, StackPool, np.ndarray, np.ndarray, list[str]]:
     if record is None:
         raise PairingError(
-            f'pairing="uid" needs the job\'s record of its images in {stacks.folder.parent}: {_KINDS[stacks.folder.name][1]}, or a .csg '
+            f'pairing="uid" needs the job\'s record of its images in {stacks.folder.parent}: {stacks.record_name}, or a .csg '
             'that names such a table. Copy it there, or use pairing="sequence" if you know that row k is image k.'
         )
     if record.path != table.path:
         table = join_tables(_without_blob(table), record, unmatched=unmatched)
     names, file = unique_paths(table["blob/path"])
     rows_per_name = np.bincount(file, minlength=len(names)).tolist()
-    paths = resolve_paths(names, rows_per_name, table=record.path, folder=stacks.folder)
+    # By number, whatever the zero padding; a name that is none of this job's stacks is looked for as in an indexed file.
+    here = [stacks.by_number.get(-1 if (number := stacks.number(name)) is None else number) for name in names]
+    elsewhere = [k for k, path in enumerate(here) if path is None]
+    found = resolve_paths([names[k] for k in elsewhere], [rows_per_name[k] for k in elsewhere], table=record.path)
+    paths = [path if path is not None else found[elsewhere.index(k)] for k, path in enumerate(here)]
     return table, open_stacks(paths, mode0=mode0), file, table["blob/idx"].astype(np.int64), names
 
 
 def _without_blob(table: Table) -> Table:
-    fields = {name: dtype for name, dtype in table.fields.items() if not name.startswith("blob/")}
-    return Table(table.path, fields, table.rows, table)
+    return take_slots(table, [slot for slot in table.slots if slot != "blob"])

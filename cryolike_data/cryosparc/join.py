@@ -30,6 +30,8 @@ def load_table(
     The rows and their order are those of the first table; where two tables hold the same group of columns (``blob``,
     ``ctf``, ...) the first wins.
     """
+    if unmatched not in ("error", "drop"):
+        raise ArgumentError(f'unmatched is "error" or "drop", not {unmatched!r}')
     extra = [] if passthrough is None else [passthrough] if isinstance(passthrough, str | os.PathLike) else list(passthrough)
     table = _read_any(path, unmatched)
     for other in extra:
@@ -46,8 +48,6 @@ def join_tables(table: Table, other: Table, *, unmatched: Unmatched = "error") -
         if uids are zero or occur twice, or if rows of either table have no partner (``unmatched="drop"`` leaves them out
         and logs how many)
     """
-    if unmatched not in ("error", "drop"):
-        raise ArgumentError(f'unmatched is "error" or "drop", not {unmatched!r}')
     left, right = usable_uid(table), usable_uid(other)
     rows = match_uids(left, right)
     lonely = rows < 0
@@ -58,8 +58,11 @@ def join_tables(table: Table, other: Table, *, unmatched: Unmatched = "error") -
             f"{len(right)} rows of the second have no partner with the same uid"
         )
         if unmatched == "error":
-            example = f" (first: uid {', '.join(map(str, left[lonely][:3]))})" if n_left else ""
-            raise PairingError(f'{told}{example}. If that is intended, unmatched="drop" keeps the rows that both have.')
+            first = [*left[lonely][:3], *np.delete(right, rows[~lonely])[:3]]
+            shown = ", ".join(map(str, first))
+            raise PairingError(f'{told} (first: uid {shown}). If that is intended, unmatched="drop" keeps the rows that both have.')
+        if lonely.all():
+            raise PairingError(f"{told}: they share no uid at all. Are they of the same particles?")
         log.warning("%s; they are left out.", told)
     return side_by_side(table, np.flatnonzero(~lonely) if n_left else None, other, rows[~lonely])
 
@@ -73,12 +76,23 @@ def side_by_side(table: Table, rows: np.ndarray | None, other: Table, other_rows
     parts = {name: _Part(table, rows) for name in table.fields if name.split("/")[0] not in theirs}
     parts |= {name: _Part(other, other_rows) for name in other.fields if name.split("/")[0] in theirs}
     fields = {name: part.table.fields[name] for name, part in parts.items()}
-    return Table(table.path, fields, len(other_rows), _SideBySide(parts))
+    return Table(table.path, fields, len(other_rows), _SideBySide(parts), _kept(table, rows))
 
 
 def take_rows(table: Table, rows: np.ndarray) -> Table:
     """A table of the given rows only."""
-    return Table(table.path, table.fields, len(rows), _SideBySide({name: _Part(table, rows) for name in table.fields}))
+    parts = {name: _Part(table, rows) for name in table.fields}
+    return Table(table.path, table.fields, len(rows), _SideBySide(parts), _kept(table, rows))
+
+
+def take_slots(table: Table, slots: Collection[str]) -> Table:
+    """A table with the uid and the given column groups only."""
+    fields = {name: dtype for name, dtype in table.fields.items() if "/" not in name or name.split("/")[0] in slots}
+    return Table(table.path, fields, table.rows, _SideBySide({name: _Part(table, None) for name in fields}), table.kept)
+
+
+def _kept(table: Table, rows: np.ndarray | None) -> np.ndarray | None:
+    return table.kept if rows is None else rows if table.kept is None else table.kept[rows]
 
 
 def match_uids(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -130,15 +144,17 @@ def _read_any(path: str | os.PathLike[str], unmatched: Unmatched) -> Table:
     path = Path(path).expanduser()
     if path.suffix.lower() != ".csg":
         return read_table(path)
-    files = csg_files(path)
-    table = read_table(files[0])
-    for other in files[1:]:
-        table = join_tables(table, read_table(other), unmatched=unmatched)
+    tables = [take_slots(read_table(file), slots) for file, slots in csg_files(path).items()]
+    table = tables[0]
+    for other in tables[1:]:
+        table = join_tables(table, other, unmatched=unmatched)
     return table
 
 
-def csg_files(path: Path) -> list[Path]:
-    """The tables that a ``.csg`` group names, the one that defines rows first (passthrough tables come last).
+def csg_files(path: Path) -> dict[Path, list[str]]:
+    """The tables that a ``.csg`` group names, each with the column groups to take from it.
+
+    The one that defines the rows comes first; passthrough tables come last.
 
     Raises
     ------
@@ -147,21 +163,22 @@ def csg_files(path: Path) -> list[Path]:
     MissingStackError
         if a table that it names is not there
     """
-    results = csg_results(path)
-    if not results:
-        raise TableError(f"{path} does not describe particles.")
+    slots: dict[Path, list[str]] = {}
     counts: dict[Path, int | None] = {}
-    for entry in results.values():
+    for slot, entry in csg_results(path).items():
         file = find_metafile(path, str(entry["metafile"]))
+        slots.setdefault(file, []).append(slot)
         counts.setdefault(file, entry.get("num_items"))
-    missing = [file for file in counts if not file.is_file()]
+    if not slots:
+        raise TableError(f"{path} does not describe particles.")
+    missing = [file for file in slots if not file.is_file()]
     if missing:
         raise MissingStackError("\n".join([f"{len(missing)} tables named by {path} were not found:", *(f"  {file}" for file in missing)]))
     for file, count in counts.items():
         rows = len(read_table(file))
         if count is not None and rows != int(count):
             raise TableError(f"{path} promises {count} rows in {file.name}, which has {rows}; export the group again.")
-    return sorted(counts, key=lambda file: "passthrough" in file.name)
+    return {file: slots[file] for file in sorted(slots, key=lambda file: "passthrough" in file.name)}
 
 
 def csg_results(path: Path) -> dict[str, dict[str, Any]]:

@@ -57,9 +57,9 @@ def resolve_paths(
     for name, rows in zip(names, rows_per_name, strict=True):
         places = _places(name, table, folder)
         swapped = [place.with_suffix(_SWAPPED[place.suffix]) for place in places if place.suffix in _SWAPPED]
-        hit = next((place for place in [*places, *swapped] if place.is_file()), None)
+        hit = next((place for place in [*places, *swapped] if _is_file(place)), None)
         if hit is None:
-            problems.append(_explain(name, rows, places))
+            problems.append(_explain(name, rows, places, folder))
         else:
             found.append(hit.absolute())
     if problems:
@@ -81,20 +81,28 @@ def _places(name: str, table: Path, folder: Path | None) -> list[Path]:
     return list(dict.fromkeys(places))
 
 
-def _explain(name: str, rows: int, places: Sequence[Path]) -> str:
+def _is_file(place: Path) -> bool:
+    try:
+        return place.is_file()
+    except (OSError, ValueError):  # no permission, a name that no file can have: _explain says so
+        return False
+
+
+def _explain(name: str, rows: int, places: Sequence[Path], folder: Path | None) -> str:
     for place in places:
-        if place.is_symlink():
-            return f"  {name} ({rows} rows) is a link at {place} to {os.readlink(place)}, which does not exist"
-        if place.is_dir():
+        try:
+            place.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            if place.is_symlink():
+                return f"  {name} ({rows} rows) is a link at {place} to {os.readlink(place)}, which does not exist"
+        except (OSError, ValueError) as error:
+            return f"  {name[:200]!r} ({rows} rows) cannot be opened: {getattr(error, 'strerror', None) or error}"
+        else:
             return f"  {name} ({rows} rows) is a folder at {place}"
-    looked = ", ".join(str(_stem_of(place, name)) for place in places[:3]) + (", and the folders above" if len(places) > 3 else "")
-    return f"  {name} ({rows} rows) looked in: {looked}"
-
-
-def _stem_of(place: Path, name: str) -> Path:
-    """The folder from which ``place`` was reached."""
-    plain = Path(name.removeprefix(">"))
-    return place.parents[len(plain.parts) - 1] if not plain.is_absolute() and len(plain.parts) <= len(place.parents) else place.parent
+    # Where a relative path was looked for from, not each place in full.
+    depth = 1 if folder is not None or Path(name).is_absolute() else len(Path(name.removeprefix(">")).parts)
+    looked = ", ".join(str(place.parents[min(depth, len(place.parents)) - 1]) for place in places[:3])
+    return f"  {name} ({rows} rows) looked in: {looked}{', and the folders above' if len(places) > 3 else ''}"
 
 
 def _all_problems(problems: list[str], total: int, table: Path, folder: Path | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import tokenize
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +35,14 @@ class Table:
     path : the file
     fields : dtype of each column, with its shape per row
     rows : number of rows
+    kept : (rows,) int64, row in the file of each row of the table; None for all, in order
     """
 
     path: Path
     fields: Mapping[str, np.dtype[Any]]
     rows: int
     _source: Any
+    kept: np.ndarray | None = None
 
     def __contains__(self, name: str) -> bool:
         return name in self.fields
@@ -50,7 +53,8 @@ class Table:
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.fields:
             raise TableError(f"{self.path} has no column {name!r}. It has {self.describe_slots()}.")
-        column = np.ascontiguousarray(self._source[name])
+        # Always a copy: a view would keep the file mapped, and fault if it is truncated.
+        column = np.array(self._source[name], order="C")
         return column.astype(column.dtype.newbyteorder("="), copy=False)
 
     def get(self, name: str) -> np.ndarray | None:
@@ -130,11 +134,13 @@ def _read_numpy(path: Path, file: IO[bytes]) -> Table:
 def _numpy_header(path: Path, file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     try:
         version = np.lib.format.read_magic(file)
-        # Versions 2 and 3 share a layout (3 is UTF-8); NumPy reads both here.
+        # Versions 2 and 3 share a layout, but names are UTF-8 in 3.
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file, max_header_size=_MAX_HEADER_BYTES)
-    except (ValueError, EOFError, TypeError) as error:
+    except (ValueError, EOFError, TypeError, SyntaxError, tokenize.TokenError) as error:
         raise TableError(f"{path} has a damaged NumPy header: {error}") from error
+    if version >= (3, 0) and dtype.names:
+        dtype.names = tuple(name.encode("latin1").decode("utf-8", "replace") for name in dtype.names)
     return shape, dtype
 
 

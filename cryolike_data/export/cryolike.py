@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,8 @@ from tqdm import tqdm
 from ..collate import Collate
 from ..dataset import ParticleDataset
 from ..descriptor import ImageDescriptor, read_npz_without_pickles
-from ..errors import ArgumentError, ExportExistsError, MixedParticlesError, TableError
-from ..transforms import Downsample, PolarTransform, normalize_polar
+from ..errors import ArgumentError, ExportError, ExportExistsError, MixedParticlesError, TableError
+from ..transforms import Downsample, Normalize, PolarTransform, normalize_polar
 from .files import whole_file
 
 log = logging.getLogger(__name__)
@@ -78,24 +79,35 @@ def export_cryolike(
         raise ArgumentError(f"batch_size is at least 1 and n_stacks_max at least -1 (no limit), not {batch_size} and {n_stacks_max}")
     if overwrite and resume:
         raise ArgumentError("overwrite replaces what is there and resume keeps it; pass one of them")
+    if len(dataset) == 0:
+        raise ArgumentError("There are no particles to export: the selection is empty.")
     folder = Path(folder).expanduser()
-    collate = Collate(downsample=downsample, normalize="max")
+    if folder.exists() and not folder.is_dir():
+        raise ExportError(f"{folder} is a file; choose a folder.")
+    collate = Collate(downsample=downsample)
     grid = _output_descriptor(dataset, descriptor, downsample)
     stacks = list(_plan(len(dataset), batch_size, n_stacks_max, folder))
     optics = [_stack_optics(dataset, stack) for stack in stacks]
     if plots:
-        from ..plots import plot_stack
-    left = _make_room(dataset, stacks, grid, folder, overwrite=overwrite, resume=resume)
-    _write_npz(folder / "fft" / "image_descriptor.npz", grid.to_npz_dict())
+        from ..plots import plot_stack, require_matplotlib
+
+        require_matplotlib()
     transform = PolarTransform(grid.polar_grid, grid.n_pixels, eps=grid.eps)
+    settings = {"downsampling": np.str_("none" if downsample is None else repr(downsample))}
+    planned = [grid.to_npz_dict() | optics[stack.number] | _identity(dataset, stack) | settings for stack in stacks]
+    left = _make_room(stacks, planned, folder, overwrite=overwrite, resume=resume)
+    _write_npz(folder / "fft" / "image_descriptor.npz", grid.to_npz_dict())
     total = sum(len(stack.rows) for stack in left)
     with tqdm(total=total, unit="image", desc="CryoLike stacks", disable=None if progress is None else not progress) as bar:
+        constant = 0
         for stack in left:
-            phys, fourier = _transform_stack(dataset, stack, collate, transform, grid, bar.update)
-            metadata = grid.to_npz_dict() | optics[stack.number] | _identity(dataset, stack)
-            _write_stack(stack, phys, fourier, metadata)
+            phys, fourier, constant_here = _transform_stack(dataset, stack, collate, transform, grid, bar.update)
+            constant += constant_here
             if plots:
                 plot_stack(phys, fourier, grid, folder / "plots", stack.number)
+            _write_stack(stack, phys, fourier, planned[stack.number])
+    if constant:
+        warnings.warn(f"{constant} of {total} images are constant and cannot be normalised; they became zeros.", UserWarning, stacklevel=2)
     return [stack.metadata for stack in stacks]
 
 
@@ -143,7 +155,7 @@ def _stack_optics(dataset: ParticleDataset, stack: _Stack) -> dict[str, Any]:
         )
     u, v, angle, *_ = ctf.require("defocus_u", "defocus_v", "astigmatism_angle_rad", *_SHARED_OPTICS)
     try:
-        voltage, aberration, contrast = (np.float64(particles.one_value(f"ctf/{name}", "dataset.select")) for name in _SHARED_OPTICS)
+        voltage, aberration, contrast = (np.float64(particles.one_value(f"ctf/{name}", "dataset.select({})")) for name in _SHARED_OPTICS)
     except MixedParticlesError as error:
         raise MixedParticlesError(
             f"CryoLike keeps one voltage, spherical aberration and amplitude contrast per stack; stack {stack.number} (rows "
@@ -183,9 +195,7 @@ def _identity(dataset: ParticleDataset, stack: _Stack) -> dict[str, Any]:
     return {"uid": dataset.particles.uid[rows], "row": dataset.particles.row[rows]}
 
 
-def _make_room(
-    dataset: ParticleDataset, stacks: list[_Stack], grid: ImageDescriptor, folder: Path, *, overwrite: bool, resume: bool
-) -> list[_Stack]:
+def _make_room(stacks: list[_Stack], metadata: list[dict[str, Any]], folder: Path, *, overwrite: bool, resume: bool) -> list[_Stack]:
     """The stacks that are left to write, once it is sure that nothing in the folder gets mixed up with them."""
     present = [path for part in ("phys", "fft") for path in sorted((folder / part).glob("particles_*_stack_*.*"))]
     if overwrite:
@@ -202,14 +212,17 @@ def _make_room(
     foreign = [path for path in present if path not in planned]
     if foreign:
         raise ExportExistsError(f"{folder} holds {foreign[0].name}, which this export would not write; pass overwrite=True to start anew.")
-    return [stack for stack in stacks if not _is_whole(dataset, stack, grid)]
+    return [stack for stack in stacks if not _is_whole(stack, metadata[stack.number])]
 
 
-def _is_whole(dataset: ParticleDataset, stack: _Stack, grid: ImageDescriptor) -> bool:
+def _is_whole(stack: _Stack, metadata: dict[str, Any]) -> bool:
     if not all(path.is_file() for path in (stack.phys, stack.fourier, stack.metadata)):
         return False
-    written = read_npz_without_pickles(stack.metadata)
-    for name, value in (grid.to_npz_dict() | _identity(dataset, stack)).items():
+    try:
+        written = read_npz_without_pickles(stack.metadata)
+    except ArgumentError:
+        return False
+    for name, value in metadata.items():
         found = written.get(name)
         if not np.array_equal(_NONE if found is None else found, value):
             raise ExportExistsError(
@@ -225,22 +238,25 @@ def _transform_stack(
     transform: PolarTransform,
     grid: ImageDescriptor,
     advance: Callable[[int], object],
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, int]:
     polar = grid.polar_grid
     phys = torch.empty((len(stack.rows), grid.n_pixels, grid.n_pixels), dtype=torch.float32)
     fourier = torch.empty((len(stack.rows), polar.n_shells, polar.n_inplanes), dtype=grid.complex_dtype)
+    normalize, constant = Normalize("max"), 0
     for start in range(0, len(stack.rows), _CHUNK):
         part = slice(start, start + _CHUNK)
-        phys[part] = collate.process_images(dataset.read(np.asarray(stack.rows[part])))
+        phys[part], constant_here = normalize.apply(collate.process_images(dataset.read(np.asarray(stack.rows[part]))))
+        constant += constant_here
         fourier[part] = normalize_polar(transform(phys[part]), polar).to(grid.complex_dtype)
         advance(len(phys[part]))
-    return phys, fourier
+    return phys, fourier, constant
 
 
 def _write_stack(stack: _Stack, phys: torch.Tensor, fourier: torch.Tensor, metadata: dict[str, Any]) -> None:
     for path, tensor in ((stack.phys, phys), (stack.fourier, fourier)):
-        with whole_file(path) as partial:
-            torch.save(tensor, partial)
+        # An open file, because torch.save would write the name of the partial file into it.
+        with whole_file(path) as partial, partial.open("wb") as file:
+            torch.save(tensor, file)
     _write_npz(stack.metadata, metadata)
 
 

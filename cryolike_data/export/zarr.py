@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..collate import Collate
 from ..dataset import ParticleDataset
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ExportError
 from ..transforms import Downsample
 from .files import whole_folder
 
@@ -84,12 +84,14 @@ def export_zarr(
     if "://" in str(store):
         raise ArgumentError(f"{store} is a URL; stores are written to local folders only")
     path = Path(store).expanduser()
+    if len(dataset) == 0:
+        raise ArgumentError("There are no particles to export: the selection is empty.")
     torch_type = _output_dtype(dataset, downsample, dtype)
     collate = None if torch_type is None else Collate(downsample=downsample, dtype=torch_type)
     box = dataset.box if downsample is None else downsample.output_box(dataset.box)
     numpy_type = dataset.source.dtype if torch_type is None else np.dtype(str(torch_type).removeprefix("torch."))
     chunk, shard = _layout(len(dataset), box * box * numpy_type.itemsize, shard_bytes)
-    with whole_folder(path, overwrite=overwrite) as partial:
+    with whole_folder(path, overwrite=overwrite, replaceable=lambda place: (place / "zarr.json").is_file()) as partial:
         root = zarr.create_group(str(partial), zarr_format=3, attributes=_attributes(dataset, box, downsample))
         images = root.create_array(
             "images",
@@ -156,7 +158,10 @@ def _write_images(
         for start in range(first, last, step):
             rows = np.arange(start, min(start + step, last))
             read = dataset.read(rows)
-            buffer[start - first : start - first + len(rows)] = (read if collate is None else collate.process_images(read)).numpy()
+            pixels = read if collate is None else collate.process_images(read)
+            if pixels.dtype == torch.float16 and (pixels.isinf().flatten(1).any(1) & read.float().isfinite().flatten(1).all(1)).any():
+                raise ExportError("Some pixels are larger than float16 can hold (65504); normalize them, or export float32.")
+            buffer[start - first : start - first + len(rows)] = pixels.numpy()
             advance(len(rows))
         images[first:last] = buffer[: last - first]
 

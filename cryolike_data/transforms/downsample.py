@@ -20,7 +20,7 @@ Method = Literal["fourier", "mean", "max"]
 
 # On a CPU the intermediates of a large batch fall out of the cache and each costs fresh pages from the system; groups of about this
 # many bytes of images ran 1.1 to 3 times as fast as the whole batch at once (64 to 1024 images of 128 to 512 pixels, two cores).
-_CPU_GROUP_BYTES = 4 * 2**20
+_CPU_GROUP_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True, repr=False)

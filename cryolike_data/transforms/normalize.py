@@ -55,6 +55,13 @@ class Normalize:
         float16 and bfloat16 are computed in float32. An image whose pixels (for "background": background pixels) are all equal has
         no scale: it becomes zeros, and one ``UserWarning`` a call counts such images. A NaN stays within its own image.
         """
+        normalized, constant = self.apply(images)
+        if constant:
+            _warn_of_constant(constant, math.prod(images.shape[:-2]), self.method)
+        return normalized
+
+    def apply(self, images: Tensor) -> tuple[Tensor, int]:
+        """The same without a warning: the normalised images, and how many of them were constant."""
         box = square_box(images)
         outside = _outside(box, self.background_radius).to(images.device) if self.method == "background" else None
         flat = images.reshape(-1, box * box)
@@ -63,9 +70,7 @@ class Normalize:
             pixels = flat[group].to(computing_dtype(images.dtype))
             normalized[group], count = _standardize(pixels, outside, by_peak=self.method == "max")
             constant += count
-        if constant:
-            _warn_of_constant(constant, len(flat), self.method)
-        return normalized.reshape(images.shape)
+        return normalized.reshape(images.shape), constant
 
 
 def _standardize(pixels: Tensor, chosen: Tensor | None, *, by_peak: bool) -> tuple[Tensor, int]:

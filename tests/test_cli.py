@@ -1,0 +1,383 @@
+"""The command line: what it tells, what it writes, and that everything that goes wrong is one message on the error stream."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from support import centred, ctf_columns, load_cryolike_stack, numbered_images, stored_images, uids, write_stack, write_table
+
+from cryolike_data import ImageDescriptor
+from cryolike_data.cli import main
+from cryolike_data.demo import DemoProject
+
+SCRIPT = Path(sys.executable).with_name("cryolike-data")
+
+
+@pytest.fixture
+def one_group(tmp_path: Path) -> Path:
+    """A table of ten particles of one exposure group and its stack, in ``tmp_path/data``."""
+    images = numbered_images(10, 16)
+    write_stack(tmp_path / "data/stacks/a.mrc", images)
+    return write_table(
+        tmp_path / "data/particles.cs",
+        uid=uids(10),
+        blob__path=["stacks/a.mrc"] * 10,
+        blob__idx=np.arange(10, dtype="u4"),
+        blob__psize_A=np.full(10, 1.5, "f4"),
+        **ctf_columns(10),
+    )
+
+
+@pytest.fixture
+def moved(one_group: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """The table of ``one_group`` and the folder where its stack lies now."""
+    shutil.move(tmp_path / "data/stacks", tmp_path / "elsewhere")
+    return one_group, tmp_path / "elsewhere"
+
+
+def run(*arguments: Any) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def out(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().out.split())
+
+
+def assert_one_message(captured: Any) -> None:
+    assert captured.err.startswith("cryolike-data: ")
+    assert captured.err.count("cryolike-data: ") == 1
+    assert "Traceback" not in captured.err
+
+
+# --- info
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [
+        "rows 60",
+        "blob/*, ctf/*, alignments3D/*",
+        "60 particles in 5 files",
+        "32 x 32 px",
+        "2 A/pixel",
+        "float32",
+        "2 exposure groups",
+        "group 0 37 particles, 300 kV, 2.7 mm Cs, 0.1 amplitude contrast",
+        "group 3 23 particles, 200 kV, 1.4 mm Cs, 0.07 amplitude contrast",
+        "bytes 246 kB of images, 4.1 kB each",
+        "pose, shift_A, half_set",
+    ],
+)
+def test_info_tells_what_is_in_a_table(demo, capsys, fact):
+    assert run("info", demo.indexed) == 0
+    assert fact in out(capsys)
+
+
+def test_info_counts_the_fields(demo, capsys):
+    run("info", demo.indexed)
+    assert f"fields {len(np.load(demo.indexed, allow_pickle=False).dtype.names)}" in out(capsys)
+
+
+@pytest.mark.parametrize(
+    ("job", "facts"), [(4, ("30 particles", "32 x 32 px", "2 A/pixel")), (5, ("60 particles", "16 x 16 px", "4 A/pixel"))]
+)
+def test_info_tells_what_is_in_a_job(demo, capsys, job, facts):
+    assert run("info", demo.folder, "--job", job) == 0
+    told = out(capsys)
+    assert [fact for fact in facts if fact not in told] == []
+
+
+def test_info_tells_what_is_in_a_store(demo, tmp_path, capsys):
+    run("export", demo.indexed, tmp_path / "a.zarr", "--box", 16, "--dtype", "float16")
+    capsys.readouterr()
+    assert run("info", tmp_path / "a.zarr") == 0
+    told = out(capsys)
+    expected = ("60 particles", "16 x 16 px", "4 A/pixel", "float16", "group 0 37 particles", "bytes 30.7 kB of images, 512 B each")
+    assert [fact for fact in expected if fact not in told] == []
+
+
+def test_info_of_a_table_without_its_stacks_tells_what_the_table_holds_first(moved, capsys):
+    assert run("info", moved[0]) == 1
+    captured = capsys.readouterr()
+    assert "rows       10" in captured.out
+    assert "stacks/a.mrc (10 rows)" in captured.err
+    assert_one_message(captured)
+
+
+def test_info_of_a_table_without_optics_tells_the_bytes_too(tmp_path, capsys):
+    write_stack(tmp_path / "a.mrc", numbered_images(3, 16))
+    table = write_table(tmp_path / "a.cs", blob__path=["a.mrc"] * 3, blob__idx=np.arange(3, dtype="u4"), blob__psize_A=np.full(3, 2, "f4"))
+    assert run("info", table) == 0
+    assert "bytes 3.07 kB of images, 1.02 kB each" in out(capsys)
+
+
+# --- export to Zarr
+
+
+def test_export_to_a_store_keeps_the_images(one_group, tmp_path):
+    assert run("export", one_group, tmp_path / "a.zarr") == 0
+    np.testing.assert_array_equal(zarr.open_group(tmp_path / "a.zarr", mode="r")["images"][:], numbered_images(10, 16))
+
+
+@pytest.mark.parametrize("option", [("--box", 8), ("--factor", 2)])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_export_to_a_store_downsamples(one_group, tmp_path, option, dtype):
+    assert run("export", one_group, tmp_path / "a.zarr", *option, "--method", "mean", "--dtype", dtype) == 0
+    images = zarr.open_group(tmp_path / "a.zarr", mode="r")["images"]
+    expected = numbered_images(10, 16).reshape(10, 8, 2, 8, 2).mean(axis=(2, 4))
+    assert images.dtype == dtype
+    assert images.attrs["pixel_size_A"] == 3.0
+    np.testing.assert_allclose(images[:], expected, atol=1e-3)
+
+
+def test_export_says_where_the_store_is(one_group, tmp_path, capsys):
+    run("export", one_group, tmp_path / "a.zarr")
+    assert str(tmp_path / "a.zarr") in capsys.readouterr().out
+
+
+def test_export_of_a_job(demo, tmp_path):
+    assert run("export", demo.folder, tmp_path / "a.zarr", "--job", 4) == 0
+    table = np.load(demo.folder / "J4/J4_passthrough_particles.cs", allow_pickle=False)
+    np.testing.assert_array_equal(zarr.open_group(tmp_path / "a.zarr", mode="r")["uid"][:], table["uid"])
+
+
+def test_export_replaces_a_store_only_when_told_to(one_group, tmp_path, capsys):
+    run("export", one_group, tmp_path / "a.zarr")
+    capsys.readouterr()
+    assert run("export", one_group, tmp_path / "a.zarr", "--factor", 2) == 1
+    captured = capsys.readouterr()
+    assert_one_message(captured)
+    assert "a.zarr exists" in captured.err
+    assert run("export", one_group, tmp_path / "a.zarr", "--factor", 2, "--overwrite") == 0
+    assert zarr.open_group(tmp_path / "a.zarr", mode="r")["images"].shape == (10, 8, 8)
+
+
+# --- export to CryoLike
+
+
+def test_export_to_a_folder_makes_a_descriptor_for_the_images(one_group, tmp_path):
+    assert run("export", one_group, tmp_path / "out") == 0
+    phys, fourier, metadata = load_cryolike_stack(tmp_path / "out")
+    np.testing.assert_allclose(phys, centred(numbered_images(10, 16)), atol=1e-6)
+    assert fourier.shape == (10, 17, 32)
+    assert (metadata["n_pixels"].tolist(), metadata["pixel_size"].tolist()) == ([16, 16], [1.5, 1.5])
+
+
+def test_export_to_a_folder_makes_a_descriptor_for_the_images_as_written(one_group, tmp_path):
+    assert run("export", one_group, tmp_path / "out", "--factor", 2) == 0
+    metadata = load_cryolike_stack(tmp_path / "out")[2]
+    assert (metadata["n_pixels"].tolist(), metadata["pixel_size"].tolist()) == ([8, 8], [3, 3])
+
+
+def test_export_to_a_folder_takes_the_descriptor_given(one_group, tmp_path):
+    ImageDescriptor.from_individual_values(16, 1.5, "double", n_inplanes=12).save(tmp_path / "params.npz")
+    assert run("export", one_group, tmp_path / "out", "--descriptor", tmp_path / "params.npz") == 0
+    fourier = load_cryolike_stack(tmp_path / "out")[1]
+    assert (fourier.shape[2], fourier.dtype) == (12, np.complex128)
+
+
+def test_export_to_a_folder_in_batches(one_group, tmp_path):
+    assert run("export", one_group, tmp_path / "out", "--batch-size", 4, "--n-stacks-max", 2) == 0
+    assert sorted(path.name for path in (tmp_path / "out/phys").iterdir()) == [f"particles_phys_stack_{k:06d}.pt" for k in (0, 1)]
+    assert len(load_cryolike_stack(tmp_path / "out", 1)[0]) == 4
+
+
+def test_export_resumes(one_group, tmp_path):
+    assert run("export", one_group, tmp_path / "out", "--batch-size", 4, "--n-stacks-max", 1) == 0
+    assert run("export", one_group, tmp_path / "out", "--batch-size", 4, "--resume") == 0
+    assert len(list((tmp_path / "out/phys").iterdir())) == 3
+
+
+def test_export_says_where_the_descriptor_is(one_group, tmp_path, capsys):
+    run("export", one_group, tmp_path / "out")
+    assert str(tmp_path / "out/fft/image_descriptor.npz") in capsys.readouterr().out
+    assert (tmp_path / "out/fft/image_descriptor.npz").is_file()
+
+
+def test_images_are_found_in_another_folder(moved, tmp_path):
+    table, folder = moved
+    assert run("export", table, tmp_path / "out", "--folder", folder) == 0
+    np.testing.assert_allclose(load_cryolike_stack(tmp_path / "out")[0], centred(numbered_images(10, 16)), atol=1e-6)
+
+
+def test_images_that_count_from_one_are_found(one_group, tmp_path):
+    table = np.load(one_group, allow_pickle=False)
+    table["blob/idx"] += 1
+    with one_group.open("wb") as file:
+        np.save(file, table)
+    assert run("export", one_group, tmp_path / "out", "--index-base", 1) == 0
+    np.testing.assert_allclose(load_cryolike_stack(tmp_path / "out")[0], centred(numbered_images(10, 16)), atol=1e-6)
+
+
+def test_columns_come_from_a_passthrough(one_group, tmp_path):
+    table = np.load(one_group, allow_pickle=False)
+    names = [name for name in table.dtype.names if not name.startswith("ctf/")]
+    bare = np.zeros(10, [(name, table.dtype[name]) for name in names])
+    for name in names:
+        bare[name] = table[name]
+    np.save(one_group.with_name("bare.npy"), bare)
+    assert run("export", one_group.with_name("bare.npy"), tmp_path / "out", "--passthrough", one_group) == 0
+    np.testing.assert_array_equal(load_cryolike_stack(tmp_path / "out")[2]["defocusU"], table["ctf/df1_A"])
+
+
+def test_the_pixel_size_given_wins(one_group, tmp_path):
+    assert run("export", one_group, tmp_path / "a.zarr", "--pixel-size", 1.7) == 0
+    assert zarr.open_group(tmp_path / "a.zarr", mode="r")["images"].attrs["pixel_size_A"] == 1.7
+
+
+# --- what goes wrong
+
+
+ERRORS = {
+    "no such table": (("info", "absent.cs"), "absent.cs"),
+    "a folder": (("info", "data"), "--job N"),
+    "no such job": (("info", ".", "--job", 7), "J7"),
+    "no table at all": (("info", "data/stacks/a.mrc"), "not a CryoSPARC table"),
+    "no such store": (("info", "absent.zarr"), "absent.zarr"),
+    "stacks elsewhere": (("info", "data/particles.cs", "--folder", "data"), "stacks/a.mrc"),
+    "counts from one": (("info", "data/particles.cs", "--index-base", 1), "index_base"),
+    "factor and box": (("export", "data/particles.cs", "out", "--factor", 2, "--box", 8), "exactly one"),
+    "factor zero": (("export", "data/particles.cs", "out", "--factor", 0), "factor=0"),
+    "factor that does not divide": (("export", "data/particles.cs", "out", "--factor", 3), "1, 2, 4, 8, 16"),
+    "larger box": (("export", "data/particles.cs", "out.zarr", "--box", 17), "box=17"),
+    "no such descriptor": (("export", "data/particles.cs", "out", "--descriptor", "absent.npz"), "absent.npz"),
+    "descriptor of a store": (("export", "data/particles.cs", "out.zarr", "--descriptor", "absent.npz"), "--descriptor"),
+    "pictures of a store": (("export", "data/particles.cs", "out.zarr", "--plots"), "--plots"),
+    "resuming a store": (("export", "data/particles.cs", "out.zarr", "--resume"), "--resume"),
+    "dtype of stacks": (("export", "data/particles.cs", "out", "--dtype", "float16"), "--dtype"),
+    "batches of none": (("export", "data/particles.cs", "out", "--batch-size", 0), "batch_size"),
+    "negative pixel size": (("info", "data/particles.cs", "--pixel-size", -1), "pixel_size"),
+    "a file for a folder": (("export", "data/particles.cs", "data/particles.cs"), "data/particles.cs"),
+    "a file above the folder": (("export", "data/particles.cs", "data/particles.cs/out"), "data/particles.cs"),
+    "a file above the store": (("export", "data/particles.cs", "data/particles.cs/out.zarr"), "data/particles.cs"),
+}
+
+
+@pytest.mark.parametrize("what", ERRORS)
+def test_what_goes_wrong_is_one_message_and_exit_code_1(one_group, monkeypatch, tmp_path, capsys, what):
+    monkeypatch.chdir(tmp_path)
+    arguments, told = ERRORS[what]
+    before = one_group.read_bytes()
+    assert run(*arguments) == 1
+    captured = capsys.readouterr()
+    assert_one_message(captured)
+    assert told in captured.err
+    assert not {"out", "out.zarr"} & set(os.listdir(tmp_path))
+    assert one_group.read_bytes() == before
+
+
+# An option that is accepted and does nothing is a mistake that nobody notices.
+IGNORED = {
+    "--folder with --job": ("info", "demo", "--job", 4, "--folder", "elsewhere"),
+    "--index-base with --job": ("info", "demo", "--job", 4, "--index-base", 1),
+    "--passthrough with --job": ("info", "demo", "--job", 4, "--passthrough", "more.cs"),
+    "--pairing without --job": ("info", "demo/J3/J3_particles.cs", "--pairing", "uid"),
+    "--pixel-size of a store": ("info", "demo.zarr", "--pixel-size", 5),
+    "--folder of a store": ("info", "demo.zarr", "--folder", "elsewhere"),
+    "--method without a size": ("export", "demo/J3/J3_particles.cs", "new.zarr", "--method", "mean"),
+    "--batch-size of a store": ("export", "demo/J3/J3_particles.cs", "new.zarr", "--batch-size", 4),
+    "--n-stacks-max of a store": ("export", "demo/J3/J3_particles.cs", "new.zarr", "--n-stacks-max", 2),
+}
+
+
+@pytest.mark.parametrize("what", IGNORED)
+def test_an_option_that_would_do_nothing_is_refused(demo, tmp_path, monkeypatch, capsys, what):
+    monkeypatch.chdir(tmp_path)
+    Path("demo").symlink_to(demo.folder)
+    if "demo.zarr" in IGNORED[what]:
+        run("export", demo.indexed, "demo.zarr")
+    capsys.readouterr()
+    assert run(*IGNORED[what]) == 1
+    captured = capsys.readouterr()
+    assert_one_message(captured)
+    assert what.split()[0] in captured.err
+
+
+def test_mixed_optics_are_one_message(demo, tmp_path, capsys):
+    assert run("export", demo.indexed, tmp_path / "out") == 1
+    captured = capsys.readouterr()
+    assert_one_message(captured)
+    assert "differ in voltage_kv" in captured.err
+
+
+def test_a_missing_extra_is_one_message(one_group, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "finufft", None)
+    assert run("export", one_group, tmp_path / "out") == 1
+    captured = capsys.readouterr()
+    assert_one_message(captured)
+    assert "cryolike-data[fourier]" in captured.err
+
+
+@pytest.mark.parametrize("arguments", [(), ("convert",), ("info",), ("export", "a.cs"), ("info", "a.cs", "--index-base", "2")], ids=str)
+def test_a_command_that_is_not_understood_shows_the_usage(capsys, arguments):
+    with pytest.raises(SystemExit) as ended:
+        run(*arguments)
+    assert ended.value.code == 2
+    assert "usage: cryolike-data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("info", "--help"), ("export", "--help"), ("demo", "--help")], ids=str)
+def test_help_is_shown(capsys, arguments):
+    with pytest.raises(SystemExit) as ended:
+        run(*arguments)
+    assert ended.value.code == 0
+    assert "usage: cryolike-data" in capsys.readouterr().out
+
+
+# --- demo, the installed command, real particles
+
+
+def test_demo_writes_a_project_and_says_how_to_look_at_it(tmp_path, capsys):
+    assert run("demo", tmp_path / "project", "--particles", 20, "--box", 16, "--seed", 5) == 0
+    told = capsys.readouterr().out
+    commands = [line.split()[1:] for line in told.splitlines() if line.startswith("  cryolike-data ")]
+    assert [run(*command) for command in commands] == [0, 0]
+
+
+def test_demo_replaces_a_project_only_when_told_to(tmp_path, capsys):
+    arguments = ("demo", tmp_path / "project", "--particles", 20, "--box", 16)
+    assert [run(*arguments), run(*arguments), run(*arguments, "--overwrite")] == [0, 1, 0]
+    assert_one_message(capsys.readouterr())
+
+
+def test_the_installed_command_works_from_any_working_directory(demo: DemoProject, tmp_path):
+    ran = subprocess.run(
+        [SCRIPT, "export", os.path.relpath(demo.indexed, tmp_path), "a.zarr"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    table = np.load(demo.indexed, allow_pickle=False)
+    np.testing.assert_array_equal(zarr.open_group(tmp_path / "a.zarr", mode="r")["images"][:], stored_images(demo.folder, table))
+
+
+def test_a_warning_is_one_line_without_source_code(demo, tmp_path):
+    shutil.copytree(demo.folder / "J5", tmp_path / "J5")
+    (tmp_path / "J5/downsample/batch_000007_downsample.mrc").touch()
+    ran = subprocess.run([SCRIPT, "info", ".", "--job", "5"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0
+    assert "stops before batch_000007_downsample.mrc" in ran.stderr
+    assert len(ran.stderr.splitlines()) == 1
+    assert ".py" not in ran.stderr
+
+
+@pytest.mark.shared
+def test_info_of_real_particles(shared, capsys):
+    assert run("info", shared / "real/empiar_10076/empiar_10076_7.cs") == 0
+    told = out(capsys)
+    expected = ("rows 7", "7 particles in 1 files", "320 x 320 px", "1.31 A/pixel", "group 23 7 particles, 300 kV, 2.7 mm Cs, 0.07 amp")
+    assert [fact for fact in expected if fact not in told] == []
+
+
+@pytest.mark.shared
+def test_export_of_real_particles_at_box_128(shared, tmp_path):
+    assert run("export", shared / "real/empiar_10076/empiar_10076_7.cs", tmp_path / "a.zarr", "--box", 128) == 0
+    images = zarr.open_group(tmp_path / "a.zarr", mode="r")["images"]
+    assert images.shape == (7, 128, 128)
+    assert images.attrs["pixel_size_A"] == pytest.approx(3.275, rel=1e-5)

@@ -1,0 +1,432 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import mrcfile
+import numpy as np
+import pytest
+from support import ctf_columns, numbered_images, uids, write_particles, write_stack, write_table
+
+from cryolike_data import IndexedDataset
+from cryolike_data.errors import ArgumentError, MissingStackError, MixedParticlesError, StackError, TableError
+
+N = 6
+
+
+def column(value: Any, dtype: str = "f4") -> np.ndarray:
+    return np.full(N, value, dtype)
+
+
+def mixed_boxes(folder: Path) -> tuple[Path, dict[int, np.ndarray]]:
+    """Four particles of 8 pixels at 3 A and two of 12 pixels at 2 A in one table."""
+    images = {box: numbered_images(n, box) for box, n in ((8, 4), (12, 2))}
+    for box, part in images.items():
+        write_stack(folder / f"{box}.mrc", part)
+    return write_table(
+        folder / "t.cs",
+        uid=uids(N),
+        blob__path=["8.mrc"] * 4 + ["12.mrc"] * 2,
+        blob__idx=np.array([0, 1, 2, 3, 0, 1], "u4"),
+        blob__psize_A=np.array([3, 3, 3, 3, 2, 2], "f4"),
+    ), images
+
+
+# Rows and images
+
+
+@pytest.mark.parametrize("stacks", [1, 2, 6])
+def test_row_i_is_item_i(tmp_path: Path, stacks: int) -> None:
+    cs, images = write_particles(tmp_path, N, stacks=stacks)
+    ds = IndexedDataset(cs)
+    assert len(ds) == N
+    np.testing.assert_array_equal(ds.read(range(N)).numpy(), images)
+    np.testing.assert_array_equal(ds.particles.uid, uids(N))
+    np.testing.assert_array_equal(ds.particles.row, np.arange(N))
+
+
+def test_two_rows_may_name_one_image(tmp_path: Path) -> None:
+    # Symmetry expansion does that.
+    cs, images = write_particles(tmp_path, N, stacks=1, blob__idx=np.zeros(N, "u4"))
+    found = IndexedDataset(cs).read(range(N)).numpy()
+    assert all(np.array_equal(image, found[0]) for image in found)
+    assert any(np.array_equal(image, found[0]) for image in images)
+
+
+def test_image_numbers_count_from_zero_unless_told_otherwise(tmp_path: Path) -> None:
+    cs, images = write_particles(tmp_path, N)
+    idx = np.load(cs)["blob/idx"]
+    one_based, _ = write_particles(tmp_path, N, blob__idx=idx + 1)
+    np.testing.assert_array_equal(IndexedDataset(one_based, index_base=1).read(range(N)).numpy(), images)
+
+
+def test_image_numbers_from_one_are_noticed_where_they_run_over_and_the_remedy_named(tmp_path: Path) -> None:
+    cs, _ = write_particles(tmp_path, N)
+    one_based, _ = write_particles(tmp_path, N, blob__idx=np.load(cs)["blob/idx"] + 1)
+    with pytest.raises(StackError, match=r"has 3 images, 0 to 2; image 3 is asked for.*index_base=1"):
+        IndexedDataset(one_based)
+
+
+def test_image_numbers_from_zero_with_index_base_one_are_an_error(tmp_path: Path) -> None:
+    cs, _ = write_particles(tmp_path, N)
+    with pytest.raises(StackError, match="index_base=1 out"):
+        IndexedDataset(cs, index_base=1)
+
+
+@pytest.mark.parametrize("base", [2, -1, "0", None])
+def test_another_index_base_is_an_error(tmp_path: Path, base: Any) -> None:
+    with pytest.raises(ArgumentError, match="index_base"):
+        IndexedDataset(tmp_path / "t.cs", index_base=base)
+
+
+def test_the_home_directory_is_expanded_in_the_name_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_particles(tmp_path, N)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(IndexedDataset("~/J1/particles.cs")) == N
+
+
+def test_stacks_in_a_folder_of_their_own_are_read(tmp_path: Path) -> None:
+    cs, images = write_particles(tmp_path, N)
+    (tmp_path / "J1/extract").rename(tmp_path / "moved")
+    np.testing.assert_array_equal(IndexedDataset(cs, folder=tmp_path / "moved").read(range(N)).numpy(), images)
+
+
+def test_one_missing_stack_is_an_error_and_no_row_is_skipped(tmp_path: Path) -> None:
+    cs, _ = write_particles(tmp_path, N)
+    (tmp_path / "J1/extract/stack_1.mrc").unlink()
+    with pytest.raises(MissingStackError, match=r"1 of 2 stacks(.|\n)*stack_1\.mrc \(3 rows\)"):
+        IndexedDataset(cs)
+
+
+@pytest.mark.parametrize("relative", ["table", "folder"])
+def test_a_data_set_survives_a_change_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relative: str) -> None:
+    _, images = write_particles(tmp_path, N)
+    monkeypatch.chdir(tmp_path / "J1")
+    ds = IndexedDataset("particles.cs", folder="extract" if relative == "folder" else None)
+    monkeypatch.chdir("/")
+    np.testing.assert_array_equal(ds.read(range(N)).numpy(), images)
+
+
+@pytest.mark.parametrize(("mode0", "dtype"), [("auto", "i1"), ("signed", "i1"), ("unsigned", "u1")])
+def test_the_reading_of_bytes_can_be_chosen(tmp_path: Path, mode0: Any, dtype: str) -> None:
+    cs, images = write_particles(tmp_path, N, dtype="i1")
+    np.testing.assert_array_equal(IndexedDataset(cs, mode0=mode0).read(range(N)).numpy(), images.view(dtype))
+
+
+# What does not fit
+
+
+def test_image_numbers_beyond_the_stacks_are_listed_file_by_file_before_anything_is_read(tmp_path: Path) -> None:
+    cs, _ = write_particles(
+        tmp_path, N, blob__idx=np.array([0, 0, 7, 0, 0, 9], "u4"), blob__path=[f"J1/extract/stack_{i % 2}.mrc" for i in range(N)]
+    )
+    with pytest.raises(StackError) as caught:
+        IndexedDataset(cs)
+    said = str(caught.value)
+    assert "stack_0.mrc has 3 images, 0 to 2; image 7 is asked for (1 rows, first row 2)" in said
+    assert "stack_1.mrc has 3 images, 0 to 2; image 9 is asked for (1 rows, first row 5)" in said
+
+
+def test_rows_in_the_missing_part_of_a_truncated_stack_are_an_error(tmp_path: Path) -> None:
+    cs, _ = write_particles(tmp_path, N)
+    stack = tmp_path / "J1/extract/stack_1.mrc"
+    stack.write_bytes(stack.read_bytes()[:-10])
+    with pytest.raises(StackError, match=r"stack_1\.mrc is truncated: 2 of 3 images are complete; 1 rows need later ones"):
+        IndexedDataset(cs)
+
+
+def test_a_truncated_stack_is_fine_where_its_complete_images_are_enough(tmp_path: Path) -> None:
+    cs, images = write_particles(tmp_path, N, stacks=1)
+    stack = tmp_path / "J1/extract/stack_0.mrc"
+    stack.write_bytes(stack.read_bytes()[:-10])
+    rows = np.load(cs)
+    keep = rows["blob/idx"] < N - 1
+    fewer = write_table(cs, **{name.replace("/", "__"): rows[name][keep] for name in rows.dtype.names})
+    np.testing.assert_array_equal(IndexedDataset(fewer).read(range(N - 1)).numpy(), images[keep])
+
+
+def test_images_that_are_not_square_are_refused(tmp_path: Path) -> None:
+    write_stack(tmp_path / "a.mrc", np.zeros((2, 8, 10), "f4"))
+    cs = write_table(
+        tmp_path / "t.cs", uid=uids(2), blob__path=["a.mrc"] * 2, blob__idx=np.arange(2, dtype="u4"), blob__psize_A=np.ones(2, "f4")
+    )
+    with pytest.raises(StackError, match=r"a\.mrc holds images of 10 x 8 pixels; particles have to be square"):
+        IndexedDataset(cs)
+
+
+def test_a_table_without_rows_is_an_error(tmp_path: Path) -> None:
+    cs = write_table(tmp_path / "t.cs", uid=uids(0), blob__path=np.empty(0, "S1"), blob__idx=np.empty(0, "u4"))
+    with pytest.raises(TableError, match="no rows"):
+        IndexedDataset(cs)
+
+
+@pytest.mark.parametrize("absent", ["blob__path", "blob__idx"])
+def test_a_table_that_names_no_images_says_what_to_pass(tmp_path: Path, absent: str) -> None:
+    cs, _ = write_particles(tmp_path, N, **{absent: None})
+    write_table(cs.parent / "J1_passthrough_particles.cs", uid=uids(N))
+    with pytest.raises(TableError) as caught:
+        IndexedDataset(cs)
+    said = str(caught.value)
+    assert f"no {absent.replace('__', '/')}," in said
+    assert "passthrough=" in said
+    assert "J1_passthrough_particles.cs" in said
+
+
+@pytest.mark.parametrize(("slot", "what"), [("map", "a volume"), ("mask", "a mask"), ("micrograph_blob", "micrographs")])
+def test_tables_of_other_things_are_said_to_be_those(tmp_path: Path, slot: str, what: str) -> None:
+    cs = write_table(tmp_path / "t.cs", **{"uid": uids(1), f"{slot}/path": ["J1/x.mrc"]})
+    with pytest.raises(TableError, match=f"describes {what}, not particles"):
+        IndexedDataset(cs)
+
+
+# Box sizes and shapes
+
+
+def test_mixed_boxes_are_an_error_whose_advice_works(tmp_path: Path) -> None:
+    cs, images = mixed_boxes(tmp_path)
+    with pytest.raises(MixedParticlesError) as caught:
+        IndexedDataset(cs)
+    said = str(caught.value)
+    assert "box 8: 4 particles" in said
+    assert "box 12: 2 particles" in said
+    for line in said.splitlines()[1:]:
+        ds = IndexedDataset(cs, select=eval(line.split("select=")[1], {"np": np}))
+        np.testing.assert_array_equal(ds.read(range(len(ds))).numpy(), images[ds.box])
+
+
+def test_mixed_pixel_sizes_are_an_error_whose_advice_works(tmp_path: Path) -> None:
+    cs, images = write_particles(tmp_path, N, blob__psize_A=np.array([1.31, 1.3, 1.31, 1.31, 1.3, 1.31], "f4"))
+    with pytest.raises(MixedParticlesError, match=r"pixel_size 1\.3: 2 particles") as caught:
+        IndexedDataset(cs)
+    line = next(line for line in str(caught.value).splitlines() if "1.3:" in line)
+    ds = IndexedDataset(cs, select=eval(line.split("select=")[1], {"np": np}))
+    assert ds.pixel_size == 1.3
+    np.testing.assert_array_equal(ds.read([0, 1]).numpy(), images[[1, 4]])
+
+
+@pytest.mark.parametrize("select", [[], np.zeros(N, bool), slice(3, 3), lambda p: p.box > 99])
+def test_selecting_no_particle_is_an_error(tmp_path: Path, select: Any) -> None:
+    cs, _ = write_particles(tmp_path, N)
+    with pytest.raises(ArgumentError, match="none of the 6 particles"):
+        IndexedDataset(cs, select=select)
+
+
+def test_a_shape_that_agrees_is_accepted(tmp_path: Path) -> None:
+    cs, _ = write_particles(tmp_path, N, blob__shape=np.full((N, 2), 8, "u4"))
+    assert IndexedDataset(cs).box == 8
+
+
+def test_a_shape_that_differs_from_the_stack_is_an_error(tmp_path: Path) -> None:
+    cs, _ = write_particles(tmp_path, N, blob__shape=np.full((N, 2), 16, "u4"))
+    with pytest.raises(StackError, match=r"stack_0.mrc holds images of 8 x 8 pixels and blob/shape says 16 x 16 \(3 rows\)"):
+        IndexedDataset(cs)
+
+
+def test_resampled_stacks_are_accepted_with_a_pixel_size_and_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cs, _ = write_particles(tmp_path, N, blob__shape=np.full((N, 2), 16, "u4"))
+    ds = IndexedDataset(cs, pixel_size=3.0)
+    assert (ds.box, ds.pixel_size) == (8, 3.0)
+    assert "blob/shape" in caplog.text
+
+
+# Pixel size
+
+
+def test_the_pixel_size_is_that_of_the_table_without_float32_digits(tmp_path: Path) -> None:
+    cs, _ = write_particles(tmp_path, N, blob__psize_A=column(1.3))
+    assert IndexedDataset(cs).pixel_size == 1.3
+
+
+@pytest.mark.parametrize(("given", "size"), [(2.5, 2.5), (2, 2.0), ((2.5, 2.5), 2.5), (np.float32(2.5), 2.5), (np.array([2.5, 2.5]), 2.5)])
+def test_an_argument_beats_the_pixel_size_of_the_table(tmp_path: Path, given: Any, size: float) -> None:
+    cs, _ = write_particles(tmp_path, N)
+    assert IndexedDataset(cs, pixel_size=given).pixel_size == size
+
+
+def test_an_argument_that_contradicts_the_table_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cs, _ = write_particles(tmp_path, N)
+    IndexedDataset(cs, pixel_size=1.5)
+    assert not caplog.records
+    IndexedDataset(cs, pixel_size=2.5)
+    assert "pixel_size=2.5 is used" in caplog.text
+    assert "1.5" in caplog.text
+
+
+@pytest.mark.parametrize("given", [0, -1.3, np.nan, np.inf, (1.3, 1.4), (1, 1, 1), ()])
+def test_a_pixel_size_that_cannot_be_is_an_error(tmp_path: Path, given: Any) -> None:
+    cs, _ = write_particles(tmp_path, N)
+    with pytest.raises(ArgumentError, match="pixel_size"):
+        IndexedDataset(cs, pixel_size=given)
+
+
+@pytest.mark.parametrize("stated", [None, column(0), column(-1), column(np.nan)], ids=["absent", "zero", "negative", "nan"])
+def test_the_header_gives_the_pixel_size_where_the_table_does_not(tmp_path: Path, stated: np.ndarray | None) -> None:
+    cs, _ = write_particles(tmp_path, N, stacks=1, blob__psize_A=stated)
+    stack = tmp_path / "J1/extract/stack_0.mrc"
+    write_stack(stack, numbered_images(N, 8), pixel_size=1.7)
+    assert IndexedDataset(cs).pixel_size == pytest.approx(1.7)
+
+
+@pytest.mark.parametrize("header", [0.0, 1.0])
+def test_an_unknown_pixel_size_is_an_error_that_names_the_argument(tmp_path: Path, header: float) -> None:
+    cs, _ = write_particles(tmp_path, N, stacks=1, blob__psize_A=None)
+    write_stack(tmp_path / "J1/extract/stack_0.mrc", numbered_images(N, 8), pixel_size=header)
+    with pytest.raises(TableError, match="Pass pixel_size="):
+        IndexedDataset(cs)
+
+
+# Optics, poses, and the rest
+
+
+def test_every_optics_column_is_kept_per_particle(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    fields = {
+        "voltage_kv": ("ctf__accel_kv", ()),
+        "spherical_aberration_mm": ("ctf__cs_mm", ()),
+        "amplitude_contrast": ("ctf__amp_contrast", ()),
+        "defocus_u": ("ctf__df1_A", ()),
+        "defocus_v": ("ctf__df2_A", ()),
+        "astigmatism_angle_rad": ("ctf__df_angle_rad", ()),
+        "phase_shift_rad": ("ctf__phase_shift_rad", ()),
+        "scale": ("ctf__scale", ()),
+        "bfactor_A2": ("ctf__bfactor", ()),
+        "beam_shift_A": ("ctf__shift_A", (2,)),
+        "tilt_A": ("ctf__tilt_A", (2,)),
+        "trefoil_A": ("ctf__trefoil_A", (2,)),
+        "tetrafoil_A": ("ctf__tetra_A", (4,)),
+        "anisomag": ("ctf__anisomag", (4,)),
+    }
+    values = {name: rng.normal(size=(N, *shape)).astype("f4") for name, (_, shape) in fields.items()}
+    groups = np.array([2**32 - 1, 0, 7, 7, 23, 2**31], "u4")
+    cs, _ = write_particles(tmp_path, N, **{fields[name][0]: value for name, value in values.items()}, ctf__exp_group_id=groups)
+    ctf = IndexedDataset(cs).particles.ctf
+    for name, value in values.items():
+        np.testing.assert_array_equal(getattr(ctf, name), value, err_msg=name)
+    assert ctf.exposure_group.tolist() == groups.tolist()
+
+
+def test_a_table_without_optics_has_no_ctf(tmp_path: Path) -> None:
+    cs, _ = write_particles(tmp_path, N, **dict.fromkeys(ctf_columns(1)))
+    assert IndexedDataset(cs).particles.ctf is None
+
+
+def test_old_tables_lack_the_higher_optics_only(tmp_path: Path) -> None:
+    cs, _ = write_particles(tmp_path, N)
+    ctf = IndexedDataset(cs).particles.ctf
+    assert ctf.tilt_A is None
+    assert ctf.defocus_u is not None
+
+
+def test_a_shift_is_in_pixels_of_the_alignment_and_not_of_the_image(tmp_path: Path) -> None:
+    shift = np.arange(2 * N, dtype="f4").reshape(N, 2)
+    sizes = np.array([2, 3, 4, 5, 6, 7], "f4")
+    pose = np.random.default_rng(1).normal(size=(N, 3)).astype("f4")
+    cs, _ = write_particles(tmp_path, N, alignments3D__pose=pose, alignments3D__shift=shift, alignments3D__psize_A=sizes)
+    particles = IndexedDataset(cs).particles
+    np.testing.assert_array_equal(particles.pose, pose)
+    np.testing.assert_allclose(particles.shift_A, [[2 * i * size, (2 * i + 1) * size] for i, size in enumerate(sizes)], rtol=1e-6)
+
+
+def test_a_shift_without_its_pixel_size_is_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cs, _ = write_particles(tmp_path, N, alignments3D__pose=np.zeros((N, 3), "f4"), alignments3D__shift=np.ones((N, 2), "f4"))
+    particles = IndexedDataset(cs).particles
+    assert particles.shift_A is None
+    assert particles.pose is not None
+    assert "alignments3D/psize_A" in caplog.text
+
+
+def test_a_2d_alignment_is_a_rotation_about_z(tmp_path: Path) -> None:
+    angle = np.linspace(-3, 3, N).astype("f4")
+    shift, size = np.ones((N, 2), "f4"), column(4)
+    cs, _ = write_particles(tmp_path, N, alignments2D__pose=angle, alignments2D__shift=shift, alignments2D__psize_A=size)
+    particles = IndexedDataset(cs).particles
+    np.testing.assert_array_equal(particles.pose, [[0, 0, a] for a in angle])
+    np.testing.assert_array_equal(particles.shift_A, np.full((N, 2), 4))
+
+
+def test_a_3d_alignment_is_preferred_to_a_2d_one(tmp_path: Path) -> None:
+    slots = {"alignments3D": (np.ones((N, 3), "f4"), 2), "alignments2D": (np.zeros(N, "f4"), 9)}
+    columns: dict[str, Any] = {}
+    for slot, (pose, size) in slots.items():
+        columns |= {f"{slot}__pose": pose, f"{slot}__shift": np.ones((N, 2), "f4"), f"{slot}__psize_A": column(size)}
+    cs, _ = write_particles(tmp_path, N, **columns)
+    particles = IndexedDataset(cs).particles
+    assert (particles.pose == 1).all()
+    assert (particles.shift_A == 2).all()
+
+
+def test_half_sets_are_those_of_the_alignment(tmp_path: Path) -> None:
+    split = np.array([0, 1, 1, 0, 0, 1], "u4")
+    cs, _ = write_particles(tmp_path, N, alignments3D__pose=np.zeros((N, 3), "f4"), alignments3D__split=split)
+    ds = IndexedDataset(cs)
+    assert ds.particles.half_set.tolist() == split.tolist()
+    assert ds.select(lambda p: p.half_set == 1).particles.row.tolist() == [1, 2, 5]
+
+
+def test_the_sign_is_kept_and_not_applied(tmp_path: Path) -> None:
+    cs, images = write_particles(tmp_path, N, blob__sign=column(-1))
+    ds = IndexedDataset(cs)
+    assert (ds.particles.sign == -1).all()
+    np.testing.assert_array_equal(ds.read(range(N)).numpy(), images)
+
+
+def test_mixed_signs_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cs, _ = write_particles(tmp_path, N, blob__sign=np.array([-1, 1] * 3, "f4"))
+    with caplog.at_level(logging.WARNING, "cryolike_data"):
+        IndexedDataset(cs)
+    assert "both contrast signs" in caplog.text
+
+
+def test_uids_of_zero_are_no_trouble_without_a_join(tmp_path: Path) -> None:
+    cs, images = write_particles(tmp_path, N, uid=np.zeros(N, "u8"))
+    np.testing.assert_array_equal(IndexedDataset(cs).read(range(N)).numpy(), images)
+
+
+def test_a_table_without_uids_is_read(tmp_path: Path) -> None:
+    cs, images = write_particles(tmp_path, N, uid=None)
+    ds = IndexedDataset(cs)
+    np.testing.assert_array_equal(ds.read(range(N)).numpy(), images)
+    assert not ds.particles.uid.any()
+
+
+# Real files
+
+
+@pytest.mark.shared
+def test_the_real_data_set_empiar_10076_agrees_with_mrcfile_and_its_star_file(shared: Path) -> None:
+    folder = shared / "real/empiar_10076"
+    ds = IndexedDataset(folder / "empiar_10076_7.cs")
+    with mrcfile.open(folder / "empiar_10076_7.mrc") as mrc:
+        np.testing.assert_array_equal(ds.read(range(7)).numpy(), mrc.data)
+    rows = [line.split() for line in (folder / "empiar_10076_7.star").read_text().splitlines() if "@" in line]
+    star = {name: np.array([float(row[i]) for row in rows]) for i, name in enumerate(["u", "v", "angle", "kv", "cs", "w"], start=2)}
+    ctf = ds.particles.ctf
+    np.testing.assert_allclose(ctf.defocus_u, star["u"], rtol=1e-5)
+    np.testing.assert_allclose(ctf.defocus_v, star["v"], rtol=1e-5)
+    np.testing.assert_allclose(np.rad2deg(ctf.astigmatism_angle_rad), star["angle"], atol=0.01)
+    np.testing.assert_allclose(ctf.voltage_kv, star["kv"])
+    np.testing.assert_allclose(ctf.spherical_aberration_mm, star["cs"])
+    np.testing.assert_allclose(ctf.amplitude_contrast, star["w"])
+    assert ds.pixel_size == pytest.approx(1.31, rel=1e-5)  # detector pixel 5 um at a magnification of 38168
+    assert (ds.box, [int(row[0].split("@")[0]) - 1 for row in rows]) == (320, ds.particles.slice.tolist())
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("cryosparc_J2_particles_exported.cs", ">J1/imported/000090334788266266069_18jam15b_0345_ali_DW.mrcs"),
+        ("cryosparc_P12_J24_001_particles.cs", "J19/extract/20150917_05196_DNA-TET-25k-DE20_raw.region_000.sum-all_003-072_particles.mrc"),
+    ],
+)
+def test_real_tables_without_their_stacks_are_refused_and_the_stacks_named(shared: Path, name: str, path: str) -> None:
+    with pytest.raises(MissingStackError) as caught:
+        IndexedDataset(shared / "real/metadata" / name)
+    assert path in str(caught.value)
+
+
+@pytest.mark.shared
+def test_a_real_table_without_blob_columns_is_refused(shared: Path) -> None:
+    with pytest.raises(TableError, match="no blob/path and blob/idx"):
+        IndexedDataset(shared / "real/metadata/4k_dataset.cs")

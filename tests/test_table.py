@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import gzip
+import json
+import pickle
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import ctf_columns, uids, write_table
+
+from cryolike_data import read_table
+from cryolike_data.errors import MissingDependencyError, MissingStackError, TableError
+
+
+def some_columns(n: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(3)
+    return {
+        "uid": uids(n),
+        "blob__path": np.array([f"J1/extract/{i % 3}_particles.mrc" for i in range(n)], dtype="S40"),
+        "blob__idx": rng.integers(0, 99, n).astype("<u4"),
+        "blob__shape": np.full((n, 2), 64, "<u4"),
+        "alignments3D__pose": rng.normal(size=(n, 3)).astype("<f4"),
+        **ctf_columns(n),
+    }
+
+
+def csdat(columns: dict[str, np.ndarray | list[str]], *, packed: bool = True, rows: int | None = None) -> bytes:
+    """A CSDAT table written by hand from its description; lists of str become columns of objects."""
+    import lz4.block
+
+    heap = b"\0"
+    specs, body = [], b""
+    for name, values in columns.items():
+        if isinstance(values, list):
+            offsets = []
+            for text in values:
+                offsets.append(len(heap) if text else 0)
+                heap += text.encode() + b"\0" if text else b""
+            specs.append([name, "|O"])
+            raw = np.array(offsets, "<u8").tobytes()
+        else:
+            specs.append([name, values.dtype.str, *([list(values.shape[1:])] if values.ndim > 1 else [])])
+            raw = values.tobytes()
+        raw = lz4.block.compress(raw, store_size=False) if packed and name != "uid" else raw
+        body += struct.pack("<I", len(raw)) + raw
+    n = len(next(iter(columns.values()))) if rows is None else rows
+    header = {"length": n, "dtype": specs, "compression": "lz4" if packed else None}
+    header["compressed_fields"] = [name for name in columns if name != "uid"] if packed else []
+    text = json.dumps(header).encode()
+    return b"\x95CSDAT" + struct.pack("<I", len(text)) + text + (body if n else b"") + heap
+
+
+def save_quietly(path: Path, array: np.ndarray, **options: object) -> Path:
+    with path.open("wb") as file:
+        np.save(file, array, **options)
+    return path
+
+
+@pytest.mark.parametrize("name", ["particles.cs", "particles.cs.npy", "no_suffix", "particles.mrc"])
+def test_a_numpy_table_gives_back_every_column_whatever_its_name(tmp_path: Path, name: str) -> None:
+    columns = some_columns(7)
+    table = read_table(write_table(tmp_path / name, **columns))
+    assert len(table) == 7
+    for key, values in columns.items():
+        np.testing.assert_array_equal(table[key.replace("__", "/")], values)
+
+
+def test_columns_are_contiguous(tmp_path: Path) -> None:
+    table = read_table(write_table(tmp_path / "t.cs", **some_columns(7)))
+    assert all(table[name].flags.c_contiguous for name in table.fields)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_columns_are_copies_and_no_views_of_the_mapped_file(tmp_path: Path, rows: int) -> None:
+    # A view would crash the process if another program cut the file short.
+    table = read_table(write_table(tmp_path / "t.cs", **some_columns(rows)))
+    assert all(table[name].flags.writeable for name in table.fields)
+
+
+def test_columns_of_big_endian_tables_come_in_native_byte_order(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "t.cs", uid=uids(4).astype(">u8"), ctf__df1_A=np.arange(4, dtype=">f4"))
+    table = read_table(path)
+    assert [table[name].dtype.isnative for name in table.fields] == [True, True]
+    np.testing.assert_array_equal(table["uid"], uids(4))
+    np.testing.assert_array_equal(table["ctf/df1_A"], [0, 1, 2, 3])
+
+
+def test_uids_beyond_2_to_the_63_stay_exact(tmp_path: Path) -> None:
+    uid = np.array([2**64 - 1, 2**63 + 1, 2**53 + 1, 1], np.uint64)
+    column = read_table(write_table(tmp_path / "t.cs", uid=uid))["uid"]
+    assert column.dtype == np.uint64
+    assert column.tolist() == [2**64 - 1, 2**63 + 1, 2**53 + 1, 1]
+
+
+@pytest.mark.filterwarnings("ignore:Stored array in format 2.0:UserWarning")
+@pytest.mark.parametrize("fields", [400, 2000], ids=["header beyond numpy's 10 kB limit", "version 2 header beyond 64 kB"])
+def test_tables_with_hundreds_of_fields_are_read(tmp_path: Path, fields: int) -> None:
+    dtype = [("uid", "<u8"), *[(f"alignments_class3D_{i:04d}/class_posterior", "<f4") for i in range(fields)]]
+    array = np.zeros(2, dtype)
+    array["uid"] = [5, 6]
+    array["alignments_class3D_0399/class_posterior"] = [0.25, 0.5]
+    table = read_table(save_quietly(tmp_path / "t.cs", array))
+    assert len(table.fields) == fields + 1
+    assert table["alignments_class3D_0399/class_posterior"].tolist() == [0.25, 0.5]
+
+
+@pytest.mark.filterwarnings("ignore:Stored array in format 3.0:UserWarning")
+def test_field_names_beyond_latin_1_keep_their_letters(tmp_path: Path) -> None:
+    path = save_quietly(tmp_path / "t.cs", np.zeros(2, [("uid", "<u8"), ("user/αβ", "<f4")]))
+    assert list(read_table(path).fields) == ["uid", "user/αβ"]
+
+
+def test_a_table_is_mapped_and_not_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "huge.cs"
+    rows = 100_000_000
+    with path.open("wb") as file:
+        descr = [("uid", "<u8"), ("blob/path", "S200")]
+        np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": (rows,)})
+        file.truncate(file.tell() + rows * 208)  # 20 GB, none of them on disk
+    assert len(read_table(path)) == rows
+
+
+@pytest.mark.parametrize("text", ["U", "S"])
+def test_strings_of_either_kind_are_read(tmp_path: Path, text: str) -> None:
+    array = np.zeros(2, [("uid", "<u8"), ("blob/path", f"{text}20")])
+    array["blob/path"] = ["a.mrc", "b.mrc"]
+    values = read_table(save_quietly(tmp_path / "t.cs", array))["blob/path"]
+    assert values.astype(f"{text}5").tolist() == (["a.mrc", "b.mrc"] if text == "U" else [b"a.mrc", b"b.mrc"])
+
+
+def test_a_table_without_rows_has_its_columns(tmp_path: Path) -> None:
+    table = read_table(write_table(tmp_path / "t.cs", **some_columns(0)))
+    assert (len(table), table["alignments3D/pose"].shape, table["uid"].dtype) == (0, (0, 3), np.uint64)
+
+
+def test_a_missing_column_is_an_error_that_names_the_groups_there_are(tmp_path: Path) -> None:
+    table = read_table(write_table(tmp_path / "t.cs", **some_columns(2)))
+    with pytest.raises(TableError, match=r"no column 'location/center_x_frac'.*blob/\*, alignments3D/\*, ctf/\*"):
+        table["location/center_x_frac"]
+    assert table.get("location/center_x_frac") is None
+
+
+# CSDAT
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_csdat_tables_give_back_every_column(tmp_path: Path, packed: bool) -> None:
+    columns = {key.replace("__", "/"): values for key, values in some_columns(5).items() if values.dtype.kind != "S"}
+    paths = ["", "J1/é.mrc", "J1/b.mrc", "J1/b.mrc", "c"]
+    (tmp_path / "t.cs").write_bytes(csdat(columns | {"blob/path": paths}, packed=packed))
+    table = read_table(tmp_path / "t.cs")
+    assert len(table) == 5
+    assert [value.decode() for value in table["blob/path"].tolist()] == paths
+    for name, values in columns.items():
+        np.testing.assert_array_equal(table[name], values)
+        assert table[name].dtype == values.dtype
+
+
+def test_csdat_written_by_cryosparc_tools_equals_the_numpy_table(tmp_path: Path) -> None:
+    dataset = pytest.importorskip("cryosparc.dataset")
+    plain = write_table(tmp_path / "plain.cs", **some_columns(50))
+    dataset.Dataset.load(plain).save(tmp_path / "packed.cs", format=dataset.CSDAT_FORMAT)
+    assert (tmp_path / "packed.cs").read_bytes()[:6] == b"\x95CSDAT"
+    expected, found = np.load(plain), read_table(tmp_path / "packed.cs")
+    assert set(found.fields) == set(expected.dtype.names)
+    for name in expected.dtype.names:
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_a_csdat_table_without_rows_is_read(tmp_path: Path) -> None:
+    (tmp_path / "t.cs").write_bytes(csdat({"uid": np.empty(0, "<u8"), "blob/path": [], "alignments3D/pose": np.empty((0, 3), "<f4")}))
+    table = read_table(tmp_path / "t.cs")
+    assert (len(table), table["alignments3D/pose"].shape, len(table["blob/path"])) == (0, (0, 3), 0)
+
+
+@pytest.mark.parametrize("part", [0.02, 0.1, 0.3, 0.6, 0.9, 0.999])
+def test_a_truncated_csdat_table_is_an_error(tmp_path: Path, part: float) -> None:
+    whole = csdat({"uid": uids(50), "ctf/df1_A": np.random.default_rng(0).normal(size=50), "blob/path": [f"{i}.mrc" for i in range(50)]})
+    (tmp_path / "t.cs").write_bytes(whole[: max(6, int(part * len(whole)))])
+    with pytest.raises(TableError, match=r"t\.cs is a damaged or truncated CSDAT table"):
+        read_table(tmp_path / "t.cs")
+
+
+def test_csdat_without_lz4_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t.cs").write_bytes(csdat({"uid": uids(2)}))
+    monkeypatch.setitem(sys.modules, "lz4.block", None)
+    with pytest.raises(MissingDependencyError, match=r"cryolike-data\[csdat\]"):
+        read_table(tmp_path / "t.cs")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        (b"\x94CSDAT" + bytes(100), "old Snappy CSDAT format"),
+        (b"", "not a CryoSPARC table"),
+        (b"\x93NUM", "not a CryoSPARC table"),
+        (b"data_\n\nloop_\n_rlnImageName #1\n", "not a CryoSPARC table: it starts with b'data_"),
+        (pickle.dumps({"uid": [1]}), "pickle, which could run code"),
+        (gzip.compress(b"\x93NUMPY"), "gunzip"),
+        (b"\x89HDF\r\n\x1a\n", "HDF5"),
+    ],
+    ids=["snappy", "empty", "cut inside the magic", "star", "pickle", "gzip", "hdf5"],
+)
+def test_files_that_are_no_tables_are_refused_with_what_they_are(tmp_path: Path, start: bytes, said: str) -> None:
+    (tmp_path / "t.cs").write_bytes(start)
+    with pytest.raises(TableError) as caught:
+        read_table(tmp_path / "t.cs")
+    assert said in str(caught.value)
+    assert "t.cs" in str(caught.value)
+
+
+def test_an_npz_archive_under_the_name_of_a_table_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "t.cs").open("wb") as file:
+        np.savez(file, uid=uids(3))
+    with pytest.raises(TableError, match=r"\.npz"):
+        read_table(tmp_path / "t.cs")
+
+
+def test_object_columns_are_refused_by_name_and_never_unpickled(tmp_path: Path) -> None:
+    array = np.zeros(2, [("uid", "<u8"), ("blob/path", "O")])
+    path = save_quietly(tmp_path / "t.cs", array, allow_pickle=True)
+    with pytest.raises(TableError, match=r"Python objects.*blob/path"):
+        read_table(path)
+
+
+@pytest.mark.parametrize("array", [np.zeros((3, 4)), np.zeros(5), np.zeros((2, 2), [("uid", "<u8")])], ids=["2-D", "1-D", "2-D structured"])
+def test_plain_arrays_are_refused(tmp_path: Path, array: np.ndarray) -> None:
+    with pytest.raises(TableError, match="not a table"):
+        read_table(save_quietly(tmp_path / "t.cs", array))
+
+
+@pytest.mark.parametrize("lost", [1, 100])
+def test_a_table_shorter_than_its_header_says_is_truncated(tmp_path: Path, lost: int) -> None:
+    path = write_table(tmp_path / "t.cs", **some_columns(20))
+    path.write_bytes(path.read_bytes()[:-lost])
+    with pytest.raises(TableError, match="truncated: 20 rows need"):
+        read_table(path)
+
+
+@pytest.mark.parametrize("cut", [7, 9, 30, 200])
+def test_a_table_cut_inside_its_header_is_a_table_error(tmp_path: Path, cut: int) -> None:
+    path = write_table(tmp_path / "t.cs", **some_columns(20))
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(TableError, match="damaged"):
+        read_table(path)
+
+
+@pytest.mark.parametrize("junk", [b"{", b"\0", b"[", b"\n ", b"\\"])
+def test_a_table_with_a_garbled_header_is_a_table_error(tmp_path: Path, junk: bytes) -> None:
+    path = write_table(tmp_path / "t.cs", **some_columns(20))
+    raw = bytearray(path.read_bytes())
+    raw[60 : 60 + len(junk)] = junk
+    path.write_bytes(raw)
+    with pytest.raises(TableError, match="damaged"):
+        read_table(path)
+
+
+def test_a_missing_table_and_a_folder_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(MissingStackError, match=r"no table .*absent\.cs\."):
+        read_table(tmp_path / "absent.cs")
+    with pytest.raises(MissingStackError, match="it is a folder"):
+        read_table(tmp_path)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    ("name", "rows", "columns"),
+    [("cryosparc_J2_particles_exported.cs", 22, 42), ("cryosparc_P12_J24_001_particles.cs", 2019, 34), ("4k_dataset.cs", 0, 106)],
+)
+def test_real_tables_are_read_whole(shared: Path, name: str, rows: int, columns: int) -> None:
+    table, expected = read_table(shared / "real/metadata" / name), np.load(shared / "real/metadata" / name)
+    assert (len(table), len(table.fields)) == (rows, columns)
+    for field in expected.dtype.names:
+        np.testing.assert_array_equal(table[field], expected[field])

@@ -1,0 +1,557 @@
+"""Zarr stores: what is in them for any reader of Zarr, ``ZarrDataset`` over them, and that a store is whole or not there."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray
+import zarr
+from support import contents, ctf_columns, numbered_images, stored_images, uids, write_stack, write_table
+from torch.utils.data import DataLoader
+
+from cryolike_data import Collate, Downsample, IndexedDataset, ParticleDataset, ZarrDataset, export_zarr
+from cryolike_data.demo import DemoProject
+from cryolike_data.errors import ArgumentError, CryolikeDataError, ExportExistsError, MissingStackError, StackError
+
+N, BOX = 60, 32
+IMAGE_BYTES = BOX * BOX * 4
+
+
+@pytest.fixture
+def particles(demo: DemoProject) -> ParticleDataset:
+    return IndexedDataset(demo.indexed)
+
+
+@pytest.fixture(scope="module")
+def table(demo: DemoProject) -> np.ndarray:
+    return np.load(demo.indexed, allow_pickle=False)
+
+
+@pytest.fixture(scope="module")
+def store(demo: DemoProject, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of all particles in nine shards of seven images, the last of them partial; tests read it only."""
+    place = tmp_path_factory.mktemp("zarr") / "particles.zarr"
+    return export_zarr(IndexedDataset(demo.indexed), place, shard_bytes=7 * IMAGE_BYTES)
+
+
+def write_particles(folder: Path, images: np.ndarray, **columns: Any) -> IndexedDataset:
+    """A data set of one stack and a table of its images in order."""
+    n = len(images)
+    write_stack(folder / "stack.mrc", images)
+    blob = {"blob__path": ["stack.mrc"] * n, "blob__idx": np.arange(n, dtype="u4"), "blob__psize_A": np.full(n, 2, "f4")}
+    return IndexedDataset(write_table(folder / "particles.cs", **blob, **columns))
+
+
+def images_of(store: Path) -> zarr.Array[Any]:
+    return zarr.open_group(str(store), mode="r")["images"]
+
+
+def shards_of(store: Path) -> list[Path]:
+    return sorted(path for path in (store / "images" / "c").rglob("*") if path.is_file())
+
+
+def same_optics(a: Any, b: Any) -> bool:
+    return dict(a.items()).keys() == dict(b.items()).keys() and all(torch.equal(value, getattr(b, name)) for name, value in a.items())
+
+
+# --- what is in a store
+
+
+def test_images_are_those_of_the_stacks_byte_for_byte(store, demo, table):
+    found = images_of(store)[:]
+    expected = stored_images(demo.folder, table)
+    assert found.dtype == expected.dtype
+    assert found.tobytes() == expected.tobytes()
+
+
+COLUMNS = {
+    "uid": ("uid", "<u8"),
+    "sign": ("blob/sign", "<f4"),
+    "pose": ("alignments3D/pose", "<f4"),
+    "half_set": ("alignments3D/split", "<i8"),
+    "ctf/voltage_kv": ("ctf/accel_kv", "<f4"),
+    "ctf/spherical_aberration_mm": ("ctf/cs_mm", "<f4"),
+    "ctf/amplitude_contrast": ("ctf/amp_contrast", "<f4"),
+    "ctf/defocus_u": ("ctf/df1_A", "<f4"),
+    "ctf/defocus_v": ("ctf/df2_A", "<f4"),
+    "ctf/astigmatism_angle_rad": ("ctf/df_angle_rad", "<f4"),
+    "ctf/phase_shift_rad": ("ctf/phase_shift_rad", "<f4"),
+    "ctf/exposure_group": ("ctf/exp_group_id", "<i8"),
+    "ctf/tilt_A": ("ctf/tilt_A", "<f4"),
+    "ctf/anisomag": ("ctf/anisomag", "<f4"),
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_columns_are_those_of_the_table(store, table, name):
+    field, dtype = COLUMNS[name]
+    found = zarr.open_group(str(store), mode="r")[name]
+    assert found.dtype == np.dtype(dtype)
+    np.testing.assert_array_equal(found[:], table[field])
+
+
+def test_shifts_are_in_angstrom(store, table):
+    found = zarr.open_group(str(store), mode="r")["shift_A"]
+    assert dict(found.attrs)["units"] == "angstrom"
+    np.testing.assert_allclose(found[:], table["alignments3D/shift"] * table["alignments3D/psize_A"][:, None], rtol=1e-6)
+
+
+def test_row_is_the_row_of_the_table_after_a_selection(particles, table, tmp_path):
+    rows = [40, 3, 59]
+    group = zarr.open_group(str(export_zarr(particles.select(rows), tmp_path / "some.zarr")), mode="r")
+    assert group["row"][:].tolist() == rows
+    np.testing.assert_array_equal(group["uid"][:], table["uid"][rows])
+    assert group["images"].shape[0] == 3
+
+
+def test_the_source_says_where_each_image_came_from(store, table):
+    source = zarr.open_group(str(store), mode="r")["source"]
+    names = np.array(source.attrs["blob_paths"], "S")
+    np.testing.assert_array_equal(names[source["file"][:]], table["blob/path"])
+    np.testing.assert_array_equal(source["image"][:], table["blob/idx"])
+
+
+@pytest.mark.parametrize(
+    ("name", "units"),
+    [("ctf/defocus_u", "angstrom"), ("ctf/voltage_kv", "kilovolt"), ("ctf/spherical_aberration_mm", "millimeter"), ("pose", "radian")],
+)
+def test_columns_tell_their_units(store, name, units):
+    assert dict(zarr.open_group(str(store), mode="r")[name].attrs)["units"] == units
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [
+        ("images", ("particle", "y", "x")),
+        ("uid", ("particle",)),
+        ("shift_A", ("particle", "xy")),
+        ("pose", ("particle", "rotation_vector")),
+    ],
+)
+def test_axes_have_names(store, name, names):
+    assert zarr.open_group(str(store), mode="r")[name].metadata.dimension_names == names
+
+
+@pytest.mark.parametrize("name", ["images", "uid", "ctf/defocus_u"])
+def test_nothing_is_compressed(store, name):
+    array = zarr.open_group(str(store), mode="r")[name]
+    assert array.compressors == ()
+    assert array.filters == ()
+    assert array.metadata.zarr_format == 3
+
+
+def test_the_pixel_size_is_told_with_the_images(store):
+    group = zarr.open_group(str(store), mode="r")
+    assert group["images"].attrs["pixel_size_A"] == 2.0
+    assert group.attrs["cryolike_data"]["pixel_size_A"] == 2.0
+    assert group.attrs["cryolike_data"]["box"] == BOX
+
+
+# --- shards
+
+
+@pytest.mark.parametrize(
+    ("shard_bytes", "chunk", "shard", "files"),
+    [
+        (1, 1, 1, 60),
+        (7 * IMAGE_BYTES, 7, 7, 9),
+        (8 * IMAGE_BYTES - 1, 7, 7, 9),
+        (60 * IMAGE_BYTES, 60, 60, 1),
+        (256 << 20, 60, 60, 1),
+    ],
+)
+def test_small_shards_hold_as_many_images_as_fit(particles, tmp_path, shard_bytes, chunk, shard, files):
+    store = export_zarr(particles, tmp_path / "a.zarr", shard_bytes=shard_bytes)
+    images = images_of(store)
+    assert (images.chunks, images.shards) == ((chunk, BOX, BOX), (shard, BOX, BOX))
+    assert len(shards_of(store)) == files
+
+
+def test_large_shards_hold_whole_chunks_of_about_two_megabytes(tmp_path):
+    # 256 px float32 is 256 KiB, of which 8 fit into 2 MiB: 20 images make 3 chunks, of 7. Two of these fit into 5 MB.
+    dataset = write_particles(tmp_path, numbered_images(20, 256))
+    images = images_of(export_zarr(dataset, tmp_path / "a.zarr", shard_bytes=5_000_000))
+    assert (images.chunks[0], images.shards[0]) == (7, 14)
+    images = images_of(export_zarr(dataset, tmp_path / "b.zarr"))
+    assert (images.chunks[0], images.shards[0]) == (7, 21)
+    np.testing.assert_array_equal(images[:], numbered_images(20, 256))
+
+
+def test_a_shard_is_little_larger_than_its_images(store):
+    sizes = [path.stat().st_size for path in shards_of(store)]
+    assert all(7 * IMAGE_BYTES <= size < 7 * IMAGE_BYTES + 100 for size in sizes)
+
+
+def test_a_source_of_zeros_still_has_all_its_shards(tmp_path):
+    store = export_zarr(write_particles(tmp_path, np.zeros((6, 8, 8), "f4")), tmp_path / "a.zarr", shard_bytes=2 * 8 * 8 * 4)
+    assert len(shards_of(store)) == 3
+
+
+def test_images_read_in_several_steps_fill_a_shard_in_order(particles, demo, table, tmp_path, monkeypatch):
+    monkeypatch.setattr("cryolike_data.export.zarr._READ_BYTES", 3 * IMAGE_BYTES)
+    store = export_zarr(particles, tmp_path / "a.zarr", shard_bytes=8 * IMAGE_BYTES, downsample=Downsample(2, method="max"))
+    expected = stored_images(demo.folder, table).reshape(N, 16, 2, 16, 2).max(axis=(2, 4))
+    np.testing.assert_array_equal(images_of(store)[:], expected)
+
+
+@pytest.mark.parametrize("shard_bytes", [0, -1])
+def test_a_shard_size_that_makes_no_sense_is_refused(particles, tmp_path, shard_bytes):
+    with pytest.raises(ArgumentError, match="shard_bytes"):
+        export_zarr(particles, tmp_path / "a.zarr", shard_bytes=shard_bytes)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- pixels that change
+
+
+@pytest.mark.parametrize(("dtype", "order"), [("i1", "<"), ("i2", ">"), ("u2", "<"), ("f2", "<"), ("f4", ">")])
+def test_pixels_keep_the_type_of_the_file_in_native_order(tmp_path, dtype, order):
+    images = numbered_images(5, 8, dtype=dtype)
+    dataset = write_particles(tmp_path, images)
+    write_stack(tmp_path / "stack.mrc", images, order=order)
+    dataset = IndexedDataset(tmp_path / "particles.cs")
+    found = images_of(export_zarr(dataset, tmp_path / "a.zarr"))
+    assert found.dtype == images.dtype
+    np.testing.assert_array_equal(found[:], images)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float16", "f2"), ("float32", "f4"), ("float64", "f8"), (torch.float16, "f2")])
+def test_pixels_are_written_as_asked(particles, demo, table, tmp_path, dtype, expected):
+    found = images_of(export_zarr(particles, tmp_path / "a.zarr", dtype=dtype))
+    assert found.dtype == np.dtype(expected)
+    np.testing.assert_array_equal(found[:], stored_images(demo.folder, table).astype(expected))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16", "double", np.float32, ""])
+def test_a_pixel_type_that_is_not_known_is_refused(particles, tmp_path, dtype):
+    with pytest.raises(ArgumentError, match="float16, float32, float64"):
+        export_zarr(particles, tmp_path / "a.zarr", dtype=dtype)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pixels_too_large_for_float16_are_not_written_as_infinity(tmp_path):
+    images = numbered_images(5, 8)
+    images[3, 2, 2] = 1e5
+    dataset = write_particles(tmp_path, images)
+    with pytest.raises(CryolikeDataError, match="float16"):
+        export_zarr(dataset, tmp_path / "a.zarr", dtype="float16")
+    assert not (tmp_path / "a.zarr").exists()
+
+
+def test_downsampled_images_are_means_and_the_pixel_size_follows(particles, demo, table, tmp_path):
+    store = export_zarr(particles, tmp_path / "a.zarr", downsample=Downsample(factor=4, method="mean"))
+    expected = stored_images(demo.folder, table).reshape(N, 8, 4, 8, 4).mean(axis=(2, 4))
+    np.testing.assert_allclose(images_of(store)[:], expected, atol=1e-6)
+    assert ZarrDataset(store).pixel_size == 8.0
+    assert ZarrDataset(store).box == 8
+
+
+def test_downsampling_of_integers_gives_float32(tmp_path):
+    images = numbered_images(5, 8, dtype="i1")
+    store = export_zarr(write_particles(tmp_path, images), tmp_path / "a.zarr", downsample=Downsample(2, method="mean"))
+    found = images_of(store)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found[:], images.reshape(5, 4, 2, 4, 2).astype(float).mean(axis=(2, 4)), atol=1e-5)
+
+
+def test_the_attributes_tell_how_the_images_were_made(particles, tmp_path):
+    store = export_zarr(particles, tmp_path / "a.zarr", downsample=Downsample(box=20))
+    told = zarr.open_group(str(store), mode="r").attrs["cryolike_data"]
+    assert told["downsample"] == {"factor": None, "box": 20, "method": "fourier"}
+    assert told["source"] == {"kind": "IndexedDataset", "box": BOX, "pixel_size_A": 2.0}
+
+
+@pytest.mark.shared
+def test_real_particles_at_box_128_have_a_pixel_size_of_3_275(shared, tmp_path):
+    dataset = IndexedDataset(shared / "real/empiar_10076/empiar_10076_7.cs")
+    store = export_zarr(dataset, tmp_path / "a.zarr", downsample=Downsample(box=128))
+    assert images_of(store).shape == (7, 128, 128)
+    assert ZarrDataset(store).pixel_size == pytest.approx(3.275, rel=1e-5)
+
+
+# --- other readers
+
+
+def test_xarray_opens_images_and_columns(store, demo, table):
+    with xarray.open_zarr(store, consolidated=False) as opened:
+        assert dict(opened.sizes) == {"particle": N, "y": BOX, "x": BOX, "rotation_vector": 3, "xy": 2}
+        np.testing.assert_array_equal(opened["images"][5:9].values, stored_images(demo.folder, table[5:9]))
+        np.testing.assert_array_equal(opened["uid"].values, table["uid"])
+
+
+def test_xarray_opens_the_optics(store, table):
+    with xarray.open_zarr(store, group="ctf", consolidated=False) as opened:
+        np.testing.assert_array_equal(opened["defocus_u"].values, table["ctf/df1_A"])
+        assert opened["defocus_u"].attrs["units"] == "angstrom"
+
+
+def test_xarray_splits_images_at_whole_chunks(store):
+    with xarray.open_zarr(store, consolidated=False) as opened:
+        assert opened["images"].chunks[0] == (7,) * 8 + (4,)
+
+
+# --- ZarrDataset
+
+
+@pytest.mark.parametrize("rows", [[0], [5, 5, -1, 0], [59, 0, 30, 31, 7, 6], slice(3, 50, 9), np.arange(N) % 7 == 2, []], ids=str)
+def test_batches_are_those_of_the_source(store, particles, rows):
+    ours, theirs = ZarrDataset(store).batch(rows), particles.batch(rows)
+    for name in ("images", "index", "uid", "pose", "shift_A"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    assert same_optics(ours.ctf, theirs.ctf)
+    assert ours.pixel_size == theirs.pixel_size
+
+
+def test_the_particles_are_those_of_the_source(store, particles):
+    ours, theirs = ZarrDataset(store).particles, particles.particles
+    for name in ("row", "uid", "box", "pixel_size", "half_set", "sign"):
+        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+
+
+def test_selections_work_as_on_the_source(store, particles):
+    chosen = ZarrDataset(store, select=lambda p: p.ctf.exposure_group == 3)
+    expected = particles.select(particles.particles.ctf.exposure_group == 3)
+    assert torch.equal(chosen.read(slice(None)), expected.read(slice(None)))
+    assert torch.equal(chosen.select([4, 1]).read([1, 0]), expected.read([1, 4]))
+
+
+def test_a_table_without_optics_poses_or_uids_makes_a_store_too(tmp_path):
+    dataset = ZarrDataset(export_zarr(write_particles(tmp_path, numbered_images(5, 8)), tmp_path / "a.zarr"))
+    batch = dataset.batch([4])
+    assert (batch.ctf, batch.pose, batch.shift_A) == (None, None, None)
+    assert batch.uid.tolist() == [0]
+
+
+def test_a_store_of_a_store_is_the_same(store, tmp_path):
+    again = export_zarr(ZarrDataset(store), tmp_path / "again.zarr", shard_bytes=10 * IMAGE_BYTES)
+    first, second = (zarr.open_group(str(path), mode="r") for path in (store, again))
+    for name in ("images", "row", "uid", "pose", "ctf/defocus_u"):
+        np.testing.assert_array_equal(first[name][:], second[name][:])
+
+
+def test_a_store_may_be_moved(store, particles, tmp_path):
+    shutil.copytree(store, tmp_path / "moved")
+    assert torch.equal(ZarrDataset(tmp_path / "moved").read([8]), particles.read([8]))
+
+
+def test_a_relative_path_survives_a_change_of_the_working_directory(store, particles, monkeypatch):
+    monkeypatch.chdir(store.parent)
+    dataset = ZarrDataset(store.name)
+    monkeypatch.chdir("/")
+    assert torch.equal(pickle.loads(pickle.dumps(dataset)).read([8]), particles.read([8]))
+
+
+def test_a_data_set_pickles_without_images(store):
+    pickled = pickle.dumps(ZarrDataset(store))
+    assert len(pickled) < 250 * N
+    assert len(pickle.loads(pickled)) == N
+
+
+def test_a_plain_loader_gives_every_particle_once(store, particles):
+    loader = DataLoader(ZarrDataset(store), batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(0))
+    uid = torch.cat([batch.uid for batch in loader])
+    assert sorted(uid.tolist()) == sorted(particles.batch(slice(None)).uid.tolist())
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_worker_processes_read_the_same_batches(store, particles, method):
+    dataset = ZarrDataset(store)
+    dataset.read([0])
+    loader = DataLoader(dataset, batch_size=25, num_workers=1, collate_fn=Collate(), multiprocessing_context=method, timeout=60)
+    assert torch.equal(torch.cat([batch.images for batch in loader]), particles.read(slice(None)))
+
+
+# --- what is no store
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(MissingStackError, match=r"absent\.zarr"):
+        ZarrDataset(tmp_path / "absent.zarr")
+
+
+def test_a_file_is_no_store(tmp_path):
+    (tmp_path / "file.zarr").write_text("not a store")
+    with pytest.raises(CryolikeDataError, match=r"file\.zarr"):
+        ZarrDataset(tmp_path / "file.zarr")
+
+
+def test_an_empty_folder_is_no_store(tmp_path):
+    with pytest.raises(StackError, match="is not a Zarr store"):
+        ZarrDataset(tmp_path)
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_a_store_of_another_program_is_refused(tmp_path, zarr_format):
+    group = zarr.create_group(str(tmp_path / "other.zarr"), zarr_format=zarr_format)
+    group.create_array("images", shape=(3, 4, 4), dtype="f4")
+    with pytest.raises(StackError, match="was not written by cryolike_data"):
+        ZarrDataset(tmp_path / "other.zarr")
+
+
+def test_an_array_alone_is_refused(tmp_path):
+    zarr.create_array(str(tmp_path / "array.zarr"), shape=(3, 4, 4), dtype="f4")
+    with pytest.raises(StackError, match=r"array\.zarr"):
+        ZarrDataset(tmp_path / "array.zarr")
+
+
+def test_a_layout_of_the_future_is_refused(store, tmp_path):
+    place = shutil.copytree(store, tmp_path / "future.zarr")
+    group = zarr.open_group(str(place))
+    group.attrs["cryolike_data"] = dict(group.attrs["cryolike_data"]) | {"format": 99}
+    with pytest.raises(StackError, match=r"layout 99.*Upgrade"):
+        ZarrDataset(place)
+
+
+def test_a_missing_shard_is_an_error_and_not_zeros(store, tmp_path):
+    # Zarr takes a chunk that is not there for one of fill values: a copy that was cut short would read as empty images.
+    place = shutil.copytree(store, tmp_path / "cut.zarr")
+    shards_of(place)[4].unlink()
+    with pytest.raises(CryolikeDataError, match=r"cut\.zarr"):
+        ZarrDataset(place).read(slice(None))
+
+
+def test_a_shard_cut_short_is_an_error(store, tmp_path):
+    place = shutil.copytree(store, tmp_path / "cut.zarr")
+    shard = shards_of(place)[4]
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(CryolikeDataError, match=r"cut\.zarr"):
+        ZarrDataset(place).read(slice(None))
+
+
+# --- whole or not at all
+
+
+@pytest.fixture
+def taken(particles: ParticleDataset, tmp_path: Path) -> Path:
+    """A store of three images in a place that a test may change."""
+    return export_zarr(particles.select([0, 1, 2]), tmp_path / "taken.zarr")
+
+
+def test_an_existing_store_is_not_replaced_unless_asked(particles, taken):
+    before = contents(taken.parent)
+    with pytest.raises(ExportExistsError, match="overwrite=True"):
+        export_zarr(particles, taken)
+    assert contents(taken.parent) == before
+
+
+def test_overwriting_leaves_nothing_of_the_store_before(particles, taken, tmp_path):
+    export_zarr(particles.select([7, 8]), taken, overwrite=True)
+    export_zarr(particles.select([7, 8]), tmp_path / "fresh.zarr")
+    assert contents(taken) == contents(tmp_path / "fresh.zarr")
+    assert sorted(os.listdir(tmp_path)) == ["fresh.zarr", "taken.zarr"]
+
+
+def test_a_store_may_be_overwritten_with_a_part_of_itself(taken, particles):
+    export_zarr(ZarrDataset(taken).select([2, 0]), taken, overwrite=True)
+    assert torch.equal(ZarrDataset(taken).read([0, 1]), particles.read([2, 0]))
+
+
+def test_an_empty_folder_is_a_place_for_a_store(particles, tmp_path):
+    (tmp_path / "a.zarr").mkdir()
+    assert len(ZarrDataset(export_zarr(particles, tmp_path / "a.zarr"))) == N
+
+
+def test_overwriting_through_a_link_leaves_nothing_else_behind(particles, taken, tmp_path):
+    (tmp_path / "link.zarr").symlink_to(taken)
+    export_zarr(particles, tmp_path / "link.zarr", overwrite=True)
+    assert len(ZarrDataset(tmp_path / "link.zarr")) == N
+    assert sorted(os.listdir(tmp_path)) == ["link.zarr", "taken.zarr"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_overwriting_replaces_stores_and_nothing_else(particles, tmp_path, kind):
+    place = tmp_path / "project"
+    if kind == "folder":
+        (place / "J1").mkdir(parents=True)
+        (place / "J1" / "raw_data.mrc").write_bytes(b"years of work")
+    else:
+        place.write_bytes(b"years of work")
+    before = contents(tmp_path)
+    with pytest.raises(ExportExistsError, match="project"):
+        export_zarr(particles, place, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["KeyboardInterrupt", "OSError"])
+@pytest.mark.parametrize("call", [1, 3])
+def test_an_interrupted_export_leaves_nothing_behind(particles, tmp_path, monkeypatch, error, call):
+    interrupt_reading(monkeypatch, call, error)
+    with pytest.raises(type(error)):
+        export_zarr(particles, tmp_path / "a.zarr", shard_bytes=7 * IMAGE_BYTES)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["KeyboardInterrupt", "OSError"])
+def test_an_interrupted_export_leaves_the_store_before_untouched(particles, taken, monkeypatch, error):
+    before = contents(taken.parent)
+    interrupt_reading(monkeypatch, 3, error)
+    with pytest.raises(type(error)):
+        export_zarr(particles, taken, shard_bytes=7 * IMAGE_BYTES, overwrite=True)
+    assert contents(taken.parent) == before
+
+
+def test_a_replacement_that_fails_brings_the_store_before_back(particles, taken, monkeypatch):
+    # The old store is moved away, then the new one cannot take its place.
+    before, calls = contents(taken.parent), []
+
+    def replace(source: Any, target: Any) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(116, "Stale file handle")
+        os.replace(source, target)
+
+    monkeypatch.setattr("cryolike_data.export.files.os", SimpleNamespace(**{**vars(os), "replace": replace}))
+    with pytest.raises(OSError, match="Stale"):
+        export_zarr(particles, taken, overwrite=True)
+    assert contents(taken.parent) == before
+
+
+def interrupt_reading(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) -> None:
+    """Make call number ``call`` (from 1) to read images, and all later ones, raise."""
+    read, calls = ParticleDataset.read, iter(range(1, sys.maxsize))
+
+    def failing(self: ParticleDataset, *args: Any, **options: Any) -> torch.Tensor:
+        if next(calls) >= call:
+            raise error
+        return read(self, *args, **options)
+
+    monkeypatch.setattr(ParticleDataset, "read", failing)
+
+
+def test_an_empty_selection_is_refused(particles, tmp_path):
+    with pytest.raises(CryolikeDataError):
+        export_zarr(particles.select([]), tmp_path / "a.zarr")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_url_is_refused(particles):
+    with pytest.raises(ArgumentError, match="s3://bucket"):
+        export_zarr(particles, "s3://bucket/particles.zarr")
+
+
+def test_a_home_directory_is_expanded(particles, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert export_zarr(particles, "~/new/folder/a.zarr") == tmp_path / "new/folder/a.zarr"
+    assert len(ZarrDataset("~/new/folder/a.zarr")) == N
+
+
+def test_the_files_that_are_read_stay_as_they_are(particles, demo, tmp_path):
+    before = contents(demo.folder)
+    export_zarr(particles, tmp_path / "a.zarr", downsample=Downsample(2))
+    assert contents(demo.folder) == before
+
+
+def test_optics_of_one_group_of_particles_round_trip_beyond_the_store(tmp_path):
+    dataset = write_particles(tmp_path, numbered_images(5, 8), uid=uids(5), **ctf_columns(5))
+    loaded = ZarrDataset(export_zarr(dataset, tmp_path / "a.zarr"))
+    assert same_optics(loaded.batch([3, 1]).ctf, dataset.batch([3, 1]).ctf)
