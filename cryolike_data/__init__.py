@@ -16,6 +16,8 @@ from .descriptor import ImageDescriptor
 from .errors import CryolikeDataError
 from .export import export_cryolike, export_zarr
 from .particles import Particles
+from .sampler import ParticleSampler
+from .stream import ParticleStream, stream
 from .transforms import Downsample, Normalize
 from .zarr_dataset import ZarrDataset
 
@@ -33,6 +35,8 @@ __all__ = [
     "Particle",
     "ParticleBatch",
     "ParticleDataset",
+    "ParticleSampler",
+    "ParticleStream",
     "Particles",
     "ZarrDataset",
     "convert_particle_stacks_from_cryosparc_job_directory",
@@ -41,4 +45,5 @@ __all__ = [
     "export_cryolike",
     "export_zarr",
     "read_table",
+    "stream",
 ]

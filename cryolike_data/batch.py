@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .columns import Columns, concatenate, concatenate_tensors
 from .ctf import Ctf
 from .errors import MixedParticlesError, RowIndexError
 
@@ -19,30 +20,49 @@ from .errors import MixedParticlesError, RowIndexError
 class ParticleBatch:
     """A batch of particles; all tensors share the first axis.
 
+    ``index``, ``uid``, ``ctf``, ``pose`` and ``shift_A`` are gathered from the table when the first of them is asked for.
+
     Attributes
     ----------
     images : (B, H, W) tensor, rows are y and columns are x
-    index : (B,) int64, row of each particle in the data set it came from
-    uid : (B,) int64 bit view of CryoSPARC's uint64 uid (``batch.uid.numpy().view("uint64")`` gives it back)
     pixel_size : pixel size of these images, angstrom
-    ctf : ``Ctf`` of (B, ...) tensors, or None where the table has no ctf columns
-    pose : (B, 3) rotation vector taking the particle frame to the volume frame, radian, or None
-    shift_A : (B, 2) translation (x, y) to apply to the image to centre the particle, angstrom, or None
+    columns : what is known about each particle, by name
     pending : work that is left for the main process (see ``Collate``); ``finish()`` does it
     """
 
     images: Tensor
-    index: Tensor
-    uid: Tensor
     pixel_size: float
-    ctf: Ctf[Tensor] | None = None
-    pose: Tensor | None = None
-    shift_A: Tensor | None = None
+    columns: Columns
     pending: Callable[[ParticleBatch], ParticleBatch] | None = None
 
     @property
+    def index(self) -> Tensor:
+        """(B,) int64, row of each particle in the data set it came from."""
+        return self.columns.tensors["index"]
+
+    @property
+    def uid(self) -> Tensor:
+        """(B,) int64 bit view of CryoSPARC's uint64 uid; ``batch.uid.numpy().view("uint64")`` gives it back."""
+        return self.columns.tensors["uid"]
+
+    @property
+    def ctf(self) -> Ctf[Tensor] | None:
+        """Optics as (B, ...) tensors, or None where the table has no ctf columns."""
+        return self.columns.ctf
+
+    @property
+    def pose(self) -> Tensor | None:
+        """(B, 3) rotation vectors taking the particle frame to the volume frame, radian, or None."""
+        return self.columns.tensors.get("pose")
+
+    @property
+    def shift_A(self) -> Tensor | None:
+        """(B, 2) translation (x, y) to apply to the image to centre the particle, angstrom, or None."""
+        return self.columns.tensors.get("shift_A")
+
+    @property
     def shift(self) -> Tensor | None:
-        """The same as ``shift_A``: (B, 2), angstrom."""
+        """The same as ``shift_A``."""
         return self.shift_A
 
     @property
@@ -73,25 +93,20 @@ class ParticleBatch:
         chosen = torch.as_tensor(rows, dtype=torch.int64, device=self.device)
         return self.map(lambda tensor: tensor[chosen])
 
-    def columns(self, rows: Sequence[int]) -> ParticleBatch:
+    def describe(self, rows: Sequence[int]) -> ParticleBatch:
         """The same as ``batch``; a data set has this to give columns without reading images."""
         return self.batch(rows)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> ParticleBatch:
         """A batch with ``function`` applied to every tensor in it."""
-        return replace(
-            self,
-            images=function(self.images),
-            index=function(self.index),
-            uid=function(self.uid),
-            ctf=None if self.ctf is None else self.ctf.map(function),
-            pose=None if self.pose is None else function(self.pose),
-            shift_A=None if self.shift_A is None else function(self.shift_A),
-        )
+        return replace(self, images=function(self.images), columns=self.columns.map(function))
 
     def to(self, device: torch.device | str | None = None, *, non_blocking: bool = False) -> ParticleBatch:
         """The batch on another device; dtypes stay as they are."""
-        return self.map(lambda tensor: tensor.to(device=device, non_blocking=non_blocking))
+        if device is None or torch.device(device) == self.device:
+            return self
+        images = self.images.to(device=device, non_blocking=non_blocking)
+        return replace(self, images=images, columns=self.columns.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> ParticleBatch:
         """The batch in page-locked memory (``DataLoader(pin_memory=True)`` calls this)."""
@@ -103,7 +118,8 @@ class ParticleBatch:
 
     def __repr__(self) -> str:
         shape = " x ".join(str(n) for n in self.images.shape)
-        known = [name for name in ("ctf", "pose", "shift_A") if getattr(self, name) is not None]
+        groups = {name.split("/")[0] for name in self.columns.names}
+        known = [name for name in ("ctf", "pose", "shift_A") if name in groups]
         left = ", unfinished: call .finish()" if self.pending is not None else ""
         return (
             f"ParticleBatch({shape} {str(self.images.dtype).removeprefix('torch.')} on {self.device}, "
@@ -141,7 +157,7 @@ class Particle:
 
     def __getattr__(self, name: str) -> Any:
         if name in ("uid", "ctf", "pose", "shift_A", "shift", "pixel_size", "box"):
-            value = getattr(self.source.columns([self.row]), name)
+            value = getattr(self.source.describe([self.row]), name)
             if isinstance(value, Tensor):
                 return value[0]
             return value.map(lambda tensor: tensor[0]) if isinstance(value, Ctf) else value
@@ -198,27 +214,12 @@ def single_row(key: Any, n: int) -> int | None:
 
 
 def _concatenate(parts: list[ParticleBatch]) -> ParticleBatch:
-    kinds = {(tuple(p.images.shape[1:]), round(p.pixel_size, 5), _columns(p)) for p in parts}
+    kinds = {(tuple(p.images.shape[1:]), round(p.pixel_size, 5), p.columns.names) for p in parts}
     if len(kinds) > 1:
         told = "\n".join(f"  {shape[-1]} px, {px} A/pixel, columns {', '.join(names)}" for shape, px, names in sorted(kinds))
         raise MixedParticlesError(f"These data sets cannot share a batch:\n{told}\nUse one DataLoader for each kind.")
-    first = parts[0]
-    ctf = None if first.ctf is None else Ctf(**{n: _cat([getattr(p.ctf, n) for p in parts]) for n, _ in first.ctf.items()})
-    names = [name for name in ("images", "index", "uid", "pose", "shift_A") if getattr(first, name) is not None]
-    joined: dict[str, Any] = {name: _cat([getattr(part, name) for part in parts]) for name in names}
-    return replace(first, ctf=ctf, **joined)
-
-
-def _cat(tensors: list[Tensor]) -> Tensor:
-    """Concatenated in the dtype that holds them all; torch itself does not know that of int16 and uint16."""
-    dtype = np.result_type(*[tensor[:0].cpu().numpy().dtype for tensor in tensors])
-    common = torch.from_numpy(np.empty(0, dtype)).dtype
-    return torch.cat([tensor.to(common) for tensor in tensors])
-
-
-def _columns(batch: ParticleBatch) -> tuple[str, ...]:
-    plain = [name for name in ("pose", "shift_A") if getattr(batch, name) is not None]
-    return tuple(plain + ([] if batch.ctf is None else [name for name, _ in batch.ctf.items()]))
+    images = concatenate_tensors([part.images for part in parts])
+    return replace(parts[0], images=images, columns=concatenate([part.columns for part in parts]))
 
 
 def _register_default_collate() -> None:

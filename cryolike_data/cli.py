@@ -68,6 +68,13 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--box", type=int, help="downsample to this box size first, which takes noise away")
     show.set_defaults(command=_show)
 
+    bench = commands.add_parser("bench", help="how fast these images can be had here, and what holds them up")
+    _add_source(bench)
+    bench.add_argument("--batch-size", type=int, default=256, help="particles per batch (default: 256)")
+    bench.add_argument("--gigabytes", type=float, default=1.0, help="how much to read at the most (default: 1)")
+    bench.add_argument("--no-cold", action="store_true", help="leave out reading from the disk")
+    bench.set_defaults(command=_bench)
+
     demo = commands.add_parser("demo", help="write a small synthetic CryoSPARC project with its truth")
     demo.add_argument("out", type=Path, metavar="OUT", help="the project folder to write")
     demo.add_argument("--particles", type=int, default=600, help="number of particles (default: 600)")
@@ -179,6 +186,18 @@ def _show(options: argparse.Namespace) -> None:
     figure = montage(collate(dataset.batch(rows)).images, titles=[f"row {row}" for row in rows.tolist()])
     figure.savefig(options.out)
     print(f"{len(rows)} of {len(dataset):,} particles are shown in {options.out}")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from .diagnose import diagnose
+
+    dataset = _open(options)
+    if options.batch_size < 1 or not options.gigabytes > 0:
+        raise ArgumentError(f"--batch-size and --gigabytes are positive, not {options.batch_size} and {options.gigabytes}")
+    print(repr(dataset))
+    cold = not options.no_cold and not isinstance(dataset, ZarrDataset)
+    figures, sentence = diagnose(dataset, batch_size=options.batch_size, max_bytes=int(options.gigabytes * 1e9), cold=cold)
+    print(*figures, sentence, sep="\n")
 
 
 def _refuse(options: argparse.Namespace, names: Sequence[str], what: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .batch import Particle, ParticleBatch, single_row
-from .ctf import Ctf
+from .columns import Columns
 from .errors import ArgumentError
 from .particles import Particles, Selection, resolve_rows, shortest
 from .stacks import ImageSource
@@ -44,6 +44,7 @@ class ParticleDataset(Dataset[Particle]):
         if len(self.particles) == 0:
             raise ArgumentError(f"select= leaves none of the {len(particles)} particles")
         self.source = source
+        self._columns: dict[str, np.ndarray] | None = None
         self.box: int = int(self.particles.one_value("box"))
         self.pixel_size: float = float(shortest(self.particles.one_value("pixel_size")))
 
@@ -90,46 +91,52 @@ class ParticleDataset(Dataset[Particle]):
         ArgumentError
             if ``out`` does not fit
         """
-        return self._read_rows(resolve_rows(indices, len(self), self.particles), out)
+        return self.read_rows(resolve_rows(indices, len(self), self.particles), out)
 
     def batch(self, indices: Selection) -> ParticleBatch:
         """The same as ``read`` with everything known about each particle."""
         rows = resolve_rows(indices, len(self), self.particles)
-        return self.batch_of(rows, self._read_rows(rows, None))
+        return self.batch_of(rows, self.read_rows(rows))
 
-    def columns(self, rows: Sequence[int]) -> ParticleBatch:
+    def describe(self, rows: Sequence[int]) -> ParticleBatch:
         """The same as ``batch`` without reading: the images are on torch's "meta" device, which holds no pixels."""
         chosen = resolve_rows(rows, len(self), self.particles)
         return self.batch_of(chosen, torch.empty((len(chosen), self.box, self.box), dtype=self.dtype, device="meta"))
 
     def batch_of(self, rows: np.ndarray, images: Tensor) -> ParticleBatch:
         """Images that were read for these rows (int64, none negative), with their columns."""
-        particles = self.particles
+        table = self._batch_columns()
 
-        def tensor(column: np.ndarray) -> Tensor:
-            return torch.from_numpy(column[rows])
+        def gather() -> dict[str, Tensor]:
+            return {"index": torch.from_numpy(rows)} | {name: torch.from_numpy(column[rows]) for name, column in table.items()}
 
-        def optional(column: np.ndarray | None) -> Tensor | None:
-            return None if column is None else tensor(column)
+        return ParticleBatch(images, self.pixel_size, Columns(("index", *table), gather))
 
-        ctf: Ctf[Tensor] | None = None if particles.ctf is None else particles.ctf.map(tensor)
-        return ParticleBatch(
-            images=images,
-            index=torch.from_numpy(rows),
-            uid=tensor(particles.uid.view(np.int64)),
-            pixel_size=self.pixel_size,
-            ctf=ctf,
-            pose=optional(particles.pose),
-            shift_A=optional(particles.shift_A),
-        )
+    def ask_ahead(self, rows: np.ndarray) -> bool:
+        """Start to bring the images of these rows (int64, none negative) into the page cache; False if they were there."""
+        return self.source.ask_ahead(self.particles.file[rows], self.particles.slice[rows])
 
     def select(self, selection: Selection) -> Self:
         """A data set of the chosen rows (mask, row numbers, slice, or a function of ``particles``) over the same files."""
         chosen = copy.copy(self)
         chosen.particles = self.particles[resolve_rows(selection, len(self), self.particles)]
+        chosen._columns = None
         return chosen
 
-    def _read_rows(self, rows: np.ndarray, out: Tensor | None) -> Tensor:
+    def _batch_columns(self) -> dict[str, np.ndarray]:
+        """The columns that travel in a batch, by name."""
+        if self._columns is None:
+            kept = {
+                name: column for name, column in self.particles.columns().items() if name.startswith("ctf/") or name in ("pose", "shift_A")
+            }
+            self._columns = {"uid": self.particles.uid.view(np.int64)} | kept
+        return self._columns
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_columns": None}
+
+    def read_rows(self, rows: np.ndarray, out: Tensor | None = None) -> Tensor:
+        """The same as ``read`` for row numbers that are int64, not negative and in range, as a sampler gives them."""
         shape = (len(rows), self.box, self.box)
         if out is None:
             out = torch.empty(shape, dtype=self.dtype)

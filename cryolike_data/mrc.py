@@ -9,8 +9,8 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
@@ -18,6 +18,9 @@ import numpy as np
 from .errors import ArgumentError, StackError
 
 Mode0 = Literal["auto", "signed", "unsigned"]
+
+#: Makes sure of a stack when it is first mapped.
+Check = Callable[[str, "MrcHeader"], None]
 
 HEADER_BYTES = 1024
 _IMOD_STAMP = 1146047817
@@ -114,14 +117,54 @@ def map_stack(path: str | os.PathLike[str], header: MrcHeader) -> np.ndarray:
     shape = (header.n_complete, header.ny, header.nx)
     if header.n_complete == 0:
         return np.empty(shape, header.dtype)
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size < header.offset + header.n_complete * header.image_bytes:
-            raise StackError(f"{path} has become shorter since its header was read; is another program writing it?")
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    descriptor = open_to_map(path, header.offset + header.n_complete * header.image_bytes)
+    try:
+        mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    finally:
+        os.close(descriptor)
     return np.ndarray(shape, header.dtype, buffer=mapped, offset=header.offset)
 
 
-def describe_shortfall(path: Path | str, header: MrcHeader, index: int) -> str:
+def require_alike(path: str | os.PathLike[str], expected: MrcHeader, *, mode0: Mode0 = "auto") -> None:
+    """Raise a ``StackError`` unless a stack is laid out as expected and has as many images."""
+    found = read_header(path, mode0=mode0)
+    if (found.nx, found.ny, found.dtype, found.offset) != (expected.nx, expected.ny, expected.dtype, expected.offset):
+        raise StackError(
+            f"{path} has images of {found.nx} x {found.ny} {found.dtype} from byte {found.offset} on, the first stack {expected.nx} x "
+            f"{expected.ny} {expected.dtype} from byte {expected.offset} on. Open the data set with check_headers=True."
+        )
+    if found.n_complete < expected.n_complete:
+        raise StackError(describe_shortfall(path, found, expected.n_complete - 1) + ".")
+
+
+def open_to_map(path: str | os.PathLike[str], needed: int) -> int:
+    """A file descriptor of a file that is at least ``needed`` bytes long; touching a map beyond the end would end the process.
+
+    Raises
+    ------
+    StackError
+        if the file cannot be opened or is shorter
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StackError(f"{path} cannot be opened any more: {error.strerror}.") from error
+    try:
+        require_size(path, os.fstat(descriptor).st_size, needed)
+    except StackError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def require_size(path: str | os.PathLike[str], size: int, needed: int) -> None:
+    """Raise a ``StackError`` if a file of this size (-1: it is gone) has become too short for what is to be read of it."""
+    if size < needed:
+        what = "is gone" if size < 0 else f"has shrunk to {size} bytes, of which {needed} are needed,"
+        raise StackError(f"{path} {what} since the data set was made; is another program writing it?")
+
+
+def describe_shortfall(path: str | os.PathLike[str], header: MrcHeader, index: int) -> str:
     """Why image ``index`` (from 0) of a stack cannot be read."""
     if index < header.nz:
         return f"{path} is truncated: its header promises {header.nz} images, the file holds {header.n_complete} complete ones"

@@ -1,55 +1,63 @@
-"""Many MRC stacks read as one: headers known up front, files mapped lazily, at most a bounded number of maps at a time."""
+"""Many MRC stacks read as one: headers known up front, files mapped when they are first needed."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from .arena import Arena, NoMoreMapsError, can_map
 from .errors import CryolikeDataError, StackError
-from .mrc import Mode0, MrcHeader, describe_shortfall, map_stack, read_header
+from .map_pool import MapPool
+from .mrc import Check, Mode0, MrcHeader, describe_shortfall, read_header, require_alike
 
-#: Maps kept open at once, per process. Each costs a file descriptor, of which 1024 is a common limit.
-MAX_OPEN_MAPS = 256
+log = logging.getLogger(__name__)
+
+
+#: Threads that read headers, which mostly wait for the file system.
+_THREADS = 8
 
 
 class ImageSource(Protocol):
     """Where a data set's pixels come from: anything that can put chosen images into a buffer."""
 
-    dtype: np.dtype[np.generic]
+    dtype: np.dtype[Any]
 
     def read_into(self, file: np.ndarray, image: np.ndarray, out: np.ndarray) -> None:
         """Copy image ``image[k]`` of file ``file[k]`` into ``out[k]``, for all k."""
 
+    def ask_ahead(self, file: np.ndarray, image: np.ndarray) -> bool:
+        """Start to bring images into the page cache; returns before they are there. False if there was nothing to do."""
 
-@dataclass
-class StackPool:
-    """A set of MRC stacks with equal box sizes.
+
+class MrcStacks:
+    """A set of MRC stacks: through an arena where one can hold them, else through a pool of maps.
 
     Attributes
     ----------
     paths : the files
     headers : one per file
     dtype : the native dtype in which all of them can be read without loss
-    max_open : how many files stay mapped at once; the least recently used is let go first
 
     Safe to share between threads. Pickles without its maps, which are opened again when needed.
     """
 
-    paths: tuple[str, ...]
-    headers: tuple[MrcHeader, ...]
-    max_open: int = MAX_OPEN_MAPS
-
-    def __post_init__(self) -> None:
-        kinds = {header.dtype.newbyteorder("=") for header in self.headers}
-        self.dtype: np.dtype[np.generic] = np.result_type(*kinds) if kinds else np.dtype("f4")
-        self._forget_maps()
+    def __init__(self, paths: Sequence[str], headers: Sequence[MrcHeader], *, check: Check | None = None) -> None:
+        self.paths, self.headers = tuple(paths), tuple(headers)
+        self._check = check
+        self._pool = MapPool(self.paths, self.headers, check=check)
+        self.dtype = self._pool.dtype
+        self._counts = np.array([header.n_complete for header in self.headers])
+        self._arena: Arena | Literal[False] | None = None
+        self._deciding, self._process = threading.Lock(), os.getpid()
 
     def read_into(self, file: np.ndarray, image: np.ndarray, out: np.ndarray) -> None:
         """Copy image ``image[k]`` of file ``file[k]`` into ``out[k]`` (native byte order), for all k.
@@ -57,52 +65,94 @@ class StackPool:
         Parameters
         ----------
         file, image : (B,) integer arrays
-        out : (B, H, W) array of ``dtype``
+        out : (B, H, W) contiguous array of ``dtype``
+
+        Raises
+        ------
+        StackError
+            if a file cannot be opened any more, is truncated, or has shrunk (for what remains possible then, see ``Arena``)
         """
-        order = np.lexsort((image, file))
-        cuts = np.flatnonzero(np.diff(file[order])) + 1
-        for rows in np.split(order, cuts) if len(order) else []:
-            number = int(file[rows[0]])
-            last = int(image[rows[-1]])
-            if last >= self.headers[number].n_complete:
-                raise StackError(describe_shortfall(self.paths[number], self.headers[number], last) + ".")
-            stack = self._stack(number)
-            for row, z in zip(rows.tolist(), image[rows].tolist(), strict=True):
-                out[row] = stack[z]
+        if len(out) == 0:
+            return
+        beyond = (image >= self._counts[file]) | (image < 0)
+        if beyond.any():
+            k = int(np.argmax(beyond))
+            raise StackError(describe_shortfall(self.paths[file[k]], self.headers[file[k]], int(image[k])) + ".")
+        arena = self._arena_of(out[0].nbytes)
+        if arena and arena.holds(file):
+            try:
+                arena.gather(file, image, out)
+                return
+            except NoMoreMapsError as error:
+                log.info("%s Files are read one by one.", error)
+                self._arena = False
+        self._pool.read_into(file, image, out)
 
-    def shape(self, file: int) -> tuple[int, int]:
-        """(ny, nx) of the images of one file."""
-        return self.headers[file].ny, self.headers[file].nx
+    def ask_ahead(self, file: np.ndarray, image: np.ndarray) -> bool:
+        """Start to bring images into the page cache; does nothing (False) where they are there or no arena holds them."""
+        if len(file) == 0:
+            return False
+        # Whatever is wrong with a file, the reader meets it next and says so.
+        with contextlib.suppress(StackError):
+            arena = self._arena_of(self.headers[int(file[0])].image_bytes)
+            return arena.ask_ahead(file, image) if arena and arena.holds(file) else False
+        return False
 
-    def _stack(self, number: int) -> np.ndarray:
+    def _arena_of(self, image_bytes: int) -> Arena | Literal[False]:
+        """The arena for images of this size, made when it is first asked for; False if there can be none."""
         if self._process != os.getpid():
-            # The lock may have been held by a thread that the fork left behind.
-            self._forget_maps()
-        with self._lock:
-            stack = self._maps.get(number)
-            if stack is None:
-                stack = self._maps[number] = map_stack(self.paths[number], self.headers[number])
-                if len(self._maps) > self.max_open:
-                    self._maps.popitem(last=False)
-            else:
-                self._maps.move_to_end(number)
-            return stack
+            # A fork may have left the lock behind in the hands of a thread that is no more; maps come along.
+            self._deciding, self._process = threading.Lock(), os.getpid()
+        arena = self._arena
+        if arena is None:
+            with self._deciding:
+                if self._arena is None:
+                    self._arena = self._make_arena(image_bytes, self.dtype)
+                arena = self._arena
+        return arena
 
-    def _forget_maps(self) -> None:
-        self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._lock = threading.Lock()
-        self._process = os.getpid()
+    def _make_arena(self, image_bytes: int, dtype: np.dtype[Any]) -> Arena | Literal[False]:
+        """An arena of the files with images of this size and dtype (byte order included), or False if there can be none."""
+        fits = np.array([header.dtype == dtype and header.image_bytes == image_bytes for header in self.headers])
+        starts = np.array([header.offset for header in self.headers])
+        if not fits.any() or not can_map(int(fits.sum()), starts[fits], image_bytes, dtype.itemsize):
+            return False
+        counts = np.where(fits, self._counts, 0)
+        check = None if self._check is None else self._check_number
+        try:
+            return Arena(self.paths, starts, counts, image_bytes=image_bytes, itemsize=dtype.itemsize, check=check)
+        except NoMoreMapsError as error:
+            log.info("%s Files are read one by one.", error)
+            return False
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"paths": self.paths, "headers": self.headers, "max_open": self.max_open, "dtype": self.dtype}
+    def _check_number(self, number: int) -> None:
+        assert self._check is not None
+        self._check(self.paths[number], self.headers[number])
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget_maps()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _remake, (self.paths, self.headers, self._check)
 
 
-def open_stacks(paths: Sequence[str | os.PathLike[str]], *, mode0: Mode0 = "auto") -> StackPool:
-    """Read the headers of all files, several at a time, and give the pool that reads them.
+def _remake(paths: Sequence[str], headers: Sequence[MrcHeader], check: Check | None) -> MrcStacks:
+    return MrcStacks(paths, headers, check=check)
+
+
+def images_needed(file: np.ndarray, image: np.ndarray, n_files: int) -> np.ndarray:
+    """How many images each file must have, at the least, for all rows to be in it."""
+    needed = np.zeros(n_files, np.int64)
+    np.maximum.at(needed, file, image + 1)
+    return needed
+
+
+def open_stacks(paths: Sequence[str | os.PathLike[str]], *, mode0: Mode0 = "auto", needed: np.ndarray | None = None) -> MrcStacks:
+    """Read the headers of all files, several at a time, and give what reads them.
+
+    Parameters
+    ----------
+    paths : the files
+    mode0 : see ``cryolike_data.mrc.read_header``
+    needed : images that each file must have; if given, only the first header is read now, and every file is expected to be
+        laid out like the first, which is checked when it is mapped
 
     Raises
     ------
@@ -117,9 +167,18 @@ def open_stacks(paths: Sequence[str | os.PathLike[str]], *, mode0: Mode0 = "auto
         except (CryolikeDataError, OSError) as error:
             return error
 
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        results = list(pool.map(header_or_error, names))
+    if needed is not None and len(names):
+        first = read_header(names[0], mode0=mode0)
+        of_count = {count: replace(first, nz=count, n_complete=count) for count in set(needed.tolist())}
+        alike = [of_count[count] for count in needed.tolist()]
+        return MrcStacks(names, alike, check=partial(require_alike, mode0=mode0))
+    # In a few portions, because handing a task to a thread takes as long as reading a header.
+    portions = [names[k::_THREADS] for k in range(_THREADS)]
+    results: list[Any] = [None] * len(names)
+    with ThreadPoolExecutor(max_workers=_THREADS) as pool:
+        for k, found in enumerate(pool.map(lambda portion: [header_or_error(name) for name in portion], portions)):
+            results[k::_THREADS] = found
     errors = [str(result) for result in results if isinstance(result, Exception)]
     if errors:
         raise StackError("\n".join([f"{len(errors)} of {len(names)} stacks cannot be read:", *(f"  {text}" for text in errors)]))
-    return StackPool(names, tuple(result for result in results if isinstance(result, MrcHeader)))
+    return MrcStacks(names, tuple(result for result in results if isinstance(result, MrcHeader)))

@@ -60,6 +60,10 @@ class ZarrImages:
             except (ValueError, OSError) as error:
                 raise StackError(f"Images {first} to {last - 1} of {self.path} cannot be read, copy or export it again: {error}") from error
 
+    def ask_ahead(self, file: np.ndarray, image: np.ndarray) -> bool:
+        """Nothing to do: zarr opens and reads what it needs by itself."""
+        return False
+
     def __reduce__(self) -> tuple[type[ZarrImages], tuple[str]]:
         return ZarrImages, (self.path,)
 

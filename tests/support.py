@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import struct
+import subprocess
+import sys
+import textwrap
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +17,8 @@ import mrcfile
 import numpy as np
 import torch
 from scipy.special import roots_jacobi
+
+from cryolike_data import ParticleBatch
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -188,3 +196,48 @@ def write_job(
     job = project / f"J{number}"
     write_table(job / f"J{number}_passthrough_particles.cs", **{name: values for name, values in table.items() if values is not None})
     return job, images
+
+
+def same_batch(one: ParticleBatch, other: ParticleBatch) -> None:
+    """Fail unless two batches hold the same particles, columns and pixels."""
+
+    def everything(batch: ParticleBatch) -> dict[str, torch.Tensor | None]:
+        ctf = {} if batch.ctf is None else {f"ctf.{name}": tensor for name, tensor in batch.ctf.items()}
+        return ctf | {name: getattr(batch, name) for name in ("images", "index", "uid", "pose", "shift_A")}
+
+    left, right = everything(one), everything(other)
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        if tensor is None:
+            assert right[name] is None, name
+        else:
+            assert tensor.dtype == right[name].dtype, name
+            np.testing.assert_array_equal(tensor.cpu().numpy(), right[name].cpu().numpy(), err_msg=name)
+    assert one.pixel_size == other.pixel_size
+
+
+def own_threads() -> list[str]:
+    """Names of the threads of the package that are alive."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("cryolike")]
+
+
+def open_files(folder: Path) -> list[str]:
+    """Files below a folder of which this process holds a descriptor (Linux)."""
+    links = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            links.append(os.readlink(f"/proc/self/fd/{name}"))
+    return [link for link in links if link.startswith(str(folder))]
+
+
+def mapped_files(folder: Path) -> list[str]:
+    """Files below a folder that this process has mapped into memory (Linux)."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return [line.split(maxsplit=5)[5] for line in lines if str(folder) in line]
+
+
+def run_python(code: str, *arguments: object, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    """Run a piece of Python, which finds this module, in a process of its own, where it may crash."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -430,3 +431,33 @@ def test_real_tables_without_their_stacks_are_refused_and_the_stacks_named(share
 def test_a_real_table_without_blob_columns_is_refused(shared: Path) -> None:
     with pytest.raises(TableError, match="no blob/path and blob/idx"):
         IndexedDataset(shared / "real/metadata/4k_dataset.cs")
+
+
+def test_unchecked_headers_give_the_same_images(tmp_path: Path) -> None:
+    cs, images = write_particles(tmp_path, N)
+    np.testing.assert_array_equal(IndexedDataset(cs, check_headers=False).read(slice(None)).numpy(), images)
+
+
+def test_unchecked_headers_are_checked_when_a_stack_is_first_read(tmp_path: Path) -> None:
+    cs, _ = write_particles(tmp_path, N, stacks=2)
+    stack = tmp_path / "J1/extract/stack_1.mrc"
+    write_stack(stack, numbered_images(N, 8), extended=1024)
+    ds = IndexedDataset(cs, check_headers=False)
+    ds.read(np.flatnonzero(ds.particles.file == 0))
+    with pytest.raises(StackError, match=r"stack_1\.mrc has images of .* check_headers=True"):
+        ds.read(np.flatnonzero(ds.particles.file == 1))
+
+
+def test_an_image_beyond_an_unchecked_stack_is_an_error_when_it_is_read(tmp_path: Path) -> None:
+    cs, _ = write_particles(tmp_path, N, stacks=2)
+    stack = tmp_path / "J1/extract/stack_1.mrc"
+    write_stack(stack, numbered_images(1, 8))
+    ds = IndexedDataset(cs, check_headers=False)
+    with pytest.raises(StackError, match=r"stack_1\.mrc has 1 images"):
+        ds.read(slice(None))
+
+
+def test_a_data_set_with_unchecked_headers_pickles(tmp_path: Path) -> None:
+    cs, images = write_particles(tmp_path, N)
+    again = pickle.loads(pickle.dumps(IndexedDataset(cs, check_headers=False)))
+    np.testing.assert_array_equal(again.read(slice(None)).numpy(), images)

@@ -206,7 +206,7 @@ def test_an_error_in_a_worker_is_the_one_raised_there(tmp_path: Path) -> None:
     ds = IndexedDataset(cs)
     os.truncate(tmp_path / "J1/extract/stack_0.mrc", 1100)
     loader = DataLoader(ds, batch_size=4, num_workers=1, multiprocessing_context="fork")
-    with pytest.raises(ValueError, match=r"stack_0\.mrc has become shorter"):
+    with pytest.raises(ValueError, match=r"stack_0\.mrc has shrunk"):
         list(loader)
 
 

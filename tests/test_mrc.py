@@ -205,7 +205,7 @@ def test_a_stack_that_shrank_after_its_header_was_read_is_an_error(tmp_path: Pat
     path = write_stack(tmp_path / "a.mrc", numbered_images(5, 8))
     header = read_header(path)
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(StackError, match="has become shorter"):
+    with pytest.raises(StackError, match="has shrunk"):
         map_stack(path, header)
 
 

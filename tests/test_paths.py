@@ -17,7 +17,7 @@ def touch(*paths: Path) -> None:
 
 def resolve(names: list[str] | str, table: Path, folder: str | Path | None = None) -> list[Path]:
     names = [names] if isinstance(names, str) else names
-    return resolve_paths(names, [1] * len(names), table=table, folder=folder)
+    return [Path(path) for path in resolve_paths(names, [1] * len(names), table=table, folder=folder)]
 
 
 @pytest.fixture

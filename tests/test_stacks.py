@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from support import numbered_images, write_stack
 
-from cryolike_data import stacks
+from cryolike_data import map_pool
 from cryolike_data.errors import StackError
-from cryolike_data.stacks import StackPool, open_stacks
+from cryolike_data.map_pool import MapPool
+from cryolike_data.stacks import MrcStacks, open_stacks
 
 BOX = 8
 
@@ -30,7 +31,7 @@ def write_stacks(
     return paths, images
 
 
-def read(pool: StackPool, file: list[int], image: list[int]) -> np.ndarray:
+def read(pool: MrcStacks | MapPool, file: list[int], image: list[int]) -> np.ndarray:
     out = np.full((len(file), BOX, BOX), 99, pool.dtype)
     pool.read_into(np.asarray(file), np.asarray(image), out)
     return out
@@ -99,7 +100,7 @@ def test_big_and_little_endian_files_share_the_native_dtype(tmp_path: Path) -> N
 def test_at_most_max_open_files_stay_open(tmp_path: Path) -> None:
     paths, images = write_stacks(tmp_path, [1] * 12)
     opened = open_stacks(paths)
-    pool = StackPool(opened.paths, opened.headers, max_open=3)
+    pool = MapPool(opened.paths, opened.headers, max_open=3)
     before = open_files()
     for _ in range(2):
         found = read(pool, list(range(12)), [0] * 12)
@@ -110,10 +111,10 @@ def test_at_most_max_open_files_stay_open(tmp_path: Path) -> None:
 def test_the_least_recently_used_file_is_closed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths, _ = write_stacks(tmp_path, [1] * 3)
     opened = open_stacks(paths)
-    pool = StackPool(opened.paths, opened.headers, max_open=2)
+    pool = MapPool(opened.paths, opened.headers, max_open=2)
     mapped: list[str] = []
-    original = stacks.map_stack
-    monkeypatch.setattr(stacks, "map_stack", lambda path, header: mapped.append(Path(path).name) or original(path, header))
+    original = map_pool.map_stack
+    monkeypatch.setattr(map_pool, "map_stack", lambda path, header: mapped.append(Path(path).name) or original(path, header))
     for number in (0, 1, 0, 2, 0, 1):
         read(pool, [number], [0])
     assert mapped == ["0.mrc", "1.mrc", "2.mrc", "1.mrc"]
@@ -153,7 +154,7 @@ def test_a_pool_pickles_without_its_maps(tmp_path: Path) -> None:
 def test_threads_share_a_pool_with_fewer_maps_than_files(tmp_path: Path) -> None:
     paths, images = write_stacks(tmp_path, [3] * 9)
     opened = open_stacks(paths)
-    pool = StackPool(opened.paths, opened.headers, max_open=2)
+    pool = MapPool(opened.paths, opened.headers, max_open=2)
     file, image = list(range(9)) * 3, [0] * 9 + [1] * 9 + [2] * 9
     expected = np.stack([images[f][i] for f, i in zip(file, image, strict=True)])
     with ThreadPoolExecutor(4) as threads:
@@ -189,11 +190,11 @@ def test_every_unusable_stack_is_in_one_error(tmp_path: Path) -> None:
     assert "0.mrc" not in said
 
 
-def test_a_stack_that_vanishes_between_reads_is_an_os_error_that_names_it(tmp_path: Path) -> None:
+def test_a_stack_that_vanishes_before_it_is_read_is_an_error_that_names_it(tmp_path: Path) -> None:
     paths, _ = write_stacks(tmp_path, [1])
     pool = open_stacks(paths)
     paths[0].unlink()
-    with pytest.raises(OSError, match=r"0\.mrc"):
+    with pytest.raises(StackError, match=r"0\.mrc cannot be opened any more"):
         read(pool, [0], [0])
 
 
@@ -201,22 +202,23 @@ def test_a_stack_that_vanishes_between_reads_is_an_os_error_that_names_it(tmp_pa
 def test_a_process_forked_while_a_thread_reads_can_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A DataLoader may fork its workers while another thread of the main process is reading from the same data set.
     paths, images = write_stacks(tmp_path, [2])
-    pool = open_stacks(paths)
-    original, mapping, may_go_on = stacks.map_stack, threading.Event(), threading.Event()
+    opened = open_stacks(paths)
+    pool = MapPool(opened.paths, opened.headers)
+    original, mapping, may_go_on = map_pool.map_stack, threading.Event(), threading.Event()
 
-    def paused(path: str, header: stacks.MrcHeader) -> np.ndarray:
+    def paused(path: str, header: map_pool.MrcHeader) -> np.ndarray:
         mapping.set()
         may_go_on.wait()
         return original(path, header)
 
-    monkeypatch.setattr(stacks, "map_stack", paused)
+    monkeypatch.setattr(map_pool, "map_stack", paused)
     thread = threading.Thread(target=read, args=(pool, [0], [0]))
     thread.start()
     mapping.wait()
     child = os.fork()
     if child == 0:
         signal.alarm(2)  # ends a child that waits for a lock which nobody in it will release
-        stacks.map_stack = original
+        map_pool.map_stack = original
         os._exit(0 if np.array_equal(read(pool, [0, 0], [1, 0]), images[0][[1, 0]]) else 1)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     may_go_on.set()

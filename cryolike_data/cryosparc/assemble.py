@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import ArgumentError, StackError, TableError
 from ..particles import Particles, repeat_of, shortest
-from ..stacks import StackPool
+from ..stacks import MrcStacks
 from .columns import read_ctf, read_pose, read_sign, read_uid
 from .table import Table
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 def assemble(
     table: Table,
-    pool: StackPool,
+    pool: MrcStacks,
     file: np.ndarray,
     image: np.ndarray,
     *,
@@ -54,7 +54,7 @@ def assemble(
     )
 
 
-def _missing_images(pool: StackPool, file: np.ndarray, image: np.ndarray, index_hint: str) -> list[str]:
+def _missing_images(pool: MrcStacks, file: np.ndarray, image: np.ndarray, index_hint: str) -> list[str]:
     n_complete = repeat_of([header.n_complete for header in pool.headers], file, np.int64)
     bad = np.flatnonzero((image < 0) | (image >= n_complete))
     told: list[str] = []
@@ -73,7 +73,7 @@ def _missing_images(pool: StackPool, file: np.ndarray, image: np.ndarray, index_
     return told
 
 
-def _wrong_shapes(pool: StackPool, file: np.ndarray, table: Table, pixel_size: Any) -> list[str]:
+def _wrong_shapes(pool: MrcStacks, file: np.ndarray, table: Table, pixel_size: Any) -> list[str]:
     used = np.unique(file).tolist()
     told = [
         f"{pool.paths[number]} holds images of {header.nx} x {header.ny} pixels; particles have to be square"
@@ -98,7 +98,7 @@ def _wrong_shapes(pool: StackPool, file: np.ndarray, table: Table, pixel_size: A
     return told
 
 
-def _pixel_sizes(table: Table, pool: StackPool, file: np.ndarray, argument: Any) -> np.ndarray:
+def _pixel_sizes(table: Table, pool: MrcStacks, file: np.ndarray, argument: Any) -> np.ndarray:
     """The argument, else blob/psize_A, else the MRC headers where plausible."""
     stated = table.get("blob/psize_A")
     if stated is not None and not (np.isfinite(stated) & (stated > 0)).all():

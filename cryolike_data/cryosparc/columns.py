@@ -30,7 +30,20 @@ _CTF_FIELDS = {
     "tetrafoil_A": "ctf/tetra_A",
     "anisomag": "ctf/anisomag",
 }
+_USED_CTF = frozenset(_CTF_FIELDS.values())
+_ALIGNMENTS = ("alignments3D", "alignments2D")
 _OTHER_SLOTS = {"map": "a volume", "mask": "a mask", "precision": "a volume", "map_half_A": "a half map", "micrograph_blob": "micrographs"}
+
+
+def is_used(name: str) -> bool:
+    """Whether a column is one that ``Particles`` is made of."""
+    slot, _, field = name.partition("/")
+    return (
+        name == "uid"
+        or (slot == "blob" and field != "path")
+        or name in _USED_CTF
+        or (slot in _ALIGNMENTS and field in ("pose", "shift", "psize_A", "split"))
+    )
 
 
 def read_ctf(table: Table) -> Ctf[np.ndarray] | None:
@@ -47,7 +60,7 @@ def read_pose(table: Table) -> dict[str, np.ndarray]:
 
     A shift is in pixels of the alignment's own pixel size (``alignments3D/psize_A``), which may differ from the image's.
     """
-    slot = next((slot for slot in ("alignments3D", "alignments2D") if f"{slot}/pose" in table), None)
+    slot = next((slot for slot in _ALIGNMENTS if f"{slot}/pose" in table), None)
     if slot is None:
         return {}
     found: dict[str, np.ndarray] = {}

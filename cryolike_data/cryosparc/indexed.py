@@ -13,9 +13,9 @@ from ..dataset import ParticleDataset
 from ..errors import ArgumentError
 from ..mrc import Mode0
 from ..particles import Selection
-from ..stacks import open_stacks
+from ..stacks import images_needed, open_stacks
 from .assemble import assemble
-from .columns import require_images
+from .columns import is_used, require_images
 from .join import Unmatched, load_table
 from .paths import resolve_paths, unique_paths
 
@@ -39,6 +39,8 @@ class IndexedDataset(ParticleDataset):
     unmatched : "error", or "drop" to leave out rows without a partner when tables are joined
     select : which rows to take: a mask, row numbers, a slice, or a function of the particles
     mode0 : how to read 8-bit pixels, see ``cryolike_data.mrc.read_header``
+    check_headers : read the header of every stack now. False reads the first one only and expects the others to be laid out
+        alike, which is checked when each is first read: for many thousands of stacks on a slow file system.
 
     Raises
     ------
@@ -59,16 +61,20 @@ class IndexedDataset(ParticleDataset):
         unmatched: Unmatched = "error",
         select: Selection = None,
         mode0: Mode0 = "auto",
+        check_headers: bool = True,
     ) -> None:
         if index_base not in (0, 1):
             raise ArgumentError(f"index_base is 0 or 1, not {index_base!r}")
         table = load_table(Path(file_cs).expanduser(), passthrough=passthrough, unmatched=unmatched)
         require_images(table)
-        names, file = unique_paths(table["blob/path"])
+        names, file = unique_paths(table.view("blob/path"))
+        stacks_table = table.origin("blob/path")
+        table = table.load(is_used)
         rows_per_name = np.bincount(file, minlength=len(names)).tolist()
-        paths = resolve_paths(names, rows_per_name, table=table.origin("blob/path"), folder=folder or None)
-        pool = open_stacks(paths, mode0=mode0)
+        paths = resolve_paths(names, rows_per_name, table=stacks_table, folder=folder or None)
         image = table["blob/idx"].astype(np.int64) - index_base
+        needed = None if check_headers else images_needed(file, image, len(paths))
+        pool = open_stacks(paths, mode0=mode0, needed=needed)
         hint = _HINTS[index_base]
         particles = assemble(table, pool, file, image, blob_paths=names, pixel_size=pixel_size, index_hint=hint)
         super().__init__(particles, pool, select=select)

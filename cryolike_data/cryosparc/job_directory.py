@@ -17,7 +17,7 @@ from ..dataset import ParticleDataset
 from ..errors import ArgumentError, MissingStackError, PairingError, TableError
 from ..mrc import Mode0
 from ..particles import Selection
-from ..stacks import StackPool, open_stacks
+from ..stacks import MrcStacks, open_stacks
 from .assemble import assemble
 from .join import Unmatched, csg_results, find_metafile, join_tables, match_uids, side_by_side, take_rows, take_slots, usable_uid
 from .paths import resolve_paths, unique_paths
@@ -175,7 +175,7 @@ def _points_to(table: Table, stacks: _Stacks) -> bool:
     return any(stacks.number(name) is not None for name in names)
 
 
-def _pair_in_sequence(table: Table, stacks: _Stacks, record: Table | None, mode0: Mode0) -> tuple[Table, StackPool, np.ndarray, np.ndarray]:
+def _pair_in_sequence(table: Table, stacks: _Stacks, record: Table | None, mode0: Mode0) -> tuple[Table, MrcStacks, np.ndarray, np.ndarray]:
     if not stacks.in_sequence:
         first = min(stacks.by_number.items())[1]
         raise MissingStackError(f"{stacks.folder} holds {first.name} but no stack number 0; row k is image k only from number 0 on.")
@@ -229,7 +229,7 @@ def _record_rows(table: Table, record: Table) -> np.ndarray | None:
 
 def _pair_by_uid(
     table: Table, stacks: _Stacks, record: Table | None, unmatched: Unmatched, mode0: Mode0
-) -> tuple[Table, StackPool, np.ndarray, np.ndarray, list[str]]:
+) -> tuple[Table, MrcStacks, np.ndarray, np.ndarray, list[str]]:
     if record is None:
         raise PairingError(
             f'pairing="uid" needs the job\'s record of its images in {stacks.folder.parent}: {stacks.record_name}, or a .csg '
@@ -243,7 +243,7 @@ def _pair_by_uid(
     here = [stacks.by_number.get(-1 if (number := stacks.number(name)) is None else number) for name in names]
     elsewhere = [k for k, path in enumerate(here) if path is None]
     found = resolve_paths([names[k] for k in elsewhere], [rows_per_name[k] for k in elsewhere], table=record.path)
-    paths = [path if path is not None else found[elsewhere.index(k)] for k, path in enumerate(here)]
+    paths = [str(path) if path is not None else found[elsewhere.index(k)] for k, path in enumerate(here)]
     return table, open_stacks(paths, mode0=mode0), file, table["blob/idx"].astype(np.int64), names
 
 

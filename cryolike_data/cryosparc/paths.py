@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,9 @@ import numpy as np
 from ..errors import ArgumentError, MissingStackError
 
 _SWAPPED = {".mrc": ".mrcs", ".mrcs": ".mrc"}
+#: Files of one folder that are asked for one by one, before the folder is listed instead.
+_FEW = 16
+_BLOCK_ROWS = 4096
 
 
 def unique_paths(column: np.ndarray) -> tuple[list[str], np.ndarray]:
@@ -22,19 +27,21 @@ def unique_paths(column: np.ndarray) -> tuple[list[str], np.ndarray]:
     paths : list of str
     file : (N,) int32
     """
-    if len(column) == 0:
-        return [], np.empty(0, np.int32)
-    starts = np.flatnonzero(np.concatenate([[True], column[1:] != column[:-1]]))
     number: dict[bytes | str, int] = {}
-    heads = [number.setdefault(value, len(number)) for value in column[starts].tolist()]
-    file = np.repeat(np.asarray(heads, np.int32), np.diff(np.append(starts, len(column))))
+    file = np.empty(len(column), np.int32)
+    for start in range(0, len(column), _BLOCK_ROWS):
+        # The column of a table on disk is strided and wide: a copy of a block stays in the cache.
+        block = np.ascontiguousarray(column[start : start + _BLOCK_ROWS])
+        heads = np.flatnonzero(np.concatenate([[True], block[1:] != block[:-1]]))
+        numbers = [number.setdefault(value, len(number)) for value in block[heads].tolist()]
+        file[start : start + _BLOCK_ROWS] = np.repeat(np.asarray(numbers, np.int32), np.diff(np.append(heads, len(block))))
     return [value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value) for value in number], file
 
 
 def resolve_paths(
     names: Sequence[str], rows_per_name: Sequence[int], *, table: Path, folder: str | os.PathLike[str] | None = None
-) -> list[Path]:
-    """The file that each ``blob/path`` stands for.
+) -> list[str]:
+    """The absolute path of the file that each ``blob/path`` stands for.
 
     With ``folder`` every stack lies directly in it, by file name. Without, a path is tried as it is (absolute, or from the
     working directory), then from the folder of the table and each folder above it (the project directory is the parent of
@@ -52,39 +59,82 @@ def resolve_paths(
         folder = Path(folder).expanduser()
         if not folder.is_dir():
             raise MissingStackError(f"folder={str(folder)!r} is not a folder; it should hold the {len(names)} stacks that {table} names.")
-    found: list[Path] = []
+    found: list[str] = []
     problems: list[str] = []
+    folders = _Folders()
+    places = partial(_places, roots=_roots(table), folder=None if folder is None else os.path.abspath(folder))
     for name, rows in zip(names, rows_per_name, strict=True):
-        places = _places(name, table, folder)
-        swapped = [place.with_suffix(_SWAPPED[place.suffix]) for place in places if place.suffix in _SWAPPED]
-        hit = next((place for place in [*places, *swapped] if _is_file(place)), None)
+        hit = next(filter(folders.hold, chain(places(name), _swapped(places(name)))), None)
         if hit is None:
-            problems.append(_explain(name, rows, places, folder))
+            problems.append(_explain(name, rows, [Path(place) for place in places(name)], folder))
         else:
-            found.append(hit.absolute())
+            found.append(hit)
     if problems:
         raise MissingStackError(_all_problems(problems, len(names), table, folder))
     _refuse_collisions(names, found, table, folder)
     return found
 
 
-def _places(name: str, table: Path, folder: Path | None) -> list[Path]:
-    plain = Path(name.removeprefix(">"))
+def _places(name: str, *, roots: tuple[str, list[str]], folder: str | None) -> Iterator[str]:
+    """Where a stack may lie, as absolute paths, in the order in which to look."""
+    plain = name.removeprefix(">")
     if folder is not None:
-        return [folder / plain.name]
-    if plain.is_absolute():
-        return [plain]
+        yield os.path.join(folder, os.path.basename(plain))
+    elif os.path.isabs(plain):
+        yield plain
+    else:
+        here, (beside, *above) = roots
+        first, second = (beside, here) if name.startswith(">") else (here, beside)
+        for root in dict.fromkeys((first, second, *above)):
+            yield os.path.join(root, plain)
+
+
+def _roots(table: Path) -> tuple[str, list[str]]:
+    """The working directory; the folder of a table and all folders above it."""
     beside = table.absolute().parent
-    above = [parent / plain for parent in beside.parents]
-    here = [Path.cwd() / plain]
-    places = [beside / plain, *here, *above] if name.startswith(">") else [*here, beside / plain, *above]
-    return list(dict.fromkeys(places))
+    return os.getcwd(), [str(beside), *map(str, beside.parents)]
 
 
-def _is_file(place: Path) -> bool:
+def _swapped(places: Iterable[str]) -> Iterator[str]:
+    for place in places:
+        stem, suffix = os.path.splitext(place)
+        if suffix in _SWAPPED:
+            yield stem + _SWAPPED[suffix]
+
+
+class _Folders:
+    """Which files there are, found out by listing a folder once more than a few of its files are asked for.
+
+    Stacks come by the thousand in few folders, and on a network file system each question costs a round trip.
+    """
+
+    def __init__(self) -> None:
+        self._asked: dict[str, int] = {}
+        self._files: dict[str, set[str]] = {}
+
+    def hold(self, place: str) -> bool:
+        """Whether there is a file of this name (or a link to one)."""
+        folder, name = os.path.split(place)
+        if folder not in self._files:
+            self._asked[folder] = self._asked.get(folder, 0) + 1
+            if self._asked[folder] <= _FEW:
+                return _is_file(place)
+            self._files[folder] = _list_files(folder)
+        return name in self._files[folder]
+
+
+def _list_files(folder: str) -> set[str]:
     try:
-        return place.is_file()
-    except (OSError, ValueError):  # no permission, a name that no file can have: _explain says so
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if _is_file(entry.path if entry.is_symlink() else entry)}
+    except (OSError, ValueError):  # not there, no permission, a name that no folder can have: _explain says so
+        return set()
+
+
+def _is_file(place: str | os.DirEntry[str]) -> bool:
+    try:
+        return os.path.isfile(place) if isinstance(place, str) else place.is_file()
+    except (OSError, ValueError):
         return False
 
 
@@ -120,13 +170,15 @@ class _Claim:
     exact: bool
 
 
-def _refuse_collisions(names: Sequence[str], found: Sequence[Path], table: Path, folder: Path | None) -> None:
+def _refuse_collisions(names: Sequence[str], found: Sequence[str], table: Path, folder: Path | None) -> None:
     """Two names may share a file only if both name it by its whole path; by file name alone they may be different stacks."""
-    claims: dict[Path, _Claim] = {}
+    if len(set(found)) == len(found):
+        return
+    claims: dict[str, _Claim] = {}
     clashes: list[str] = []
     for name, path in zip(names, found, strict=True):
         plain = os.path.normpath(name.removeprefix(">"))
-        exact = folder is None and Path(plain).suffix == path.suffix
+        exact = folder is None and os.path.splitext(plain)[1] == os.path.splitext(path)[1]
         earlier = claims.setdefault(path, _Claim(plain, exact))
         if earlier.name != plain and not (earlier.exact and exact):
             clashes.append(f"  {earlier.name} and {plain} -> {path}")

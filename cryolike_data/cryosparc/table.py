@@ -6,7 +6,7 @@ import json
 import os
 import struct
 import tokenize
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +24,9 @@ _OTHERS = {
 }
 # Parent classifications leave hundreds of fields behind; NumPy's own limit of 10 kB is soon passed.
 _MAX_HEADER_BYTES = 1 << 30
+#: Rows whose columns are copied while they are in the cache.
+_BLOCK_ROWS = 4096
+_WORDS = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +56,28 @@ class Table:
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.fields:
             raise TableError(f"{self.path} has no column {name!r}. It has {self.describe_slots()}.")
+        if isinstance(self._source, _Loaded):
+            return self._source.columns[name]
         # Always a copy: a view would keep the file mapped, and fault if it is truncated.
         column = np.array(self._source[name], order="C")
         return column.astype(column.dtype.newbyteorder("="), copy=False)
+
+    def view(self, name: str) -> np.ndarray:
+        """A column where it is: strided, and valid only as long as nobody shortens the file. To be read through once."""
+        column: np.ndarray = self._source[name] if isinstance(self._source, np.memmap) else self[name]
+        return column
+
+    def load(self, wanted: Callable[[str], bool]) -> Table:
+        """The table with the wanted columns in memory, and without the others.
+
+        Rows of a table on disk are wide: all columns are copied in one pass over it, which is several times as fast as a pass
+        for each.
+        """
+        fields = {name: dtype for name, dtype in self.fields.items() if wanted(name)}
+        on_disk = isinstance(self._source, np.memmap)
+        columns = _copy_columns(self._source, fields) if on_disk else {name: self[name] for name in fields}
+        origins = {name: self.origin(name) for name in fields}
+        return Table(self.path, fields, self.rows, _Loaded(columns, origins), self.kept)
 
     def get(self, name: str) -> np.ndarray | None:
         """The column, or None where the table has none of that name."""
@@ -74,6 +96,34 @@ class Table:
     def describe_slots(self) -> str:
         """The column groups in words, for messages."""
         return ", ".join(f"{slot}/*" for slot in self.slots) or "no columns of any known group"
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    columns: dict[str, np.ndarray]
+    origins: dict[str, Path]
+
+    def origin(self, name: str) -> Path:
+        return self.origins[name]
+
+
+def _copy_columns(source: np.ndarray, fields: Mapping[str, np.dtype[Any]]) -> dict[str, np.ndarray]:
+    """Columns of a structured array as contiguous arrays in native byte order, in one pass over its rows."""
+    # As plain words of the same size: NumPy copies those several times as fast as small subarrays.
+    words = {name: _WORDS.get(dtype.itemsize, f"V{dtype.itemsize}") for name, dtype in fields.items()}
+    offsets = [source.dtype.fields[name][1] for name in fields] if source.dtype.fields else []
+    layout: Any = {"names": list(fields), "formats": list(words.values()), "offsets": offsets, "itemsize": source.dtype.itemsize}
+    plain = source.view(np.ndarray).view(np.dtype(layout))
+    copied = {name: np.empty(len(source), word) for name, word in words.items()}
+    for start in range(0, len(plain), _BLOCK_ROWS):
+        block = plain[start : start + _BLOCK_ROWS]
+        for name, column in copied.items():
+            column[start : start + _BLOCK_ROWS] = block[name]
+    columns: dict[str, np.ndarray] = {}
+    for name, dtype in fields.items():
+        column = copied[name].view(dtype.base).reshape(len(source), *dtype.shape)
+        columns[name] = column.astype(dtype.base.newbyteorder("="), copy=False)
+    return columns
 
 
 def read_table(path: str | os.PathLike[str]) -> Table:

@@ -1,0 +1,266 @@
+"""An arena: many files mapped read-only into one reserved range of addresses, so that one call gathers images from all of them.
+
+Every image is a row of one strided tensor over the whole range, and ``torch.index_select`` copies any rows, on all its
+threads, with the interpreter lock released once. Linux only; where an arena cannot serve, ``stacks.py`` reads file by file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import os
+import sys
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import StackError
+from .mrc import open_to_map, require_size
+
+_PAGE = mmap.PAGESIZE
+#: Files start at multiples of this, so that the kernel can map them with huge pages where it has them.
+_ALIGNMENT = 2 << 20
+# The range is only reserved: no memory stands behind it, and touching it outside a file would be an error.
+_RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+_MAP_FIXED = 0x10
+_FAILED = ctypes.c_void_p(-1).value
+#: Maps that the rest of the process (libraries, threads, other arenas) may still need.
+_SPARE_MAPS = 2000
+#: A file's size is looked at again when it was last looked at longer ago than this, seconds.
+_CHECK_EVERY = 1.0
+_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class NoMoreMapsError(StackError):
+    """The system maps no further file into memory (most likely ``vm.max_map_count``)."""
+
+
+class Arena:
+    """Files mapped at fixed places of one address range, each when it is first needed.
+
+    Parameters
+    ----------
+    paths : the files
+    starts : byte at which the first image of each file starts
+    counts : images of each file; a file with none is never touched
+    image_bytes : size of one image, the same in all files
+    itemsize : bytes of a pixel
+    check : called with the number of a file before it is mapped; raises if the file is not what is expected
+
+    A file that has shrunk is noticed when it is next read more than a second after its size was last looked at, and is an
+    error. Reading the missing part of a file that shrank within that second still ends the process (SIGBUS), as reading any
+    memory map does; nothing short of copying through system calls can prevent it.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        starts: np.ndarray,
+        counts: np.ndarray,
+        *,
+        image_bytes: int,
+        itemsize: int,
+        check: Callable[[int], None] | None = None,
+    ) -> None:
+        self._paths = tuple(paths)
+        self._check = check
+        self._counts = counts
+        self._image_bytes = image_bytes
+        self._sizes = np.where(counts > 0, starts + counts * image_bytes, 0).astype(np.int64)
+        # A gap between two files is a map of its own to the kernel.
+        alignment = _ALIGNMENT if 2 * np.count_nonzero(counts) + _SPARE_MAPS <= _max_maps() else _PAGE
+        spans = -(-self._sizes // alignment) * alignment
+        self._places = np.cumsum(spans) - spans
+        length = int(spans.sum())
+        self._step = math.gcd(_PAGE, image_bytes, *np.unique(starts[counts > 0]).tolist())
+        self._first = (self._places + starts) // self._step
+        self._rows_per_image = image_bytes // self._step
+        self._seen = np.full(len(paths), -np.inf)
+        self._mapped = np.zeros(len(paths), bool)
+        reserved = _reserve(length + _ALIGNMENT)
+        # Not at the end of the program: threads may be reading then, and the system unmaps by itself.
+        weakref.finalize(self, _unmap, reserved, length + _ALIGNMENT).atexit = False
+        self._address = -(-reserved // _ALIGNMENT) * _ALIGNMENT
+        # Rows overlap wherever an image starts at a multiple of the step; only those that are images are ever touched.
+        pixels = torch.frombuffer((ctypes.c_ubyte * length).from_address(self._address), dtype=_INTEGER[itemsize])
+        n_rows = (length - image_bytes) // self._step + 1
+        self._rows = pixels.as_strided((n_rows, image_bytes // itemsize), (self._step // itemsize, 1))
+
+    def holds(self, file: np.ndarray) -> bool:
+        """Whether images of all these files can be read here."""
+        return bool((self._counts[file] > 0).all())
+
+    def gather(self, file: np.ndarray, image: np.ndarray, out: np.ndarray) -> None:
+        """Copy image ``image[k]`` of file ``file[k]`` (which has as many) into ``out[k]``, (B, H, W) contiguous, for all k."""
+        self.touch(file)
+        rows: np.ndarray = self._first[file] + image.astype(np.int64, copy=False) * self._rows_per_image
+        target = torch.from_numpy(out.reshape(len(out), -1).view(f"i{out.itemsize}")).view(self._rows.dtype)
+        torch.index_select(self._rows, 0, torch.from_numpy(rows), out=target)
+
+    def touch(self, file: np.ndarray) -> None:
+        """Make sure that the files are mapped and as long as they have to be.
+
+        Raises
+        ------
+        StackError
+            if one has become shorter or is gone
+        """
+        now = time.monotonic()
+        due = file[self._seen[file] < now - _CHECK_EVERY]
+        if len(due):
+            for number in np.unique(due).tolist():
+                if self._mapped[number]:
+                    require_size(self._paths[number], _file_size(self._paths[number]), int(self._sizes[number]))
+                else:
+                    self._map(number)
+            self._seen[due] = now
+
+    def ask_ahead(self, file: np.ndarray, image: np.ndarray) -> bool:
+        """Have the pages of the images read into memory, unless a sample of them is there; returns before they are.
+
+        True if they were asked for, False if the sample was there.
+
+        All ranges go to the kernel in one system call where it takes many (``process_madvise``), so that a busy main thread
+        gets the interpreter lock back once and not once per image.
+        """
+        self.touch(file)
+        rows: np.ndarray = self._first[file] + image.astype(np.int64, copy=False) * self._rows_per_image
+        begin = np.sort(self._address + rows * self._step)
+        sample = begin[:: max(1, len(begin) // _SAMPLED)]
+        if all(_is_resident(int(address), self._image_bytes) for address in sample):
+            return False
+        _will_need(*_page_runs(begin, self._image_bytes))
+        return True
+
+    def _map(self, number: int) -> None:
+        path = self._paths[number]
+        if self._check is not None:
+            self._check(number)
+        size = int(self._sizes[number])
+        descriptor = open_to_map(path, size)
+        try:
+            place = self._address + int(self._places[number])
+            if _libc().mmap(place, size, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor, 0) != place:
+                code = ctypes.get_errno()
+                raise NoMoreMapsError(f"{path} cannot be mapped into memory: {os.strerror(code)}.")
+        finally:
+            os.close(descriptor)
+        self._mapped[number] = True
+
+
+def can_map(n_files: int, starts: np.ndarray, image_bytes: int, itemsize: int) -> bool:
+    """Whether an arena can serve: on Linux, with pixels at multiples of their size, and enough maps allowed."""
+    if sys.platform != "linux" or itemsize not in _INTEGER or (starts % itemsize).any() or image_bytes % itemsize:
+        return False
+    return n_files + _SPARE_MAPS <= _max_maps()
+
+
+@cache
+def _max_maps() -> int:
+    try:
+        with open("/proc/sys/vm/max_map_count") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 65530
+
+
+def _reserve(length: int) -> int:
+    address = _libc().mmap(None, length, 0, _RESERVED, -1, 0)
+    if address in (None, _FAILED):
+        raise NoMoreMapsError(f"No range of {length} bytes of addresses can be reserved: {os.strerror(ctypes.get_errno())}.")
+    return int(address)
+
+
+def _unmap(address: int, length: int) -> None:
+    _libc().munmap(address, length)
+
+
+@cache
+def _libc() -> Any:
+    library = ctypes.CDLL(None, use_errno=True)
+    library.mmap.restype = ctypes.c_void_p
+    library.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    library.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    library.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    library.syscall.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint]
+    return library
+
+
+@cache
+def _statx() -> Any:
+    # Through PyDLL, which keeps the interpreter lock: the call takes microseconds, and giving the lock up for each file would
+    # hand it to a busy main thread for milliseconds.
+    return getattr(ctypes.PyDLL(None, use_errno=True), "statx", None)
+
+
+#: Images of a request whose presence in memory is looked at.
+_SAMPLED = 8
+_MADV_WILLNEED = 3
+_MAX_RANGES = 1024
+_SYS_PROCESS_MADVISE = 440
+
+
+def _page_runs(begin: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Page-aligned (begin, length) of the ranges that sorted, equally long stretches of memory make up; neighbours merge."""
+    first = begin // _PAGE * _PAGE
+    last = -(-(begin + length) // _PAGE) * _PAGE
+    starts = np.flatnonzero(np.concatenate([[True], first[1:] > last[:-1]]))
+    runs = first[starts]
+    return runs, np.maximum.reduceat(last, starts) - runs
+
+
+def _is_resident(address: int, length: int) -> bool:
+    first = address // _PAGE * _PAGE
+    pages = -(-(address + length - first) // _PAGE)
+    state = (ctypes.c_ubyte * pages)()
+    return _libc().mincore(first, pages * _PAGE, state) == 0 and all(page & 1 for page in state)
+
+
+def _own_pidfd() -> int | None:
+    """A descriptor of this process, or None on a system that gives none."""
+    try:
+        return os.pidfd_open(os.getpid())
+    except (AttributeError, OSError):
+        return None
+
+
+def _will_need(begin: np.ndarray, length: np.ndarray) -> None:
+    """Advice only: where the kernel takes none, the images are read when they are needed."""
+    ranges = np.stack([begin, length], axis=1).astype(np.uint64)
+    done = 0
+    descriptor = _own_pidfd()
+    if descriptor is not None:
+        try:
+            while done < len(ranges):
+                part = np.ascontiguousarray(ranges[done : done + _MAX_RANGES])
+                if _libc().syscall(_SYS_PROCESS_MADVISE, descriptor, part.ctypes.data, len(part), _MADV_WILLNEED, 0) < 0:
+                    break  # an old kernel, or not permitted: one by one
+                done += len(part)
+        finally:
+            os.close(descriptor)
+    for address, size in ranges[done:].tolist():
+        _libc().madvise(address, size, _MADV_WILLNEED)
+
+
+_STATX_BUFFER = 256
+_AT_FDCWD, _STATX_SIZE = -100, 0x200
+
+
+def _file_size(path: str) -> int:
+    """Size of a file, bytes; -1 if it is gone."""
+    buffer = ctypes.create_string_buffer(_STATX_BUFFER)
+    statx = _statx()
+    if statx is not None and statx(_AT_FDCWD, os.fsencode(path), 0, _STATX_SIZE, buffer) == 0:
+        return int.from_bytes(buffer.raw[40:48], sys.byteorder)
+    # An old C library, a container that forbids the call, or a file that is gone.
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return -1

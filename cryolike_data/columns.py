@@ -1,0 +1,74 @@
+"""The columns of a batch: worked out when the first of them is asked for, and moved between devices together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .ctf import Ctf
+
+Maker = Callable[[], dict[str, Tensor]]
+
+
+class Columns:
+    """Tensors with one row per particle, by name; optics are named ``ctf/...``.
+
+    Parameters
+    ----------
+    names : of the columns
+    tensors : the columns, or a function that makes them, called once and only if a column is used
+    """
+
+    __slots__ = ("_tensors", "names")
+
+    def __init__(self, names: Sequence[str], tensors: dict[str, Tensor] | Maker) -> None:
+        self.names = tuple(names)
+        self._tensors = tensors
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All columns by name."""
+        if callable(self._tensors):
+            self._tensors = self._tensors()
+        return self._tensors
+
+    @property
+    def ctf(self) -> Ctf[Tensor] | None:
+        """The optics, or None where there are none."""
+        optics = {name.removeprefix("ctf/"): column for name, column in self.tensors.items() if name.startswith("ctf/")}
+        return Ctf(**optics) if optics else None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Columns:
+        """Columns with ``function`` applied to each."""
+        return Columns(self.names, {name: function(column) for name, column in self.tensors.items()})
+
+    def to(self, device: torch.device | str | None, *, non_blocking: bool = False) -> Columns:
+        """The columns on another device, in one transfer for each dtype: many small ones would take longer than the images."""
+        groups: dict[torch.dtype, list[str]] = {}
+        for name, column in self.tensors.items():
+            groups.setdefault(column.dtype, []).append(name)
+        moved: dict[str, Tensor] = {}
+        for names in groups.values():
+            flat = [self.tensors[name].reshape(len(self.tensors[name]), -1) for name in names]
+            together = torch.cat(flat, dim=1).to(device, non_blocking=non_blocking)
+            there = together.split([part.shape[1] for part in flat], dim=1)  # type: ignore[no-untyped-call]
+            moved |= {name: part.reshape(self.tensors[name].shape) for name, part in zip(names, there, strict=True)}
+        return Columns(self.names, {name: moved[name] for name in self.names})
+
+    def __reduce__(self) -> tuple[type[Columns], tuple[tuple[str, ...], dict[str, Tensor]]]:
+        return Columns, (self.names, self.tensors)
+
+
+def concatenate(parts: Sequence[Columns]) -> Columns:
+    """The rows of several sets of columns with the same names, one after the other."""
+    return Columns(parts[0].names, {name: concatenate_tensors([part.tensors[name] for part in parts]) for name in parts[0].names})
+
+
+def concatenate_tensors(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenated in the dtype that holds them all; torch itself does not know that of int16 and uint16."""
+    dtype = np.result_type(*[tensor[:0].cpu().numpy().dtype for tensor in tensors])
+    common = torch.from_numpy(np.empty(0, dtype)).dtype
+    return torch.cat([tensor.to(common) for tensor in tensors])

@@ -1,0 +1,104 @@
+"""Asking the system for the pages of the next batches from a thread of its own, so that the reader finds them in memory."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Protocol, Self, runtime_checkable
+
+import numpy as np
+
+#: Batches that go by without a look when many in a row have been in memory.
+MAX_PATIENCE = 16
+#: Never more than this is asked for ahead of the reader, however large a batch is (but always one batch).
+MAX_BYTES_AHEAD = 512 << 20
+
+
+@runtime_checkable
+class AsksAhead(Protocol):
+    """A data set that can have the pages of some rows brought into memory."""
+
+    image_bytes: int
+
+    def ask_ahead(self, rows: np.ndarray) -> bool:
+        """Start to bring the images of these rows into the page cache, or False if they (a sample of them) are there."""
+
+
+class LookAhead:
+    """A thread that asks for the pages of rows it is told of. Requests that it cannot keep up with are forgotten, never queued up."""
+
+    def __init__(self, dataset: AsksAhead, batches: int) -> None:
+        self._dataset = dataset
+        self._batches = batches
+        self._waiting: deque[np.ndarray] = deque(maxlen=batches)
+        self._wake = threading.Condition()
+        self._open = True
+        self._patience = self._skip = 0
+        self._thread = threading.Thread(target=self._run, name="cryolike-lookahead", daemon=True)
+
+    @staticmethod
+    def over(dataset: Any, batches: int) -> LookAhead | NoLookAhead:
+        """A look-ahead over a data set, or none where the data set cannot use it."""
+        return LookAhead(dataset, batches) if batches and isinstance(dataset, AsksAhead) else NoLookAhead()
+
+    def pass_on(self, drawn: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
+        """The same items in the same order, each held back until those after it have been asked for."""
+        held: deque[tuple[int, np.ndarray]] = deque()
+        for item in drawn:
+            self._ask(item[1])
+            held.append(item)
+            if len(held) > self._depth(len(item[1])):
+                yield held.popleft()
+        yield from held
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self._wake:
+            self._open = False
+            self._waiting.clear()
+            self._wake.notify()
+        # Python may collect an abandoned iteration in any thread, this one too.
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _depth(self, batch_size: int) -> int:
+        return min(self._batches, max(1, MAX_BYTES_AHEAD // max(1, batch_size * self._dataset.image_bytes)))
+
+    def _ask(self, rows: np.ndarray) -> None:
+        if self._skip > 0:
+            self._skip -= 1
+            return
+        self._skip = self._patience
+        with self._wake:
+            self._waiting.append(rows)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._waiting or not self._open)
+                if not self._open:
+                    return
+                rows = self._waiting.popleft()
+            # Data that are in memory are looked at less and less often, because even looking takes time from the reader.
+            cold = self._dataset.ask_ahead(rows)
+            self._patience = 0 if cold else min(MAX_PATIENCE, 2 * self._patience + 1)
+
+
+class NoLookAhead:
+    """In place of a look-ahead where there is nothing to ask for."""
+
+    def pass_on(self, drawn: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
+        """The items as they are."""
+        return drawn
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        return None

@@ -1,0 +1,69 @@
+"""Reused image buffers. A buffer belongs to whoever holds a tensor made of it, and comes back by itself when the last one is gone."""
+
+from __future__ import annotations
+
+import weakref
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 64
+
+
+class BufferRing:
+    """Buffers of one size: as many as are in use at a time, which is up to whoever takes them and holds on to them.
+
+    Parameters
+    ----------
+    shape : of the largest batch
+    dtype : of its pixels
+    pinned : page-locked memory, for copies to CUDA that overlap with everything else
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> None:
+        self._shape, self._dtype, self._pinned = shape, dtype, pinned
+        self._free: list[Tensor] = []
+        self._lent: dict[int, weakref.ref[np.ndarray]] = {}
+        self._closed = False
+
+    def take(self) -> Tensor:
+        """A buffer to fill: the one that was given back last, which the cache may still hold, or a new one."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            return _aligned(self._shape, self._dtype, pinned=self._pinned)
+
+    def lend(self, buffer: Tensor, rows: int) -> Tensor:
+        """The first ``rows`` images as a tensor whose storage gives the buffer back when its last user lets go of it."""
+        # A new array object, which torch keeps alive for exactly as long as any tensor shares this storage.
+        view = buffer.numpy()[:rows]
+
+        def give_back(lent: weakref.ref[np.ndarray]) -> None:
+            del self._lent[id(lent)]
+            self.give_back(buffer)
+
+        reference = weakref.ref(view, give_back)
+        self._lent[id(reference)] = reference  # a weak reference that nobody keeps calls nobody
+        return torch.from_numpy(view)
+
+    def give_back(self, buffer: Tensor) -> None:
+        """Put a buffer that nobody reads any more back to use."""
+        if not self._closed:
+            self._free.append(buffer)
+
+    def close(self) -> None:
+        """Let go of all free buffers, and of the others as they come back."""
+        self._closed = True
+        self._free.clear()
+
+
+def _aligned(shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> Tensor:
+    """An uninitialised tensor that starts at a multiple of 64 bytes; copies into others can be several times slower."""
+    if pinned:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    itemsize = torch.empty(0, dtype=dtype).element_size()
+    count = int(np.prod(shape))
+    raw = torch.empty(count * itemsize + _ALIGNMENT, dtype=torch.uint8)
+    start = -raw.data_ptr() % _ALIGNMENT
+    return raw[start : start + count * itemsize].view(dtype).view(shape)

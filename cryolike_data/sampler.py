@@ -1,0 +1,196 @@
+"""``ParticleSampler``: which particles make up which batch, as a pure function of (seed, epoch, position), for any number of ranks.
+
+The order of an epoch is one sequence for the whole job. Each step takes ``batch_size`` particles per rank from it, so that the
+same particles come in the same order whatever the number of ranks or workers, and a position is all there is to resume from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sized
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from .errors import ArgumentError
+from .lookahead import LookAhead
+from .order import mix, permute
+
+#: Positions whose order is worked out at a time; a batch of 256 by itself would cost five times as much.
+_DRAWN = 1 << 14
+#: With shuffle="blocks": neighbouring rows read together, and how many such blocks are mixed with each other.
+BLOCK_ROWS = 64
+WINDOW_BLOCKS = 64
+
+Shuffle = Literal["blocks"] | bool
+
+
+class ParticleSampler(Sampler[list[int]]):
+    """A ``batch_sampler`` for any ``DataLoader``, and for ``stream``.
+
+    Parameters
+    ----------
+    dataset : what is sampled; a ``ParticleDataset`` also has the pages of the next batches asked for ahead of time
+    batch_size : particles per rank and step
+    shuffle : True for a random order; "blocks" for disks that seek and network file systems: runs of neighbouring rows in random
+        order, mixed over a window of runs; False for the order of the table
+    seed : of the order; every epoch has its own
+    drop_last : leave out the particles that do not make a full batch for every rank, so that all ranks take as many steps
+    rank, world_size : this process among those that share the epoch; by default as ``torch.distributed`` says
+    lookahead : batches whose pages are asked for ahead of the one that is handed out; 0 for none
+
+    Every particle comes exactly once over all ranks. Nothing is repeated to fill up: without ``drop_last`` the last step is
+    shared out evenly, so that a rank may get a smaller batch, or none, in it.
+
+    After the last batch of an epoch the sampler moves on to the next epoch by itself; ``set_epoch`` overrides.
+    """
+
+    def __init__(
+        self,
+        dataset: Sized,
+        batch_size: int,
+        *,
+        shuffle: Shuffle = True,
+        seed: int = 0,
+        drop_last: bool = False,
+        rank: int | None = None,
+        world_size: int | None = None,
+        lookahead: int = 4,
+    ) -> None:
+        if batch_size < 1 or lookahead < 0:
+            raise ArgumentError(f"batch_size is at least 1 and lookahead at least 0, not {batch_size} and {lookahead}")
+        if not (isinstance(shuffle, bool) or shuffle == "blocks"):
+            raise ArgumentError(f'shuffle is True, False or "blocks", not {shuffle!r}')
+        self.rank, self.world_size = _place_among_ranks(rank, world_size)
+        self.dataset, self.batch_size, self.shuffle, self.seed, self.drop_last = dataset, batch_size, shuffle, seed, drop_last
+        self.lookahead = lookahead
+        self.epoch = 0
+        self._start = self._position = 0
+        self._begun = (0, 0)  # epoch and first position of the iteration that began last
+
+    def __len__(self) -> int:
+        """Batches that this rank still gets in the epoch that starts with the next iteration."""
+        left = self._remainder(self._start)
+        own = left * (self.rank + 1) // self.world_size - left * self.rank // self.world_size
+        return (self._n - self._start) // self._stride + (own > 0)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for _, rows in self.steps():
+            yield rows.tolist()
+
+    def steps(self) -> Generator[tuple[dict[str, int], np.ndarray], None, None]:
+        """The same as iterating, with row numbers as arrays and the state after each batch."""
+        start, self._start = self._start, 0
+        self._position, self._begun = start, (self.epoch, start)
+        with LookAhead.over(self.dataset, self.lookahead) as ahead:
+            for position, rows in ahead.pass_on(self._batches(start)):
+                self._position = position
+                yield self.state_dict(), rows
+        self.epoch += 1
+        self._position = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Start the next iteration with the given epoch, from its beginning."""
+        self.epoch, self._start, self._position = int(epoch), 0, 0
+        self._begun = (self.epoch, 0)
+
+    def state_dict(self, *, step: int | None = None) -> dict[str, int]:
+        """Where the job stands: ``seed``, ``epoch`` and ``position`` (particles that all ranks together have taken of the epoch).
+
+        Parameters
+        ----------
+        step : batches of this epoch that were used, for a loader that draws ahead of what it hands out; default: all drawn
+        """
+        if step is None:
+            return {"seed": self.seed, "epoch": self.epoch, "position": self._position}
+        epoch, start = self._begun
+        return {"seed": self.seed, "epoch": epoch, "position": min(self._n, start + step * self._stride)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a state, at any number of ranks and any batch size."""
+        seed, epoch, position = (int(state[name]) for name in ("seed", "epoch", "position"))
+        if not 0 <= position <= self._n:
+            raise ArgumentError(f"position {position} is not one of a data set of {self._n} particles; is the state of another data set?")
+        self.seed, self.epoch = seed, epoch
+        self._start = self._position = position
+        self._begun = (epoch, position)
+
+    def rows(self, positions: np.ndarray, epoch: int) -> np.ndarray:
+        """The rows at given positions (from 0) of the order of an epoch, int64."""
+        key = mix(self.seed, epoch)
+        if self.shuffle is False:
+            return positions.astype(np.int64)
+        return permute(positions, self._n, key) if self.shuffle is True else _block_order(positions, self._n, key)
+
+    @property
+    def _n(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def _stride(self) -> int:
+        return self.batch_size * self.world_size
+
+    def _remainder(self, start: int) -> int:
+        return 0 if self.drop_last else (self._n - start) % self._stride
+
+    def _bounds(self, start: int) -> Iterator[tuple[int, int, int]]:
+        """(first, last, end of step): this rank's stretch of each step's positions."""
+        steps = (self._n - start) // self._stride
+        for step in range(steps):
+            first = start + step * self._stride + self.rank * self.batch_size
+            yield first, first + self.batch_size, start + (step + 1) * self._stride
+        left = self._remainder(start)
+        base = self._n - left
+        first, last = (base + left * r // self.world_size for r in (self.rank, self.rank + 1))
+        if last > first:
+            yield first, last, self._n
+
+    def _batches(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(position after the step, rows) of each step; the order is worked out for many steps at a time."""
+        epoch = self.epoch
+        per_draw = max(1, _DRAWN // self.batch_size)
+        bounds: list[tuple[int, int, int]] = []
+        for bound in self._bounds(start):
+            bounds.append(bound)
+            if len(bounds) == per_draw:
+                yield from self._draw(bounds, epoch)
+                bounds = []
+        yield from self._draw(bounds, epoch)
+
+    def _draw(self, bounds: list[tuple[int, int, int]], epoch: int) -> Iterator[tuple[int, np.ndarray]]:
+        if not bounds:
+            return
+        positions = np.concatenate([np.arange(first, last) for first, last, _ in bounds])
+        cuts = np.cumsum([last - first for first, last, _ in bounds])[:-1]
+        for (_, _, end), rows in zip(bounds, np.split(self.rows(positions, epoch), cuts), strict=True):
+            yield end, rows
+
+
+def _place_among_ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    distributed: Any = torch.distributed
+    if rank is None and world_size is None and distributed.is_available() and distributed.is_initialized():
+        return int(distributed.get_rank()), int(distributed.get_world_size())
+    if (rank is None) != (world_size is None):
+        raise ArgumentError(f"rank={rank} and world_size={world_size}: pass both, or neither to take them from torch.distributed")
+    rank, world_size = 0 if rank is None else rank, 1 if world_size is None else world_size
+    if not 0 <= rank < world_size:
+        raise ArgumentError(f"rank {rank} is not one of {world_size} ranks (0 to {world_size - 1})")
+    return rank, world_size
+
+
+def _block_order(positions: np.ndarray, n: int, key: int) -> np.ndarray:
+    """Rows in an order in which whole blocks of neighbours are permuted, and single rows only within a window of blocks."""
+    n_blocks = n // BLOCK_ROWS
+    whole = n_blocks * BLOCK_ROWS
+    rows = positions.astype(np.int64)
+    window = rows // (BLOCK_ROWS * WINDOW_BLOCKS)
+    for number in np.unique(window).tolist():
+        inside = window == number
+        first = number * BLOCK_ROWS * WINDOW_BLOCKS
+        length = min(BLOCK_ROWS * WINDOW_BLOCKS, n - first)
+        rows[inside] = first + permute(rows[inside] - first, length, mix(key, number, 1))
+    blocked = rows < whole
+    block = permute(rows[blocked] // BLOCK_ROWS, n_blocks, mix(key, 2)) if n_blocks else rows[blocked]
+    rows[blocked] = block * BLOCK_ROWS + rows[blocked] % BLOCK_ROWS
+    return rows

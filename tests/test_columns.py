@@ -1,0 +1,72 @@
+"""Columns of a batch: lazy, in step, and moved together."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+
+from cryolike_data.columns import Columns, concatenate
+
+
+def some_columns() -> dict[str, torch.Tensor]:
+    return {
+        "uid": torch.tensor([-5, 7, 2**62]),
+        "ctf/defocus_u": torch.tensor([1.0, 2.0, 3.0]),
+        "ctf/tilt_A": torch.arange(6.0).reshape(3, 2),
+        "pose": torch.arange(9, dtype=torch.float64).reshape(3, 3),
+    }
+
+
+def test_columns_are_made_when_one_is_used_and_only_once() -> None:
+    made: list[int] = []
+
+    def make() -> dict[str, torch.Tensor]:
+        made.append(1)
+        return some_columns()
+
+    columns = Columns(tuple(some_columns()), make)
+    assert not made
+    assert columns.tensors["uid"].tolist() == [-5, 7, 2**62]
+    assert columns.ctf is not None
+    assert len(made) == 1
+
+
+def test_moving_keeps_every_value_dtype_and_shape() -> None:
+    columns = Columns(tuple(some_columns()), some_columns)
+    moved = columns.to("cpu")
+    assert moved.names == columns.names
+    for name, column in some_columns().items():
+        assert torch.equal(moved.tensors[name], column)
+        assert moved.tensors[name].dtype == column.dtype
+
+
+def test_moving_takes_one_transfer_for_each_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = Columns(tuple(some_columns()), some_columns())
+    transfers: list[torch.dtype] = []
+    original = torch.Tensor.to
+
+    def counted(self: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        transfers.append(self.dtype)
+        return original(self, *args, **options)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(torch.Tensor, "to", counted)
+    columns.to("cpu")
+    assert sorted(map(str, transfers)) == ["torch.float32", "torch.float64", "torch.int64"]
+
+
+def test_a_pickle_holds_the_values_and_not_what_makes_them() -> None:
+    columns = Columns(tuple(some_columns()), lambda: some_columns())  # a lambda cannot be pickled
+    again = pickle.loads(pickle.dumps(columns))
+    assert torch.equal(again.tensors["pose"], some_columns()["pose"])
+
+
+def test_concatenated_columns_follow_each_other() -> None:
+    both = concatenate([Columns(tuple(some_columns()), some_columns), Columns(tuple(some_columns()), some_columns)])
+    assert both.tensors["uid"].tolist() == [-5, 7, 2**62] * 2
+    assert both.tensors["ctf/tilt_A"].shape == (6, 2)
+
+
+def test_columns_without_optics_have_no_ctf() -> None:
+    assert Columns(("uid",), {"uid": torch.zeros(1)}).ctf is None

@@ -1,0 +1,337 @@
+"""The look-ahead: what it asks for, when, how much of it, and that its thread ends."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import own_threads, run_python, write_particles
+
+import cryolike_data.lookahead as lookahead
+from cryolike_data import IndexedDataset
+from cryolike_data.lookahead import MAX_PATIENCE, LookAhead
+from cryolike_data.sampler import ParticleSampler
+
+
+class Asked:
+    """A data set that notes what is asked of it, and can make the asking thread wait."""
+
+    def __init__(self, n: int = 100, *, image_bytes: int = 1, cold: bool = True) -> None:
+        self.n, self.image_bytes, self.cold = n, image_bytes, cold
+        self.calls: list[list[int]] = []
+        self.threads: set[str] = set()
+        self.go_on = threading.Event()
+        self.go_on.set()
+        self.called = threading.Condition()
+
+    def __len__(self) -> int:
+        return self.n
+
+    def ask_ahead(self, rows: np.ndarray) -> bool:
+        with self.called:
+            self.calls.append(rows.tolist())
+            self.threads.add(threading.current_thread().name)
+            self.called.notify_all()
+        assert self.go_on.wait(10)
+        return self.cold
+
+    def wait_for_calls(self, number: int) -> None:
+        with self.called:
+            assert self.called.wait_for(lambda: len(self.calls) >= number, 10)
+
+    def wait_for(self, batch: int) -> None:
+        """Wait until a batch of ``batches`` has been asked for."""
+        with self.called:
+            assert self.called.wait_for(lambda: [2 * batch, 2 * batch + 1] in self.calls, 10)
+
+
+def batches(number: int, size: int = 2) -> Iterator[tuple[int, np.ndarray]]:
+    return iter([(k, np.arange(k * size, (k + 1) * size)) for k in range(number)])
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 50])
+def test_batches_come_in_the_same_order(ahead: int) -> None:
+    with LookAhead.over(Asked(), ahead) as look:
+        passed = list(look.pass_on(batches(10)))
+    assert [k for k, _ in passed] == list(range(10))
+    assert [rows.tolist() for _, rows in passed] == [rows.tolist() for _, rows in batches(10)]
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 4, 100])
+def test_the_order_of_a_sampler_does_not_depend_on_looking_ahead(ahead: int) -> None:
+    assert list(ParticleSampler(Asked(57), 5, lookahead=ahead)) == list(ParticleSampler(range(57), 5))
+
+
+def test_the_batches_after_one_are_asked_for_before_it_is_handed_out() -> None:
+    data = Asked()
+    with LookAhead.over(data, 3) as look:
+        next(iter(look.pass_on(batches(10))))
+        data.wait_for_calls(3)
+    # The first batch itself is read at once; whether the thread was quick enough to ask for it does not matter.
+    assert [rows for rows in data.calls if rows != [0, 1]] == [[2, 3], [4, 5], [6, 7]]
+
+
+def test_every_batch_after_the_first_is_asked_for_once_while_data_are_cold() -> None:
+    data = Asked()
+    with LookAhead.over(data, 2) as look:
+        for k, _ in look.pass_on(batches(12)):
+            data.wait_for(min(11, k + 2))
+    assert [rows for rows in data.calls if rows != [0, 1]] == [rows.tolist() for _, rows in batches(12)][1:]
+
+
+def test_it_asks_from_a_thread_of_its_own() -> None:
+    data = Asked()
+    with LookAhead.over(data, 2) as look:
+        next(iter(look.pass_on(batches(3))))
+        data.wait_for_calls(1)
+    assert data.threads == {"cryolike-lookahead"}
+
+
+def test_a_slow_disk_does_not_hold_the_reader_up_and_old_requests_are_forgotten() -> None:
+    data = Asked()
+    data.go_on.clear()
+    with LookAhead.over(data, 3) as look:
+        drawn = look.pass_on(batches(20))
+        next(drawn)
+        data.wait_for_calls(1)
+        list(drawn)  # all the others come although the first request is not over
+        assert len(data.calls) == 1
+        assert len(look._waiting) == 3
+        data.go_on.set()
+        data.wait_for_calls(4)
+    assert data.calls[1:] == [[34, 35], [36, 37], [38, 39]]
+
+
+@pytest.mark.parametrize(("image_bytes", "expected"), [(1, 4), (100, 2), (1000, 1)])
+def test_no_more_than_a_bounded_number_of_bytes_is_asked_for_ahead(
+    monkeypatch: pytest.MonkeyPatch, image_bytes: int, expected: int
+) -> None:
+    monkeypatch.setattr(lookahead, "MAX_BYTES_AHEAD", 500)
+    data = Asked(image_bytes=image_bytes)
+    with LookAhead.over(data, 4) as look:
+        for k, _ in look.pass_on(batches(12)):
+            data.wait_for(min(11, k + expected))
+            assert max(rows[0] // 2 for rows in data.calls) <= k + expected
+
+
+def test_data_in_memory_are_asked_about_less_and_less_often() -> None:
+    data = Asked(cold=False)
+    at: list[int] = []
+    with LookAhead.over(data, 1) as look:
+        for k, _ in look.pass_on(batches(120)):
+            due = look._skip == look._patience  # a request was made with this item
+            if due and len(data.calls) <= len(at):
+                data.wait_for_calls(len(at) + 1)
+            at = [call[0] // 2 for call in data.calls]
+            assert k >= 0
+    gaps = np.diff(at)
+    assert gaps.max() <= MAX_PATIENCE + 1
+    assert len(at) < 40
+
+
+def test_cold_data_after_warm_ones_are_asked_about_each_time_again() -> None:
+    data = Asked(cold=False)
+    look = LookAhead(data, 1)
+    with look:
+        look._ask(np.arange(2))
+        data.wait_for_calls(1)
+        data.cold = True
+        while len(data.calls) < 2:
+            look._ask(np.arange(2))
+        for number in range(3, 6):
+            # The answer to the last request is in once the thread waits again.
+            deadline = time.monotonic() + 10
+            while look._patience and time.monotonic() < deadline:
+                pass
+            look._skip = min(look._skip, look._patience)
+            look._ask(np.arange(2))
+            data.wait_for_calls(number)
+
+
+def test_nothing_runs_where_nothing_can_be_asked() -> None:
+    sampler = ParticleSampler(range(10), 2)
+    drawn = iter(sampler)
+    next(drawn)
+    assert own_threads() == []
+
+
+def test_zero_batches_ahead_mean_no_thread() -> None:
+    drawn = iter(ParticleSampler(Asked(), 2, lookahead=0))
+    next(drawn)
+    assert own_threads() == []
+
+
+def exhaust(sampler: ParticleSampler) -> None:
+    list(sampler)
+
+
+def break_off(sampler: ParticleSampler) -> None:
+    for _ in sampler:
+        break
+
+
+def close_early(sampler: ParticleSampler) -> None:
+    steps = sampler.steps()
+    next(steps)
+    assert own_threads() == ["cryolike-lookahead"]
+    steps.close()
+
+
+def drop(sampler: ParticleSampler) -> None:
+    steps = iter(sampler)
+    next(steps)
+    del steps
+
+
+def fail(sampler: ParticleSampler) -> None:
+    def consume() -> None:
+        for _ in sampler:
+            raise RuntimeError("consumer")
+
+    with pytest.raises(RuntimeError, match="consumer"):
+        consume()
+
+
+@pytest.mark.parametrize("stop", [exhaust, break_off, close_early, drop, fail])
+def test_the_thread_ends_however_the_iteration_ends(stop: Callable[[ParticleSampler], None]) -> None:
+    stop(ParticleSampler(Asked(), 2))
+    assert own_threads() == []
+
+
+def test_an_iteration_closed_by_the_garbage_collector_in_the_asking_thread_ends_in_peace(recwarn: pytest.WarningsRecorder) -> None:
+    # Garbage collection may run in any thread, and closes generators that are part of a cycle there.
+    errors: list[BaseException] = []
+
+    class Closing(Asked):
+        def ask_ahead(self, rows: np.ndarray) -> bool:
+            try:
+                look.__exit__(None, None, None)
+            except BaseException as error:
+                errors.append(error)
+            return super().ask_ahead(rows)
+
+    data = Closing()
+    look = LookAhead(data, 1)
+    look._thread.start()
+    look._ask(np.arange(2))
+    look._thread.join(10)
+    assert not look._thread.is_alive()
+    assert errors == []
+
+
+def residence(path: Path) -> np.ndarray:
+    """Which pages of a file are in the page cache."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+        pages = -(-len(mapped) // mmap.PAGESIZE)
+        state = (ctypes.c_ubyte * pages)()
+        buffer = (ctypes.c_ubyte * len(mapped)).from_buffer(mapped)
+        address = ctypes.addressof(buffer)
+        del buffer
+        library = ctypes.CDLL(None)
+        library.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+        assert library.mincore(address, len(mapped), state) == 0
+        return np.array(state, np.uint8) & 1 > 0
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> IndexedDataset:
+    return IndexedDataset(write_particles(tmp_path, 64, box=64, stacks=3)[0])
+
+
+def cold(dataset: IndexedDataset) -> tuple[np.ndarray, list[Path]]:
+    """Rows of all stacks but the first, and those stacks, none of whose pixels are in the page cache any more."""
+    paths = [Path(path) for path in dataset.particles.paths[1:]]
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if residence(path).any():
+            pytest.skip(f"the file system of {path.parent} does not let go of cached pages")
+    return np.flatnonzero(dataset.particles.file), paths
+
+
+def read_first_stack(dataset: IndexedDataset) -> None:
+    dataset.read(np.flatnonzero(dataset.particles.file == 0))
+
+
+def all_come(paths: list[Path]) -> bool:
+    """Whether all pages of the files come into memory by themselves, which the kernel does behind our back."""
+    deadline = time.monotonic() + 5
+    while not all(residence(path)[1:].all() for path in paths):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def test_asking_ahead_brings_the_pages_in(written: IndexedDataset) -> None:
+    read_first_stack(written)
+    rows, paths = cold(written)
+    assert written.ask_ahead(rows)
+    assert all_come(paths)
+
+
+def test_asking_ahead_works_before_anything_was_read(written: IndexedDataset) -> None:
+    # In a DataLoader with workers the main process, where the sampler lives, never reads anything.
+    rows, paths = cold(written)
+    assert written.ask_ahead(rows)
+    assert all_come(paths)
+
+
+def test_pages_that_are_there_are_not_asked_for(written: IndexedDataset) -> None:
+    written.read(np.arange(64))
+    assert not written.ask_ahead(np.arange(64))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM, errno.EMFILE])
+def test_asking_ahead_works_where_the_kernel_gives_no_descriptor_of_a_process(
+    written: IndexedDataset, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    read_first_stack(written)
+    rows, paths = cold(written)
+    monkeypatch.setattr(os, "pidfd_open", refuse, raising=False)
+    assert written.ask_ahead(rows)
+    assert all_come(paths)
+
+
+def test_stacks_that_are_gone_do_not_end_the_asking(written: IndexedDataset) -> None:
+    read_first_stack(written)
+    for path in written.particles.paths:
+        Path(path).unlink()
+    assert written.ask_ahead(np.arange(64)) is False
+
+
+def test_asking_leaves_no_descriptor_open(written: IndexedDataset) -> None:
+    read_first_stack(written)
+    rows, _ = cold(written)
+    before = len(os.listdir("/proc/self/fd"))
+    assert written.ask_ahead(rows)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+AT_EXIT = """
+    import sys, numpy as np
+    from cryolike_data import IndexedDataset
+    from cryolike_data.sampler import ParticleSampler
+    dataset = IndexedDataset(sys.argv[1])
+    dataset.read(np.arange(len(dataset)))
+    drawn = iter(ParticleSampler(dataset, 4))
+    next(drawn)
+"""
+
+
+def test_a_program_may_end_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    table, _ = write_particles(tmp_path, 40, stacks=2)
+    run = run_python(AT_EXIT, table)
+    assert (run.returncode, run.stderr) == (0, "")

@@ -1,0 +1,135 @@
+"""Reused buffers: aligned, and never used again while anyone can still see them."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cryolike_data.ring import BufferRing
+
+DTYPES = [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.float16, torch.float32]
+
+
+def ring(dtype: torch.dtype = torch.float32) -> BufferRing:
+    return BufferRing((4, 5, 5), dtype, pinned=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_buffers_start_at_multiples_of_64_bytes(dtype: torch.dtype) -> None:
+    buffers = [ring(dtype).take() for _ in range(8)]
+    for buffer in buffers:
+        assert buffer.data_ptr() % 64 == 0
+        assert (tuple(buffer.shape), buffer.dtype, buffer.is_contiguous()) == ((4, 5, 5), dtype, True)
+
+
+def test_buffers_that_are_in_use_do_not_overlap() -> None:
+    source = ring()
+    lent = [source.lend(source.take(), 4) for _ in range(5)]
+    for value, tensor in enumerate(lent):
+        tensor.fill_(value)
+    assert [tensor.unique().tolist() for tensor in lent] == [[0.0], [1.0], [2.0], [3.0], [4.0]]
+
+
+def test_a_lent_tensor_shows_the_first_rows_of_the_buffer() -> None:
+    source = ring()
+    buffer = source.take()
+    buffer.copy_(torch.arange(100.0).view(4, 5, 5))
+    lent = source.lend(buffer, 3)
+    assert lent.data_ptr() == buffer.data_ptr()
+    assert torch.equal(lent, torch.arange(75.0).view(3, 5, 5))
+
+
+def test_the_buffer_given_back_last_is_taken_first() -> None:
+    source = ring()
+    first, second = source.take(), source.take()
+    source.give_back(first)
+    source.give_back(second)
+    assert [source.take().data_ptr(), source.take().data_ptr()] == [second.data_ptr(), first.data_ptr()]
+
+
+HOLDERS: dict[str, Callable[[Tensor], Any]] = {
+    "tensor": lambda tensor: tensor,
+    "slice": lambda tensor: tensor[1:2],
+    "one pixel": lambda tensor: tensor[3, 4, 4],
+    "view": lambda tensor: tensor.view(-1),
+    "other dtype": lambda tensor: tensor.view(torch.int32),
+    "transpose": lambda tensor: tensor.mT,
+    "detached": lambda tensor: tensor.detach(),
+    "array": lambda tensor: tensor.numpy(),
+    "part of an array": lambda tensor: tensor.numpy()[2:, 1],
+    "memoryview": lambda tensor: memoryview(tensor.numpy()),
+    "storage": lambda tensor: tensor.untyped_storage(),
+    "dlpack": lambda tensor: torch.from_dlpack(tensor),
+    "array by dlpack": lambda tensor: np.from_dlpack(tensor),
+    "autograd": lambda tensor: tensor * torch.ones(1, requires_grad=True),
+    "closure": lambda tensor: lambda: tensor,
+    "unbound": lambda tensor: torch.unbind(tensor)[2],
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_a_buffer_comes_back_when_the_last_thing_that_sees_it_is_gone(holder: str) -> None:
+    source = ring()
+    buffer = source.take()
+    address = buffer.data_ptr()
+    held = HOLDERS[holder](source.lend(buffer, 4))
+    gc.collect()
+    assert source._free == []
+    del held
+    gc.collect()
+    assert [free.data_ptr() for free in source._free] == [address]
+
+
+def test_a_copy_does_not_hold_the_buffer() -> None:
+    source = ring()
+    copy = source.lend(source.take(), 4).clone()
+    assert len(source._free) == 1
+    assert copy.shape == (4, 5, 5)
+
+
+def test_a_buffer_comes_back_once_for_each_time_it_was_lent() -> None:
+    source = ring()
+    for _ in range(10):
+        lent = source.lend(source.take(), 4)
+        del lent
+    assert len(source._free) == 1
+
+
+def test_a_closed_ring_keeps_nothing() -> None:
+    source = ring()
+    lent = source.lend(source.take(), 4)
+    source.give_back(source.take())
+    source.close()
+    assert source._free == []
+    lent.fill_(3)  # still the user's
+    del lent
+    assert source._free == []
+
+
+def test_a_ring_that_was_let_go_of_lives_as_long_as_what_it_lent() -> None:
+    source = ring()
+    lent = source.lend(source.take(), 4)
+    gone = weakref.ref(source)
+    del source
+    gc.collect()
+    assert lent.fill_(1).sum() == 100
+    del lent
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.gpu
+def test_pinned_buffers_are_page_locked_and_come_back_too() -> None:
+    source = BufferRing((4, 5, 5), torch.float32, pinned=True)
+    lent = source.lend(source.take(), 3)
+    assert lent.is_pinned()
+    assert lent.data_ptr() % 64 == 0
+    del lent
+    assert len(source._free) == 1

@@ -1,0 +1,641 @@
+"""``stream``: the same batches as reading them one by one, each its holder's, and nothing left behind however it stops."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import mapped_files, open_files, own_threads, run_python, same_batch, write_particles
+
+import cryolike_data.ring as ring_module
+from cryolike_data import Collate, Downsample, IndexedDataset, Normalize, ParticleBatch, ZarrDataset, export_zarr
+from cryolike_data.errors import ArgumentError, StackError
+from cryolike_data.sampler import ParticleSampler
+from cryolike_data.stream import ParticleStream, stream
+
+N = 60
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data")
+    write_particles(path, N, box=16, stacks=4)
+    return path
+
+
+@pytest.fixture
+def ds(folder: Path) -> IndexedDataset:
+    return IndexedDataset(folder / "J1/particles.cs")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[None]:
+    """After every test here: no thread more than before, no file open, and the threads of torch as they were."""
+
+    def threads() -> list[str]:
+        # Exporting with zarr leaves those of its event loop and of a progress bar.
+        return [thread.name for thread in threading.enumerate() if not thread.name.startswith(("zarr", "asyncio", "tqdm"))]
+
+    before, intra_op = threads(), torch.get_num_threads()
+    yield
+    assert threads() == before
+    assert open_files(tmp_path) == []
+    assert torch.get_num_threads() == intra_op
+
+
+def expected(dataset: Any, sampler: ParticleSampler, epoch: int = 0) -> list[ParticleBatch]:
+    """What the sampler's order means, read batch by batch."""
+    order = sampler.rows(np.arange(len(dataset)), epoch)
+    return [dataset.batch(order[k : k + sampler.batch_size]) for k in range(0, len(order), sampler.batch_size)]
+
+
+def rows_of(batches: list[ParticleBatch]) -> list[int]:
+    return [row for batch in batches for row in batch.index.tolist()]
+
+
+@pytest.mark.parametrize("dtype", ["i1", "i2", "u2", "f2", "f4"])
+def test_batches_are_those_of_the_data_set_in_the_order_of_the_sampler(tmp_path: Path, dtype: str) -> None:
+    dataset = IndexedDataset(write_particles(tmp_path, 23, dtype=dtype, stacks=3)[0])
+    sampler = ParticleSampler(dataset, 5, seed=3)
+    wanted = expected(dataset, sampler)
+    for batch, reference in zip(stream(dataset, sampler=sampler), wanted, strict=True):
+        same_batch(batch, reference)
+
+
+def test_without_a_sampler_every_particle_comes_once_in_order(ds: IndexedDataset) -> None:
+    batches = list(stream(ds, batch_size=7))
+    assert rows_of(batches) == list(range(N))
+    assert [len(batch) for batch in batches] == [7] * 8 + [4]
+
+
+def test_shuffle_and_seed_are_those_of_a_sampler(ds: IndexedDataset) -> None:
+    batches = list(stream(ds, batch_size=7, shuffle=True, seed=5))
+    assert rows_of(batches) == [row for rows in ParticleSampler(ds, 7, seed=5) for row in rows]
+
+
+def test_the_ranks_of_the_sampler_share_the_epoch(ds: IndexedDataset) -> None:
+    parts = [rows_of(list(stream(ds, sampler=ParticleSampler(ds, 8, rank=rank, world_size=3)))) for rank in range(3)]
+    assert sorted(row for part in parts for row in part) == list(range(N))
+
+
+def test_the_length_is_the_number_of_batches(ds: IndexedDataset) -> None:
+    loader = stream(ds, batch_size=7)
+    assert len(loader) == len(list(loader)) == 9
+
+
+@pytest.mark.parametrize("prefetch", [1, 2, 50])
+def test_any_depth_of_reading_ahead_gives_the_same(ds: IndexedDataset, prefetch: int) -> None:
+    assert rows_of(list(stream(ds, batch_size=7, prefetch=prefetch))) == list(range(N))
+
+
+def test_a_batch_larger_than_the_data_set_is_the_data_set(ds: IndexedDataset) -> None:
+    (batch,) = stream(ds, batch_size=1000)
+    same_batch(batch, ds.batch(np.arange(N)))
+
+
+@pytest.mark.parametrize("dtype", ["i2", "f4"])
+def test_transforms_give_what_collate_gives(tmp_path: Path, dtype: str) -> None:
+    dataset = IndexedDataset(write_particles(tmp_path, 23, box=16, dtype=dtype)[0])
+    collate = Collate(Downsample(box=8), "std")
+    for batch in stream(dataset, batch_size=5, downsample=Downsample(box=8), normalize="std"):
+        same_batch(batch, collate(dataset.batch(batch.index)))
+        assert batch.pixel_size == 3.0
+
+
+def test_a_dtype_is_that_of_the_images(ds: IndexedDataset) -> None:
+    for batch in stream(ds, batch_size=20, dtype=torch.float64):
+        same_batch(batch, Collate(dtype=torch.float64)(ds.batch(batch.index)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"normalize": "mean"}, {"dtype": torch.int16}, {"downsample": 8}, {"prefetch": 0}, {"batch_size": 0}, {"shuffle": "none"}],
+    ids=str,
+)
+def test_arguments_that_cannot_be_meant_are_errors(ds: IndexedDataset, options: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError):
+        stream(ds, **options)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 4}, {"shuffle": True}, {"seed": 3}], ids=str)
+def test_what_the_sampler_decides_is_not_decided_twice(ds: IndexedDataset, options: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError):
+        stream(ds, sampler=ParticleSampler(ds, 4), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": "std"}, {"dtype": torch.float32}], ids=str)
+def test_batches_that_are_held_never_change(ds: IndexedDataset, options: dict[str, Any]) -> None:
+    held, copies = [], []
+    for batch in stream(ds, batch_size=7, prefetch=2, **options):
+        held.append(batch)
+        copies.append(batch.images.clone())
+    for batch, copy in zip(held, copies, strict=True):
+        assert torch.equal(batch.images, copy)
+
+
+def test_parts_of_batches_that_are_held_never_change(ds: IndexedDataset) -> None:
+    loader = stream(ds, batch_size=7, prefetch=2)
+    wanted = ds.read(np.arange(N)).numpy()
+    held = [(k, batch.images[1:3], batch.images.numpy()[0], batch[2].image, batch[3:]) for k, batch in enumerate(loader)]
+    for k, part, array, image, rest in held:
+        np.testing.assert_array_equal(part.numpy(), wanted[7 * k + 1 : 7 * k + 3])
+        np.testing.assert_array_equal(array, wanted[7 * k])
+        np.testing.assert_array_equal(image.numpy(), wanted[7 * k + 2])
+        np.testing.assert_array_equal(rest.images.numpy(), wanted[7 * k + 3 : 7 * k + 7])
+
+
+def test_what_the_user_writes_into_a_batch_is_seen_by_nobody_else(ds: IndexedDataset) -> None:
+    for batch in stream(ds, batch_size=7, shuffle=True):
+        same_batch(batch, ds.batch(batch.index))
+        batch.images.fill_(-1)
+        batch.index.fill_(-1)
+        batch.uid.fill_(-1)
+
+
+def test_batches_outlive_the_stream_and_the_data_set(folder: Path) -> None:
+    dataset = IndexedDataset(folder / "J1/particles.cs")
+    reference = dataset.read(np.arange(7)).clone()
+    loader = stream(dataset, batch_size=7)
+    batch = next(iter(loader))
+    del loader, dataset
+    gc.collect()
+    assert mapped_files(folder) == []
+    assert torch.equal(batch.images, reference)
+
+
+@pytest.fixture
+def allocated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the buffers that are made."""
+    shapes: list[tuple[int, ...]] = []
+    make = ring_module._aligned
+
+    def count(shape: tuple[int, ...], *args: Any, **options: Any) -> torch.Tensor:
+        shapes.append(shape)
+        return make(shape, *args, **options)
+
+    monkeypatch.setattr(ring_module, "_aligned", count)
+    return shapes
+
+
+def test_buffers_are_used_again_when_batches_are_let_go_of(ds: IndexedDataset, allocated: list[tuple[int, ...]]) -> None:
+    for batch in stream(ds, batch_size=2, prefetch=3):
+        del batch
+    assert len(allocated) <= 3 + 2
+
+
+def test_holding_batches_costs_no_more_than_the_batches(ds: IndexedDataset, allocated: list[tuple[int, ...]]) -> None:
+    held = list(stream(ds, batch_size=2, prefetch=3))
+    assert len(held) <= len(allocated) <= len(held) + 3 + 2
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Let other threads go on until a condition holds."""
+    tick = threading.Event()
+    for _ in range(1000):
+        if condition():
+            return
+        tick.wait(0.01)
+    raise AssertionError("it did not come about in 10 s")
+
+
+def test_batches_are_read_ahead_of_a_slow_consumer(ds: IndexedDataset) -> None:
+    loader = stream(ds, batch_size=2, prefetch=3)
+    for k, batch in enumerate(loader):
+        assert batch.index.tolist() == [2 * k, 2 * k + 1]
+        if k < 5:
+            wait_until(lambda: len(loader._reader._filled) == 3)
+    assert k == 29
+
+
+def test_no_more_than_prefetch_batches_are_read_ahead(ds: IndexedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[int] = []
+    read_rows = IndexedDataset.read_rows
+    monkeypatch.setattr(IndexedDataset, "read_rows", lambda self, rows, out=None: reads.append(rows[0]) or read_rows(self, rows, out))
+    loader = stream(ds, batch_size=2, prefetch=3)
+    for k, _ in enumerate(loader):
+        wait_until(lambda: len(loader._reader._filled) == 3 or loader._reader._finished)
+        assert len(reads) <= k + 1 + 3
+        if k == 10:
+            break
+
+
+def finish(loader: ParticleStream) -> None:
+    list(loader)
+
+
+def break_off(loader: ParticleStream) -> None:
+    for _ in loader:
+        break
+
+
+def drop(loader: ParticleStream) -> None:
+    batches = iter(loader)
+    next(batches)
+    del batches
+
+
+def close(loader: ParticleStream) -> None:
+    batches = iter(loader)
+    next(batches)
+    assert "cryolike-reader" in own_threads()
+    loader.close()
+    loader.close()
+
+
+def leave_the_with(loader: ParticleStream) -> None:
+    with loader:
+        batches = iter(loader)
+        next(batches)
+
+
+def start_again(loader: ParticleStream) -> None:
+    first = iter(loader)
+    next(first)
+    second = iter(loader)
+    next(second)
+    assert own_threads().count("cryolike-reader") == 1
+    second.close()
+
+
+def raise_in_consumer(loader: ParticleStream) -> None:
+    for _ in loader:
+        raise RuntimeError("consumer")
+
+
+def interrupt_in_consumer(loader: ParticleStream) -> None:
+    for _ in loader:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stop", [finish, break_off, drop, close, leave_the_with, start_again])
+@pytest.mark.parametrize("epochs_before", [0, 1])
+def test_every_way_of_stopping_leaves_no_thread_and_no_file(
+    ds: IndexedDataset, folder: Path, stop: Callable[[ParticleStream], None], epochs_before: int
+) -> None:
+    loader = stream(ds, batch_size=3)
+    for _ in range(epochs_before):
+        list(loader)
+    stop(loader)
+    assert own_threads() == []
+    assert open_files(folder) == []
+
+
+@pytest.mark.parametrize(("stop", "kind"), [(raise_in_consumer, RuntimeError), (interrupt_in_consumer, KeyboardInterrupt)])
+def test_an_exception_in_the_consumer_leaves_no_thread_and_no_file(
+    ds: IndexedDataset, folder: Path, stop: Callable[[ParticleStream], None], kind: type[BaseException]
+) -> None:
+    with pytest.raises(kind):
+        stop(stream(ds, batch_size=3))
+    assert own_threads() == []
+    assert open_files(folder) == []
+
+
+def test_no_map_stays_when_stream_and_data_set_are_gone(folder: Path) -> None:
+    dataset = IndexedDataset(folder / "J1/particles.cs")
+    loader = stream(dataset, batch_size=3)
+    break_off(loader)
+    assert mapped_files(folder) != []
+    del loader, dataset
+    gc.collect()
+    assert mapped_files(folder) == []
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, batch: int, error: BaseException) -> None:
+    """Make reading the given batch fail."""
+    read_rows, reads = IndexedDataset.read_rows, iter(range(10**6))
+
+    def fail_while_reading(self: IndexedDataset, rows: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
+        if next(reads) == batch:
+            raise error
+        return read_rows(self, rows, out)
+
+    monkeypatch.setattr(IndexedDataset, "read_rows", fail_while_reading)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 4])
+@pytest.mark.parametrize("slow", [False, True])
+def test_an_error_while_reading_comes_after_the_batches_before_it_and_shows_its_place(
+    ds: IndexedDataset, monkeypatch: pytest.MonkeyPatch, batch: int, slow: bool
+) -> None:
+    fail_at(monkeypatch, batch, OSError("disk on fire"))
+    loader = stream(ds, batch_size=3, prefetch=2)
+    seen: list[int] = []
+
+    def consume() -> None:
+        for got in loader:
+            seen.extend(got.index.tolist())
+            if slow:  # the thread meets the error
+                wait_until(lambda: len(loader._reader._filled) == 2 or loader._reader._finished)
+
+    with pytest.raises(OSError, match="disk on fire") as caught:
+        consume()
+    assert seen == list(range(3 * batch))
+    assert "fail_while_reading" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert own_threads() == []
+    assert loader.state_dict()["position"] == 3 * batch
+
+
+def test_after_an_error_the_epoch_can_be_taken_up_where_it_stopped(ds: IndexedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = stream(ds, batch_size=3, shuffle=True)
+    seen: list[int] = []
+
+    def consume() -> None:
+        for batch in loader:
+            seen.extend(batch.index.tolist())
+
+    with monkeypatch.context() as patch:
+        fail_at(patch, 4, OSError("network away"))
+        with pytest.raises(OSError, match="network away"):
+            consume()
+    loader.load_state_dict(loader.state_dict())
+    consume()
+    assert seen == loader.sampler.rows(np.arange(N), 0).tolist()
+
+
+def test_a_stack_that_was_truncated_is_an_error_of_the_loop(tmp_path: Path) -> None:
+    dataset = IndexedDataset(write_particles(tmp_path, 30, stacks=3)[0])
+    os.truncate(dataset.particles.paths[1], 1100)
+    with pytest.raises(StackError, match="shrunk"):
+        list(stream(dataset, batch_size=4))
+    assert own_threads() == []
+
+
+def test_an_error_in_a_transform_shows_its_place_and_leaves_nothing(ds: IndexedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_to_normalize(self: Normalize, images: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no scale")
+
+    monkeypatch.setattr(Normalize, "__call__", fail_to_normalize)
+    loader = stream(ds, batch_size=3, normalize="std")
+    with pytest.raises(RuntimeError, match="no scale") as caught:
+        list(loader)
+    assert "fail_to_normalize" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert own_threads() == []
+    assert loader.state_dict()["position"] == 0
+
+
+CTRL_C = """
+    import signal, sys, threading, numpy as np
+    from pathlib import Path
+    from support import mapped_files, open_files, own_threads
+    from cryolike_data import IndexedDataset
+    from cryolike_data.stream import stream
+    folder = Path(sys.argv[1])
+    loader = stream(IndexedDataset(folder / "J1/particles.cs"), batch_size=3)
+    try:
+        for k, batch in enumerate(loader):
+            if k == 2:
+                signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        assert k == 2 and loader.state_dict()["position"] == 9
+    else:
+        sys.exit("no KeyboardInterrupt")
+    assert own_threads() == [] and threading.active_count() == 1, threading.enumerate()
+    assert open_files(folder) == []
+    del loader
+    import gc
+    gc.collect()
+    assert mapped_files(folder) == []
+"""
+
+
+def test_ctrl_c_leaves_no_thread_map_or_file(folder: Path) -> None:
+    run = run_python(CTRL_C, folder)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+EXIT = """
+    import sys, threading, numpy as np
+    from cryolike_data import IndexedDataset
+    from cryolike_data.stream import stream
+    dataset = IndexedDataset(sys.argv[1])
+    many = dataset.select(np.tile(np.arange(len(dataset)), 100))
+    batches = iter(stream(many, batch_size=len(dataset), prefetch=60))
+    next(batches)
+"""
+
+
+def test_a_program_may_end_while_the_reader_is_at_work(tmp_path: Path) -> None:
+    table, _ = write_particles(tmp_path, 64, box=128, stacks=2)
+    run = run_python(EXIT, table)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_the_state_counts_only_what_was_handed_out(ds: IndexedDataset) -> None:
+    loader = stream(ds, batch_size=3, shuffle=True, prefetch=5)
+    assert loader.state_dict() == {"seed": 0, "epoch": 0, "position": 0}
+    for k, _ in enumerate(loader):
+        wait_until(lambda: len(loader._reader._filled) == 5 or loader._reader._finished)
+        assert loader.state_dict() == {"seed": 0, "epoch": 0, "position": 3 * (k + 1)}
+
+
+@pytest.mark.parametrize("stop", [1, 7, 19, 20])
+@pytest.mark.parametrize("other_batch", [3, 8])
+def test_a_stream_resumed_from_a_state_gives_the_rest(ds: IndexedDataset, stop: int, other_batch: int) -> None:
+    loader = stream(ds, batch_size=3, shuffle=True, seed=8)
+    seen: list[int] = []
+    for k, batch in enumerate(loader):
+        seen.extend(batch.index.tolist())
+        if k == stop - 1:
+            break
+    resumed = stream(ds, batch_size=other_batch, shuffle=True)
+    resumed.load_state_dict(loader.state_dict())
+    seen += rows_of(list(resumed))
+    assert seen == loader.sampler.rows(np.arange(N), 0).tolist()
+    assert rows_of(list(resumed)) == loader.sampler.rows(np.arange(N), 1).tolist()
+
+
+def test_the_state_after_an_epoch_is_the_start_of_the_next(ds: IndexedDataset) -> None:
+    # A checkpoint written after the loop over the epoch must not make the resumed job begin with an empty one.
+    loader = stream(ds, batch_size=3, shuffle=True)
+    list(loader)
+    resumed = stream(ds, batch_size=3, shuffle=True)
+    resumed.load_state_dict(loader.state_dict())
+    assert rows_of(list(resumed)) == loader.sampler.rows(np.arange(N), 1).tolist()
+
+
+def test_epochs_follow_each_other_as_the_sampler_says(ds: IndexedDataset) -> None:
+    loader = stream(ds, batch_size=7, shuffle=True)
+    for epoch in range(3):
+        assert rows_of(list(loader)) == loader.sampler.rows(np.arange(N), epoch).tolist()
+
+
+@pytest.mark.parametrize("batches_read_ahead", [1, 100])
+def test_an_epoch_that_was_broken_off_is_drawn_again_however_far_the_reader_was(ds: IndexedDataset, batches_read_ahead: int) -> None:
+    loader = stream(ds, batch_size=7, shuffle=True, prefetch=batches_read_ahead)
+    for _ in loader:
+        wait_until(lambda: len(loader._reader._filled) == batches_read_ahead or loader._reader._finished)
+        break
+    assert rows_of(list(loader)) == loader.sampler.rows(np.arange(N), 0).tolist()
+    assert rows_of(list(loader)) == loader.sampler.rows(np.arange(N), 1).tolist()
+
+
+def test_closing_inside_the_loop_does_not_count_as_the_end_of_the_epoch(ds: IndexedDataset) -> None:
+    loader = stream(ds, batch_size=7, shuffle=True)
+    seen = 0
+    for _ in loader:
+        seen += 1
+        loader.close()
+    assert seen < 9
+    assert loader.sampler.epoch == 0
+
+
+def test_an_iterator_that_another_took_the_place_of_does_not_move_the_epoch(ds: IndexedDataset) -> None:
+    loader = stream(ds, batch_size=7, shuffle=True)
+    first = iter(loader)
+    next(first)
+    second = iter(loader)
+    seen = next(second).index.tolist()
+    list(first)
+    seen += rows_of(list(second))
+    assert seen == loader.sampler.rows(np.arange(N), 0).tolist()
+    assert loader.sampler.epoch == 1
+
+
+def test_set_epoch_of_the_sampler_chooses_the_epoch(ds: IndexedDataset) -> None:
+    loader = stream(ds, batch_size=7, shuffle=True)
+    loader.sampler.set_epoch(6)
+    assert rows_of(list(loader)) == loader.sampler.rows(np.arange(N), 6).tolist()
+
+
+def test_two_streams_over_one_data_set_do_not_disturb_each_other(ds: IndexedDataset) -> None:
+    one, other = stream(ds, batch_size=5, shuffle=True, seed=1), stream(ds, batch_size=5, shuffle=True, seed=2)
+    for left, right in zip(one, other, strict=True):
+        same_batch(left, ds.batch(left.index))
+        same_batch(right, ds.batch(right.index))
+
+
+def test_two_consumers_in_threads_of_their_own_stream_one_data_set(ds: IndexedDataset) -> None:
+    errors: list[BaseException] = []
+
+    def consume(seed: int) -> None:
+        try:
+            loader = stream(ds, batch_size=5, shuffle=True, seed=seed)
+            for epoch in range(5):
+                batches = list(loader)
+                assert rows_of(batches) == loader.sampler.rows(np.arange(N), epoch).tolist()
+                for batch in batches:
+                    assert torch.equal(batch.images, ds.read(batch.index))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=consume, args=(seed,)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+
+
+def test_a_selection_streams(ds: IndexedDataset) -> None:
+    chosen = ds.select(np.arange(N - 1, 0, -3))
+    for batch, reference in zip(stream(chosen, batch_size=6), expected(chosen, ParticleSampler(chosen, 6, shuffle=False)), strict=True):
+        same_batch(batch, reference)
+
+
+def test_a_zarr_store_streams(ds: IndexedDataset, tmp_path: Path) -> None:
+    export_zarr(ds, tmp_path / "store.zarr")
+    store = ZarrDataset(tmp_path / "store.zarr")
+    for batch in stream(store, batch_size=7, shuffle=True):
+        assert torch.equal(batch.images, ds.read(batch.index))
+
+
+def test_the_threads_of_torch_stay_as_they_were(ds: IndexedDataset) -> None:
+    def of_a_new_thread() -> int:
+        counts: list[int] = []
+        thread = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        return counts[0]
+
+    before = torch.get_num_threads(), of_a_new_thread()
+    for _ in stream(ds, batch_size=7):
+        assert (torch.get_num_threads(), of_a_new_thread()) == before
+    assert (torch.get_num_threads(), of_a_new_thread()) == before
+
+
+def test_a_reader_closed_by_the_garbage_collector_in_its_own_thread_ends_in_peace(
+    ds: IndexedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Garbage collection may run in any thread, and closes generators that are part of a cycle there.
+    errors: list[BaseException] = []
+    read_rows = IndexedDataset.read_rows
+
+    def close_while_reading(self: IndexedDataset, rows: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
+        if threading.current_thread().name == "cryolike-reader":
+            try:
+                loader._reader.close()
+            except BaseException as error:
+                errors.append(error)
+        return read_rows(self, rows, out)
+
+    monkeypatch.setattr(IndexedDataset, "read_rows", close_while_reading)
+    loader = stream(ds, batch_size=2)
+    batches = iter(loader)
+    next(batches)
+    wait_until(lambda: errors != [] or "cryolike-reader" not in own_threads())
+    batches.close()
+    assert errors == []
+
+
+def test_the_cpu_as_device_gives_the_same(ds: IndexedDataset) -> None:
+    for batch in stream(ds, batch_size=7, device="cpu"):
+        same_batch(batch, ds.batch(batch.index))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"downsample": Downsample(box=8), "normalize": "std"}], ids=["raw", "transformed"])
+def test_cuda_batches_are_those_of_the_cpu(ds: IndexedDataset, options: dict[str, Any]) -> None:
+    cpu, cuda = stream(ds, batch_size=7, shuffle=True, **options), stream(ds, batch_size=7, shuffle=True, device="cuda", **options)
+    for left, right in zip(cpu, cuda, strict=True):
+        assert right.images.device.type == "cuda"
+        assert torch.equal(left.index, right.index.cpu())
+        torch.testing.assert_close(left.images, right.images.cpu())
+        assert torch.equal(left.uid, right.uid.cpu())
+
+
+@pytest.mark.gpu
+def test_cuda_batches_stay_as_they_are_while_the_loop_goes_on(ds: IndexedDataset) -> None:
+    for _ in range(5):
+        held = list(stream(ds, batch_size=3, shuffle=True, device="cuda", prefetch=2))
+        for batch in held:
+            assert torch.equal(batch.images.cpu(), ds.read(batch.index.cpu()))
+
+
+@pytest.mark.gpu
+def test_cuda_streams_fill_page_locked_buffers(ds: IndexedDataset) -> None:
+    loader = stream(ds, batch_size=3, device="cuda")
+    batches = iter(loader)
+    next(batches)
+    assert loader._reader._ring.take().is_pinned()
+    batches.close()
+
+
+@pytest.mark.gpu
+def test_the_state_of_a_cuda_stream_counts_only_what_was_handed_out(ds: IndexedDataset) -> None:
+    loader = stream(ds, batch_size=3, device="cuda")
+    for k, _ in enumerate(loader):
+        assert loader.state_dict()["position"] == 3 * (k + 1)
+
+
+@pytest.mark.gpu
+def test_a_finished_cuda_stream_holds_no_host_buffers(ds: IndexedDataset, allocated: list[tuple[int, ...]]) -> None:
+    loader = stream(ds, batch_size=3, device="cuda")
+    list(loader)
+    torch.cuda.synchronize()
+    assert len(loader._copying) == 0
+    assert len(allocated) > 0
+
+
+@pytest.mark.gpu
+def test_an_early_stop_on_cuda_leaves_no_thread(ds: IndexedDataset) -> None:
+    for _ in range(10):
+        break_off(stream(ds, batch_size=3, device="cuda", normalize="std"))
+    assert own_threads() == []
