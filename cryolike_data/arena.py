@@ -34,6 +34,8 @@ _FAILED = ctypes.c_void_p(-1).value
 _SPARE_MAPS = 2000
 #: A file's size is looked at again when it was last looked at longer ago than this, seconds.
 _CHECK_EVERY = 1.0
+#: With more than a thousand files: seconds per file, so that looking stays a small share of the time.
+_CHECK_SHARE = 1e-3
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -53,9 +55,10 @@ class Arena:
     itemsize : bytes of a pixel
     check : called with the number of a file before it is mapped; raises if the file is not what is expected
 
-    A file that has shrunk is noticed when it is next read more than a second after its size was last looked at, and is an
-    error. Reading the missing part of a file that shrank within that second still ends the process (SIGBUS), as reading any
-    memory map does; nothing short of copying through system calls can prevent it.
+    A file that has shrunk is noticed when it is next read more than a second after its size was last looked at (a millisecond
+    for each file beyond a thousand, where there are that many), and is an error. Reading the missing part of a file that shrank
+    within that time still ends the process (SIGBUS), as reading any memory map does; nothing short of copying through system
+    calls can prevent it.
     """
 
     def __init__(
@@ -74,7 +77,8 @@ class Arena:
         self._image_bytes = image_bytes
         self._sizes = np.where(counts > 0, starts + counts * image_bytes, 0).astype(np.int64)
         # A gap between two files is a map of its own to the kernel.
-        alignment = _ALIGNMENT if 2 * np.count_nonzero(counts) + _SPARE_MAPS <= _max_maps() else _PAGE
+        gaps_allowed = 2 * np.count_nonzero(counts) + _SPARE_MAPS <= _max_maps()
+        alignment = _ALIGNMENT if gaps_allowed and self._sizes.max(initial=0) >= _ALIGNMENT else _PAGE
         spans = -(-self._sizes // alignment) * alignment
         self._places = np.cumsum(spans) - spans
         length = int(spans.sum())
@@ -112,7 +116,7 @@ class Arena:
             if one has become shorter or is gone
         """
         now = time.monotonic()
-        due = file[self._seen[file] < now - _CHECK_EVERY]
+        due = file[self._seen[file] < now - max(_CHECK_EVERY, _CHECK_SHARE * (len(self._paths) - 1000))]
         if len(due):
             for number in np.unique(due).tolist():
                 if self._mapped[number]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -160,6 +161,7 @@ class ParticleDataset(Dataset[Particle]):
         return "\n".join(lines)
 
 
+@cache
 def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
     """The torch dtype of a NumPy dtype."""
     return torch.from_numpy(np.empty(0, dtype)).dtype

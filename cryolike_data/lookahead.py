@@ -12,6 +12,8 @@ import numpy as np
 
 #: Batches that go by without a look when many in a row have been in memory.
 MAX_PATIENCE = 16
+#: Seconds after which a batch is handed out even if asking for it is not done: asking must never hold up the reader for long.
+_LONGEST_WAIT = 0.05
 #: Never more than this is asked for ahead of the reader, however large a batch is (but always one batch).
 MAX_BYTES_AHEAD = 512 << 20
 
@@ -27,12 +29,13 @@ class AsksAhead(Protocol):
 
 
 class LookAhead:
-    """A thread that asks for the pages of rows it is told of. Requests that it cannot keep up with are forgotten, never queued up."""
+    """A thread that asks for the pages of rows it is told of, a few batches ahead of their being handed out."""
 
     def __init__(self, dataset: AsksAhead, batches: int) -> None:
         self._dataset = dataset
         self._batches = batches
-        self._waiting: deque[np.ndarray] = deque(maxlen=batches)
+        self._waiting: deque[tuple[int, np.ndarray]] = deque()
+        self._asked = self._done = 0
         self._wake = threading.Condition()
         self._open = True
         self._patience = self._skip = 0
@@ -45,13 +48,13 @@ class LookAhead:
 
     def pass_on(self, drawn: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
         """The same items in the same order, each held back until those after it have been asked for."""
-        held: deque[tuple[int, np.ndarray]] = deque()
+        held: deque[tuple[int, tuple[int, np.ndarray]]] = deque()
         for item in drawn:
-            self._ask(item[1])
-            held.append(item)
+            held.append((self._ask(item[1]), item))
             if len(held) > self._depth(len(item[1])):
-                yield held.popleft()
-        yield from held
+                yield self._hand_out(*held.popleft())
+        while held:
+            yield self._hand_out(*held.popleft())
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -61,7 +64,7 @@ class LookAhead:
         with self._wake:
             self._open = False
             self._waiting.clear()
-            self._wake.notify()
+            self._wake.notify_all()
         # Python may collect an abandoned iteration in any thread, this one too.
         if self._thread is not threading.current_thread():
             self._thread.join()
@@ -69,14 +72,26 @@ class LookAhead:
     def _depth(self, batch_size: int) -> int:
         return min(self._batches, max(1, MAX_BYTES_AHEAD // max(1, batch_size * self._dataset.image_bytes)))
 
-    def _ask(self, rows: np.ndarray) -> None:
+    def _ask(self, rows: np.ndarray) -> int:
+        """Let the thread ask for these rows, or not where the last ones were in memory; the number of the request to wait for."""
         if self._skip > 0:
             self._skip -= 1
-            return
+            return 0
         self._skip = self._patience
         with self._wake:
-            self._waiting.append(rows)
-            self._wake.notify()
+            self._asked += 1
+            self._waiting.append((self._asked, rows))
+            self._wake.notify_all()
+        return self._asked
+
+    def _hand_out(self, request: int, item: tuple[int, np.ndarray]) -> tuple[int, np.ndarray]:
+        # Pages that a reader finds missing are read with far more around them than is wanted; except at the start, the request is
+        # some batches old and long done.
+        with self._wake:
+            self._wake.wait_for(lambda: self._done >= request or not self._open, timeout=_LONGEST_WAIT)
+            while self._waiting and self._waiting[0][0] <= request:
+                self._waiting.popleft()  # too late to be of use
+        return item
 
     def _run(self) -> None:
         while True:
@@ -84,10 +99,13 @@ class LookAhead:
                 self._wake.wait_for(lambda: self._waiting or not self._open)
                 if not self._open:
                     return
-                rows = self._waiting.popleft()
+                request, rows = self._waiting.popleft()
             # Data that are in memory are looked at less and less often, because even looking takes time from the reader.
             cold = self._dataset.ask_ahead(rows)
             self._patience = 0 if cold else min(MAX_PATIENCE, 2 * self._patience + 1)
+            with self._wake:
+                self._done = request
+                self._wake.notify_all()
 
 
 class NoLookAhead:

@@ -220,10 +220,12 @@ class _Reader:
         self._thread = threading.Thread(target=self._run, name="cryolike-reader", daemon=True)
         self._ready = threading.Event()
         _READERS.add(self)
+        # Asked for first, because torch sets up a thread's number when it is first needed, from a default that the reader changes.
+        threads = torch.get_num_threads()
         self._thread.start()
         self._ready.wait()
         # torch keeps the number of threads per thread, but its default for threads to come was changed by the reader's.
-        torch.set_num_threads(torch.get_num_threads())
+        torch.set_num_threads(threads)
 
     def __iter__(self) -> Iterator[_Read]:
         busy = True

@@ -1,0 +1,129 @@
+"""Cold reading: data that are on the disk and not in the page cache (of this system; what lies below it may have its own)."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from cryolike_data import IndexedDataset, ParticleDataset
+
+from .data import Project
+from .measure import Figure, Settings, gigabytes_per_second, in_turn, rate_figure
+from .reading import drain
+
+SPEED_BOUND, BYTES_BOUND = 0.65, 1.15
+_BATCH = 256
+_BLOCK = 4 << 20
+#: Share of the pages that may be left after an eviction (the headers are read again when a data set is opened).
+_LEFT = 0.01
+
+
+def cold(settings: Settings) -> Iterator[Figure]:
+    """Random reading through ``stream`` / a sequential read of as many bytes."""
+    project, paths = _private(settings)
+    # Three images of four, so that whatever is read beside them costs something.
+    rows = np.sort(np.random.default_rng(3).permutation(project.images)[: project.images * 3 // 4])
+    wanted = len(rows) * project.image_bytes
+
+    def floor() -> float:
+        _evict(paths)
+        return gigabytes_per_second(lambda: _read_through(paths, wanted))
+
+    def ours() -> float:
+        dataset = _opened_cold(project, paths, settings, rows)
+        return gigabytes_per_second(lambda: drain(dataset, _BATCH))
+
+    rates = in_turn([floor, ours], 5)
+    yield rate_figure("cold", f"{project.label}, {wanted / 1e9:.1f} GB", rates, "GB/s", bound=("at least", SPEED_BOUND))
+
+
+def cold_bytes(settings: Settings) -> Iterator[Figure]:
+    """Bytes that random batches through ``stream`` read from the disk / bytes asked for."""
+    project, paths = _private(settings)
+    batches = 20
+    wanted = batches * _BATCH * project.image_bytes
+    from_disk = []
+    for repetition in range(5):
+        rows = np.random.default_rng([4, repetition]).permutation(project.images)[: batches * _BATCH]
+        dataset = _opened_cold(project, paths, settings, rows)
+        before = _read_bytes()
+        drain(dataset, _BATCH)
+        from_disk.append(_read_bytes() - before)
+        del dataset
+    read = float(np.median(from_disk))
+    case = f"{project.label}, {batches} batches, bytes"
+    if read == 0:
+        yield Figure("cold bytes", case, note="the data are not on a disk")
+        return
+    yield Figure("cold bytes", case, f"{wanted / 1e6:.0f} MB", f"{read / 1e6:.0f} MB", read / wanted, ("at most", BYTES_BOUND))
+
+
+def _private(settings: Settings) -> tuple[Project, list[Path]]:
+    project = Project(settings.count(32_000), 20, private="cold")
+    project.make(settings.data)
+    return project, project.paths(settings.data)
+
+
+def _opened_cold(project: Project, paths: list[Path], settings: Settings, rows: np.ndarray) -> ParticleDataset:
+    """A new data set (an old one keeps its pages mapped, and mapped pages stay) of which nothing is in memory."""
+    gc.collect()
+    dataset = IndexedDataset(project.table(settings.data)).select(rows)
+    _evict(paths)
+    return dataset
+
+
+def _evict(paths: list[Path]) -> None:
+    """Have the system forget files, and see that it did."""
+    gc.collect()
+    pages = left = 0
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            resident = _resident(descriptor)
+        finally:
+            os.close(descriptor)
+        pages, left = pages + len(resident), left + int(resident.sum())
+    if left > _LEFT * pages:
+        raise RuntimeError(
+            f"{left} of {pages} pages are still in memory: the cold figures would be wrong (does anything else map {paths[0]}?)"
+        )
+
+
+def _resident(descriptor: int) -> np.ndarray:
+    """(pages,) booleans: which pages of a file are in memory."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    length = os.fstat(descriptor).st_size
+    state = np.zeros(-(-length // mmap.PAGESIZE), np.uint8)
+    with mmap.mmap(descriptor, length, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE) as mapped:
+        view = np.frombuffer(mapped, np.uint8)
+        failed = libc.mincore(view.ctypes.data, length, state.ctypes.data)
+        del view
+    if failed:
+        raise OSError(ctypes.get_errno(), "mincore")
+    return (state & 1).astype(bool)
+
+
+def _read_through(paths: list[Path], wanted: int) -> int:
+    """Read files from beginning to end with plain reads, until as many bytes have come."""
+    block = bytearray(_BLOCK)
+    moved = 0
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while moved < wanted and (got := file.readinto(block)):
+                moved += got
+    return moved
+
+
+def _read_bytes() -> int:
+    """Bytes that this process has had the disk read."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["read_bytes"])

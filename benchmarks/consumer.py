@@ -1,0 +1,97 @@
+"""``stream`` beside what users write today, and what it leaves of the speed of a consumer that needs the interpreter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import mrcfile
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from cryolike_data import IndexedDataset
+from cryolike_data.stream import stream
+
+from .data import Project
+from .measure import Bound, Figure, Settings, in_turn, rate_figure
+from .reading import drain
+
+NAIVE_BOUNDS = {0: 2.5, 2: 8.0}
+CONSUMER_BOUND: Bound = ("at least", 0.95)
+_BATCH = 256
+_BUSY_SECONDS = 0.020
+
+
+class NaiveDataset(Dataset[torch.Tensor]):
+    """The data set that everybody writes first: one map a stack, kept open, one image at a time."""
+
+    def __init__(self, paths: Sequence[Path], file: np.ndarray, image: np.ndarray) -> None:
+        self._paths, self._file, self._image = list(paths), file, image
+        self._open: dict[int, mrcfile.mrcmemmap.MrcMemmap] = {}
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        number = int(self._file[row])
+        if number not in self._open:
+            self._open[number] = mrcfile.mmap(self._paths[number], "r", permissive=True)
+        return torch.from_numpy(np.array(self._open[number].data[self._image[row]]))
+
+
+def naive(settings: Settings) -> Iterator[Figure]:
+    """``stream`` / a naive data set in ``DataLoader``, images a second."""
+    project = Project(settings.count(20_000), 20)
+    dataset = IndexedDataset(project.make(settings.data))
+    passes = 2 if settings.quick else 5
+    epoch = dataset.select(np.tile(np.arange(len(dataset)), passes))
+    per_stack = project.images // project.stacks
+    rows = np.arange(project.images)
+    images = NaiveDataset(project.paths(settings.data), rows // per_stack, rows % per_stack)
+    for workers, bound in NAIVE_BOUNDS.items():
+        loader = DataLoader(images, _BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+
+        def floor(loader: DataLoader[torch.Tensor] = loader) -> float:
+            start = time.perf_counter()
+            count = sum(len(batch) for batch in loader)
+            return count / (time.perf_counter() - start)
+
+        def ours() -> float:
+            start = time.perf_counter()
+            return drain(epoch, _BATCH) / project.image_bytes / (time.perf_counter() - start)
+
+        rates = in_turn([floor, ours], settings.repetitions)
+        yield rate_figure("naive", f"{project.label}, {workers} workers", rates, "img/s", bound=("at least", bound))
+        del loader, floor
+
+
+def consumer(settings: Settings) -> Iterator[Figure]:
+    """Speed of a Python-bound consumer beside ``stream`` / alone; the time inside ``next`` does not count."""
+    project = Project(settings.count(20_000), 20)
+    dataset = IndexedDataset(project.make(settings.data))
+    batches = 20 if settings.quick else 50
+    rows = np.random.default_rng(2).integers(0, len(dataset), batches * _BATCH)
+    epoch = dataset.select(rows)
+    steps = 10_000
+    while (taken := min(_spin(steps) for _ in range(5))) < _BUSY_SECONDS:
+        steps = int(steps * max(1.1, min(4.0, 1.05 * _BUSY_SECONDS / taken)))
+
+    def alone() -> float:
+        return batches / sum(_spin(steps) for _ in range(batches))
+
+    def beside() -> float:
+        return batches / sum(_spin(steps) for _ in stream(epoch, batch_size=_BATCH, shuffle=True))
+
+    rates = in_turn([alone, beside], settings.repetitions)
+    yield rate_figure("consumer", f"{project.label}, 20 ms of Python a batch", rates, "loops/s", bound=CONSUMER_BOUND)
+
+
+def _spin(steps: int) -> float:
+    """Seconds that a loop takes that holds the interpreter lock throughout."""
+    start = time.perf_counter()
+    total = 0
+    for step in range(steps):
+        total += step & 3
+    return time.perf_counter() - start

@@ -1,0 +1,111 @@
+"""Warm random reading: ``dataset.read`` and ``stream`` beside ``torch.index_select`` from an ordinary tensor of the same images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from cryolike_data import IndexedDataset, ParticleDataset
+from cryolike_data.stream import stream
+
+from .data import Pixels, Project
+from .measure import Figure, Settings, gigabytes_per_second, in_turn, rate_figure
+
+READ_BOUND, STREAM_BOUND = 0.90, 0.80
+KINDS: tuple[Pixels, ...] = ("float32", "float16", "int8")
+
+
+def read(settings: Settings) -> Iterator[Figure]:
+    """``dataset.read`` into a reused buffer."""
+    for project in projects(settings):
+        images, dataset, batch = _open(project, settings)
+        passes = _passes(images, batch, settings)
+        buffer = torch.empty((batch, *images.shape[1:]), dtype=images.dtype)
+        rows = _batches(len(images), batch, passes)
+        wanted = [part.numpy() for part in rows]
+
+        actions = [_rate(_gather, images, rows, [buffer]), _rate(_read, dataset, wanted, buffer)]
+        rates = in_turn(actions, settings.repetitions)
+        yield rate_figure("read", project.label, rates, "GB/s", bound=("at least", READ_BOUND))
+
+
+def streaming(settings: Settings) -> Iterator[Figure]:
+    """``stream`` with a consumer that does nothing."""
+    for project in projects(settings):
+        images, dataset, batch = _open(project, settings)
+        # A stream takes a moment to start and end, so the epoch is long; and to the floor, which has to be as long.
+        passes = 1 + _passes(images, batch, settings)
+        rows = _batches(len(images), batch, passes)
+        epoch = dataset.select(np.tile(np.arange(len(images)), passes))
+        buffers = [torch.empty((batch, *images.shape[1:]), dtype=images.dtype) for _ in range(2)]
+        actions = [_rate(_gather, images, rows, buffers[:1]), _rate(drain, epoch, batch), _rate(_gather, images, rows, buffers)]
+        rates = in_turn(actions, settings.repetitions)
+        yield rate_figure("stream", project.label, rates, "GB/s", bound=("at least", STREAM_BOUND))
+        yield rate_figure("stream", f"{project.label}, floor in 2 buffers", rates, "GB/s", floor=2)
+
+
+def projects(settings: Settings) -> list[Project]:
+    """The data sets that are read warm."""
+    n = settings.count(20_000)
+    large = [Project(settings.count(count), 20, box=box) for box, count in ((256, 3200), (360, 1600))]
+    few = [Project(n, 20, pixels=kind) for kind in KINDS]
+    many = [Project(n // 2, settings.count(5000), pixels=kind) for kind in KINDS]
+    return [*few, *many, *large]
+
+
+def drain(dataset: ParticleDataset, batch: int) -> int:
+    """Stream over a data set once in random order; the bytes that came."""
+    moved = 0
+    for part in stream(dataset, batch_size=batch, shuffle=True):
+        moved += part.images.nbytes
+    return moved
+
+
+def _rate(work: Callable[..., int], *arguments: object) -> Callable[[], float]:
+    return lambda: gigabytes_per_second(lambda: work(*arguments))
+
+
+def _open(project: Project, settings: Settings) -> tuple[torch.Tensor, ParticleDataset, int]:
+    """All images as an ordinary tensor, the data set (after a check that it gives the same), and the batch size."""
+    dataset = IndexedDataset(project.make(settings.data))
+    images = torch.empty((len(dataset), dataset.box, dataset.box), dtype=dataset.dtype)
+    end = 0
+    for path in project.paths(settings.data):
+        stack = np.fromfile(path, project.pixels, offset=1024)
+        start, end = end, end + len(stack) // project.box**2
+        images[start:end] = torch.from_numpy(stack).view(-1, project.box, project.box)
+    some = np.random.default_rng(1).permutation(len(images))[:500]
+    if not torch.equal(dataset.read(some), images[torch.from_numpy(some)]):
+        raise AssertionError(f"{project.label}: the data set gives other pixels than the files hold")
+    dataset.read(slice(None))  # every page has been seen
+    return images, dataset, 256 if project.box <= 128 else 64
+
+
+def _gather(images: torch.Tensor, batches: list[torch.Tensor], buffers: list[torch.Tensor]) -> int:
+    for step, rows in enumerate(batches):
+        torch.index_select(images, 0, rows, out=buffers[step % len(buffers)])
+    return len(batches) * buffers[0].nbytes
+
+
+def _read(dataset: ParticleDataset, batches: list[np.ndarray], buffer: torch.Tensor) -> int:
+    for rows in batches:
+        dataset.read(rows, buffer)
+    return len(batches) * buffer.nbytes
+
+
+def _batches(n: int, batch: int, passes: int) -> list[torch.Tensor]:
+    """Row numbers of full batches, in random order, over and over."""
+    rng = np.random.default_rng(0)
+    orders = [rng.permutation(n)[: n // batch * batch].reshape(-1, batch) for _ in range(passes)]
+    return [torch.from_numpy(part) for part in np.concatenate(orders)]
+
+
+def _passes(images: torch.Tensor, batch: int, settings: Settings) -> int:
+    """Over all images for one repetition of about the wanted length."""
+    once = _batches(len(images), batch, 1)
+    buffer = torch.empty((batch, *images.shape[1:]), dtype=images.dtype)
+    rate = float(np.median([gigabytes_per_second(lambda: _gather(images, once, [buffer])) for _ in range(4)]))
+    return max(1, math.ceil(settings.seconds * rate * 1e9 / images.nbytes))
