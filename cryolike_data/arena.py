@@ -36,7 +36,7 @@ _SPARE_MAPS = 2000
 _CHECK_EVERY = 1.0
 #: With more than a thousand files: seconds per file, so that looking stays a small share of the time.
 _CHECK_SHARE = 1e-3
-_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class NoMoreMapsError(StackError):
@@ -73,7 +73,7 @@ class Arena:
     ) -> None:
         self._paths = tuple(paths)
         self._check = check
-        self._counts = counts
+        self._counts = counts.astype(np.uint64)
         self._image_bytes = image_bytes
         self._sizes = np.where(counts > 0, starts + counts * image_bytes, 0).astype(np.int64)
         # A gap between two files is a map of its own to the kernel.
@@ -85,7 +85,9 @@ class Arena:
         self._step = math.gcd(_PAGE, image_bytes, *np.unique(starts[counts > 0]).tolist())
         self._first = (self._places + starts) // self._step
         self._rows_per_image = image_bytes // self._step
+        self._word = f"i{itemsize}"
         self._seen = np.full(len(paths), -np.inf)
+        self._all_seen_until = -np.inf
         self._mapped = np.zeros(len(paths), bool)
         reserved = _reserve(length + _ALIGNMENT)
         # Not at the end of the program: threads may be reading then, and the system unmaps by itself.
@@ -96,15 +98,16 @@ class Arena:
         n_rows = (length - image_bytes) // self._step + 1
         self._rows = pixels.as_strided((n_rows, image_bytes // itemsize), (self._step // itemsize, 1))
 
-    def holds(self, file: np.ndarray) -> bool:
-        """Whether images of all these files can be read here."""
-        return bool((self._counts[file] > 0).all())
+    def holds(self, file: np.ndarray, image: np.ndarray) -> bool:
+        """Whether all these images are here."""
+        # Seen as unsigned, a negative number is larger than any count.
+        return bool((image.astype(np.int64, copy=False).view(np.uint64) < self._counts[file]).all())
 
     def gather(self, file: np.ndarray, image: np.ndarray, out: np.ndarray) -> None:
         """Copy image ``image[k]`` of file ``file[k]`` (which has as many) into ``out[k]``, (B, H, W) contiguous, for all k."""
         self.touch(file)
         rows: np.ndarray = self._first[file] + image.astype(np.int64, copy=False) * self._rows_per_image
-        target = torch.from_numpy(out.reshape(len(out), -1).view(f"i{out.itemsize}")).view(self._rows.dtype)
+        target = torch.from_numpy(out.reshape(len(out), -1).view(self._word))
         torch.index_select(self._rows, 0, torch.from_numpy(rows), out=target)
 
     def touch(self, file: np.ndarray) -> None:
@@ -116,7 +119,10 @@ class Arena:
             if one has become shorter or is gone
         """
         now = time.monotonic()
-        due = file[self._seen[file] < now - max(_CHECK_EVERY, _CHECK_SHARE * (len(self._paths) - 1000))]
+        if now < self._all_seen_until:
+            return
+        fresh = max(_CHECK_EVERY, _CHECK_SHARE * (len(self._paths) - 1000))
+        due = file[self._seen[file] < now - fresh]
         if len(due):
             for number in np.unique(due).tolist():
                 if self._mapped[number]:
@@ -124,6 +130,7 @@ class Arena:
                 else:
                     self._map(number)
             self._seen[due] = now
+            self._all_seen_until = float(self._seen[self._counts > 0].min()) + fresh
 
     def ask_ahead(self, file: np.ndarray, image: np.ndarray) -> bool:
         """Have the pages of the images read into memory, unless a sample of them is there; returns before they are.

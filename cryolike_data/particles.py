@@ -145,6 +145,9 @@ def resolve_rows(selection: Selection, n: int, particles: Particles | None = Non
     if isinstance(selection, torch.Tensor):
         selection = selection.cpu().numpy()
     rows = np.asarray(selection)
+    # Seen as unsigned, a negative number is larger than any row: the usual case costs one pass.
+    if rows.dtype == np.int64 and rows.ndim == 1 and len(rows) and rows.view(np.uint64).max() < n:
+        return rows
     if rows.ndim != 1:
         raise RowIndexError(f"rows are chosen by a one-dimensional mask or list of row numbers, not by one of shape {rows.shape}")
     if rows.dtype == bool:

@@ -74,18 +74,18 @@ class MrcStacks:
         """
         if len(out) == 0:
             return
-        beyond = (image >= self._counts[file]) | (image < 0)
-        if beyond.any():
-            k = int(np.argmax(beyond))
-            raise StackError(describe_shortfall(self.paths[file[k]], self.headers[file[k]], int(image[k])) + ".")
         arena = self._arena_of(out[0].nbytes)
-        if arena and arena.holds(file):
+        if arena and arena.holds(file, image):
             try:
                 arena.gather(file, image, out)
                 return
             except NoMoreMapsError as error:
                 log.info("%s Files are read one by one.", error)
                 self._arena = False
+        beyond = (image >= self._counts[file]) | (image < 0)
+        if beyond.any():
+            k = int(np.argmax(beyond))
+            raise StackError(describe_shortfall(self.paths[file[k]], self.headers[file[k]], int(image[k])) + ".")
         self._pool.read_into(file, image, out)
 
     def ask_ahead(self, file: np.ndarray, image: np.ndarray) -> bool:
@@ -95,7 +95,7 @@ class MrcStacks:
         # Whatever is wrong with a file, the reader meets it next and says so.
         with contextlib.suppress(StackError):
             arena = self._arena_of(self.headers[int(file[0])].image_bytes)
-            return arena.ask_ahead(file, image) if arena and arena.holds(file) else False
+            return arena.ask_ahead(file, image) if arena and arena.holds(file, image) else False
         return False
 
     def _arena_of(self, image_bytes: int) -> Arena | Literal[False]:

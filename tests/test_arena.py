@@ -207,8 +207,8 @@ def test_another_thread_that_gives_the_arena_up_does_not_disturb_a_read(tmp_path
     stacks = open_stacks(paths)
     holds = Arena.holds
 
-    def give_up(self: Arena, file: np.ndarray) -> bool:
-        held = holds(self, file)
+    def give_up(self: Arena, file: np.ndarray, image: np.ndarray) -> bool:
+        held = holds(self, file, image)
         stacks._arena = False  # as another thread does when it meets NoMoreMapsError just now
         return held
 
