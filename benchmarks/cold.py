@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cryolike_data import IndexedDataset, ParticleDataset
+from cryolike_data.stream import stream
 
 from .data import Project
 from .measure import Figure, Settings, gigabytes_per_second, in_turn, rate_figure
@@ -37,7 +38,7 @@ def cold(settings: Settings) -> Iterator[Figure]:
 
     def ours() -> float:
         dataset = _opened_cold(project, paths, settings, rows)
-        return gigabytes_per_second(lambda: drain(dataset, _BATCH))
+        return gigabytes_per_second(lambda: drain(stream(dataset, batch_size=_BATCH, shuffle=True)))
 
     rates = in_turn([floor, ours], 5)
     yield rate_figure("cold", f"{project.label}, {wanted / 1e9:.1f} GB", rates, "GB/s", bound=("at least", SPEED_BOUND))
@@ -53,7 +54,7 @@ def cold_bytes(settings: Settings) -> Iterator[Figure]:
         rows = np.random.default_rng([4, repetition]).permutation(project.images)[: batches * _BATCH]
         dataset = _opened_cold(project, paths, settings, rows)
         before = _read_bytes()
-        drain(dataset, _BATCH)
+        drain(stream(dataset, batch_size=_BATCH, shuffle=True))
         from_disk.append(_read_bytes() - before)
         del dataset
     read = float(np.median(from_disk))

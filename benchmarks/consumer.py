@@ -60,7 +60,7 @@ def naive(settings: Settings) -> Iterator[Figure]:
 
         def ours() -> float:
             start = time.perf_counter()
-            return drain(epoch, _BATCH) / project.image_bytes / (time.perf_counter() - start)
+            return drain(stream(epoch, batch_size=_BATCH, shuffle=True)) / project.image_bytes / (time.perf_counter() - start)
 
         rates = in_turn([floor, ours], settings.repetitions)
         yield rate_figure("naive", f"{project.label}, {workers} workers", rates, "img/s", bound=("at least", bound))

@@ -109,6 +109,8 @@ class ParticleStream:
                 self._state = {**self._state, "epoch": epoch, "position": 0}
         finally:
             reader.close()
+            for copied, _ in self._copying:
+                copied.synchronize()  # a buffer that is still being copied from must not be filled again
             self._copying.clear()
             # The reader runs ahead: whether it had come to the end of the epoch must not decide what the next one is.
             self.sampler.set_epoch(epoch)
