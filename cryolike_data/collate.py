@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,8 +12,7 @@ from torch.utils.data import get_worker_info
 from .batch import Particle, ParticleBatch, merge_particles
 from .errors import ArgumentError
 from .transforms import Downsample, Normalize
-
-NormalizeMethod = Literal["max", "std", "background"]
+from .transforms.normalize import NormalizeMethod
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ import os
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Literal, cast, get_args
+from typing import IO, Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from .errors import ArgumentError, ExportError, ExportExistsError, MissingStackError
+from .files import whole_file
 from .transforms.polar import PolarGrid
 
 Precision = Literal["single", "double"]
@@ -153,13 +154,9 @@ class ImageDescriptor:
             raise ExportError(f"{target} cannot be written: the folder {target.parent} does not exist; create it first.")
         if target.exists() and not overwrite:
             raise ExportExistsError(f"{target} exists; pass overwrite=True to replace it.")
-        beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            with beside.open("wb") as stream:
-                np.savez_compressed(stream, **cast(dict[str, Any], self.to_npz_dict()))
-            os.replace(beside, target)
-        finally:
-            beside.unlink(missing_ok=True)
+        arrays: dict[str, Any] = self.to_npz_dict()
+        with whole_file(target) as partial, partial.open("wb") as stream:
+            np.savez_compressed(stream, **arrays)
 
     def to_npz_dict(self) -> dict[str, NDArray[Any]]:
         """The eleven arrays of the file, in CryoLike's order and dtypes."""

@@ -17,7 +17,7 @@ from .errors import ArgumentError
 from .lookahead import LookAhead
 from .order import mix, permute
 
-#: Positions whose order is worked out at a time; a batch of 256 by itself would cost five times as much.
+#: Positions whose order is worked out at a time; a single batch by itself would cost several times as much.
 _DRAWN = 1 << 14
 #: With shuffle="blocks": neighbouring rows read together, and how many such blocks are mixed with each other.
 BLOCK_ROWS = 64

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 from .batch import ParticleBatch
-from .collate import Collate, NormalizeMethod
+from .collate import Collate
 from .dataset import ParticleDataset
 from .errors import ArgumentError
 from .ring import BufferRing
 from .sampler import ParticleSampler, Shuffle
 from .transforms import Downsample, Normalize
+from .transforms.normalize import NormalizeMethod
 
 #: Batches that are on the device before the consumer asks for them.
 _ON_DEVICE = 2

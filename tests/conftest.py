@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support import SHARED
 
+from cryolike_data import IndexedDataset
 from cryolike_data.demo import DemoProject, write_project
 
 
@@ -23,6 +25,18 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"reference files are not beside the project ({SHARED.name}/)")
     return SHARED
+
+
+@pytest.fixture
+def ds(written: tuple[Path, np.ndarray]) -> IndexedDataset:
+    """The data set of the table that a module's own fixture ``written`` names."""
+    return IndexedDataset(written[0])
+
+
+@pytest.fixture
+def images(written: tuple[Path, np.ndarray]) -> np.ndarray:
+    """The images of the rows of that table."""
+    return written[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

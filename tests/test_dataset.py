@@ -31,16 +31,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]
     return write_particles(tmp_path_factory.mktemp("data"), N, box=BOX, **ALIGNMENTS)
 
 
-@pytest.fixture
-def ds(written: tuple[Path, np.ndarray]) -> IndexedDataset:
-    return IndexedDataset(written[0])
-
-
-@pytest.fixture
-def images(written: tuple[Path, np.ndarray]) -> np.ndarray:
-    return written[1]
-
-
 def equal(found: torch.Tensor, expected: np.ndarray) -> None:
     np.testing.assert_array_equal(found.numpy(), expected)
 

@@ -23,16 +23,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]
     return write_particles(tmp_path_factory.mktemp("data"), N, stacks=3)
 
 
-@pytest.fixture
-def ds(written: tuple[Path, np.ndarray]) -> IndexedDataset:
-    return IndexedDataset(written[0])
-
-
-@pytest.fixture
-def images(written: tuple[Path, np.ndarray]) -> np.ndarray:
-    return written[1]
-
-
 class CountingDataset(IndexedDataset):
     """Counts the calls that read images."""
 

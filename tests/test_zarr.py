@@ -510,7 +510,7 @@ def test_a_replacement_that_fails_brings_the_store_before_back(particles, taken,
             raise OSError(116, "Stale file handle")
         os.replace(source, target)
 
-    monkeypatch.setattr("cryolike_data.export.files.os", SimpleNamespace(**{**vars(os), "replace": replace}))
+    monkeypatch.setattr("cryolike_data.files.os", SimpleNamespace(**{**vars(os), "replace": replace}))
     with pytest.raises(OSError, match="Stale"):
         export_zarr(particles, taken, overwrite=True)
     assert contents(taken.parent) == before

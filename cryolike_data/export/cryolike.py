@@ -18,8 +18,8 @@ from ..collate import Collate
 from ..dataset import ParticleDataset
 from ..descriptor import ImageDescriptor, read_npz_without_pickles
 from ..errors import ArgumentError, ExportError, ExportExistsError, MixedParticlesError, TableError
+from ..files import whole_file
 from ..transforms import Downsample, Normalize, PolarTransform, normalize_polar
-from .files import whole_file
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from ..collate import Collate
 from ..dataset import ParticleDataset
 from ..errors import ArgumentError, ExportError
+from ..files import whole_folder
 from ..transforms import Downsample
-from .files import whole_folder
 
 if TYPE_CHECKING:
     import zarr

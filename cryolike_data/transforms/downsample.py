@@ -19,7 +19,7 @@ from ..errors import ArgumentError
 Method = Literal["fourier", "mean", "max"]
 
 # On a CPU the intermediates of a large batch fall out of the cache and each costs fresh pages from the system; groups of about this
-# many bytes of images ran 1.1 to 3 times as fast as the whole batch at once (64 to 1024 images of 128 to 512 pixels, two cores).
+# many bytes of images are faster than the whole batch at once.
 _CPU_GROUP_BYTES = 2 * 2**20
 
 
