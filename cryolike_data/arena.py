@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .errors import StackError
 from .mrc import open_to_map, require_size
@@ -36,7 +37,8 @@ _SPARE_MAPS = 2000
 _CHECK_EVERY = 1.0
 #: With more than a thousand files: seconds per file, so that looking stays a small share of the time.
 _CHECK_SHARE = 1e-3
-_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+#: The dtype of torch that gathers pixels of each kind; it cannot gather every unsigned one.
+_GATHERED = {"i1": torch.int8, "u1": torch.uint8, "i2": torch.int16, "u2": torch.int16, "f2": torch.float16, "f4": torch.float32}
 
 
 class NoMoreMapsError(StackError):
@@ -51,8 +53,8 @@ class Arena:
     paths : the files
     starts : byte at which the first image of each file starts
     counts : images of each file; a file with none is never touched
-    image_bytes : size of one image, the same in all files
-    itemsize : bytes of a pixel
+    shape : (rows, columns) of an image, the same in all files
+    dtype : of its pixels
     check : called with the number of a file before it is mapped; raises if the file is not what is expected
 
     A file that has shrunk is noticed when it is next read more than a second after its size was last looked at (a millisecond
@@ -67,14 +69,15 @@ class Arena:
         starts: np.ndarray,
         counts: np.ndarray,
         *,
-        image_bytes: int,
-        itemsize: int,
+        shape: tuple[int, int],
+        dtype: np.dtype[Any],
         check: Callable[[int], None] | None = None,
     ) -> None:
         self._paths = tuple(paths)
         self._check = check
         self._counts = counts.astype(np.uint64)
-        self._image_bytes = image_bytes
+        ny, nx = shape
+        self._image_bytes = image_bytes = ny * nx * dtype.itemsize
         self._sizes = np.where(counts > 0, starts + counts * image_bytes, 0).astype(np.int64)
         # A gap between two files is a map of its own to the kernel.
         gaps_allowed = 2 * np.count_nonzero(counts) + _SPARE_MAPS <= _max_maps()
@@ -85,30 +88,34 @@ class Arena:
         self._step = math.gcd(_PAGE, image_bytes, *np.unique(starts[counts > 0]).tolist())
         self._first = (self._places + starts) // self._step
         self._rows_per_image = image_bytes // self._step
-        self._word = f"i{itemsize}"
+        self._dtype = _GATHERED[dtype.kind + str(dtype.itemsize)]
         self._seen = np.full(len(paths), -np.inf)
-        self._all_seen_until = -np.inf
         self._mapped = np.zeros(len(paths), bool)
         reserved = _reserve(length + _ALIGNMENT)
         # Not at the end of the program: threads may be reading then, and the system unmaps by itself.
         weakref.finalize(self, _unmap, reserved, length + _ALIGNMENT).atexit = False
         self._address = -(-reserved // _ALIGNMENT) * _ALIGNMENT
         # Rows overlap wherever an image starts at a multiple of the step; only those that are images are ever touched.
-        pixels = torch.frombuffer((ctypes.c_ubyte * length).from_address(self._address), dtype=_INTEGER[itemsize])
+        pixels = torch.frombuffer((ctypes.c_ubyte * length).from_address(self._address), dtype=self._dtype)
         n_rows = (length - image_bytes) // self._step + 1
-        self._rows = pixels.as_strided((n_rows, image_bytes // itemsize), (self._step // itemsize, 1))
+        self._rows = pixels.as_strided((n_rows, ny, nx), (self._step // dtype.itemsize, nx, 1))
 
-    def holds(self, file: np.ndarray, image: np.ndarray) -> bool:
-        """Whether all these images are here."""
-        # Seen as unsigned, a negative number is larger than any count.
-        return bool((image.astype(np.int64, copy=False).view(np.uint64) < self._counts[file]).all())
-
-    def gather(self, file: np.ndarray, image: np.ndarray, out: np.ndarray) -> None:
-        """Copy image ``image[k]`` of file ``file[k]`` (which has as many) into ``out[k]``, (B, H, W) contiguous, for all k."""
-        self.touch(file)
+    def rows_of(self, file: np.ndarray, image: np.ndarray) -> np.ndarray:
+        """Where image ``image[k]`` of file ``file[k]`` lies, for all k: what ``gather`` takes; -1 for what is not in the arena."""
         rows: np.ndarray = self._first[file] + image.astype(np.int64, copy=False) * self._rows_per_image
-        target = torch.from_numpy(out.reshape(len(out), -1).view(self._word))
-        torch.index_select(self._rows, 0, torch.from_numpy(rows), out=target)
+        # Seen as unsigned, a negative number is larger than any count.
+        rows[image.astype(np.int64, copy=False).view(np.uint64) >= self._counts[file]] = -1
+        return rows
+
+    def gather(self, rows: np.ndarray, out: Tensor) -> None:
+        """Copy the images at ``rows``, none of them -1 and their files touched, into ``out``, (B, H, W) contiguous."""
+        if out.dtype != self._dtype:
+            out = out.view(self._dtype)
+        torch.index_select(self._rows, 0, torch.from_numpy(rows), out=out)
+
+    def seen_until(self, files: np.ndarray) -> float:
+        """When the size of one of these files has to be looked at again, on the clock of ``time.monotonic``."""
+        return float(self._seen[files].min()) + self._fresh
 
     def touch(self, file: np.ndarray) -> None:
         """Make sure that the files are mapped and as long as they have to be.
@@ -119,35 +126,33 @@ class Arena:
             if one has become shorter or is gone
         """
         now = time.monotonic()
-        if now < self._all_seen_until:
-            return
-        fresh = max(_CHECK_EVERY, _CHECK_SHARE * (len(self._paths) - 1000))
-        due = file[self._seen[file] < now - fresh]
-        if len(due):
-            for number in np.unique(due).tolist():
-                if self._mapped[number]:
-                    require_size(self._paths[number], _file_size(self._paths[number]), int(self._sizes[number]))
-                else:
-                    self._map(number)
-            self._seen[due] = now
-            self._all_seen_until = float(self._seen[self._counts > 0].min()) + fresh
+        due = file[self._seen[file] < now - self._fresh]
+        for number in np.unique(due).tolist():
+            if self._mapped[number]:
+                require_size(self._paths[number], _file_size(self._paths[number]), int(self._sizes[number]))
+            else:
+                self._map(number)
+        self._seen[due] = now
 
-    def ask_ahead(self, file: np.ndarray, image: np.ndarray) -> bool:
-        """Have the pages of the images read into memory, unless a sample of them is there; returns before they are.
+    def ask_ahead(self, rows: np.ndarray) -> bool:
+        """Have the pages of the images (their files touched) read into memory, unless a sample is there; returns before they are.
 
         True if they were asked for, False if the sample was there.
 
         All ranges go to the kernel in one system call where it takes many (``process_madvise``), so that a busy main thread
         gets the interpreter lock back once and not once per image.
         """
-        self.touch(file)
-        rows: np.ndarray = self._first[file] + image.astype(np.int64, copy=False) * self._rows_per_image
         begin = np.sort(self._address + rows * self._step)
         sample = begin[:: max(1, len(begin) // _SAMPLED)]
         if all(_is_resident(int(address), self._image_bytes) for address in sample):
             return False
         _will_need(*_page_runs(begin, self._image_bytes))
         return True
+
+    @property
+    def _fresh(self) -> float:
+        """Seconds for which a look at a file's size is good."""
+        return max(_CHECK_EVERY, _CHECK_SHARE * (len(self._paths) - 1000))
 
     def _map(self, number: int) -> None:
         path = self._paths[number]
@@ -165,9 +170,9 @@ class Arena:
         self._mapped[number] = True
 
 
-def can_map(n_files: int, starts: np.ndarray, image_bytes: int, itemsize: int) -> bool:
+def can_map(n_files: int, starts: np.ndarray, dtype: np.dtype[Any]) -> bool:
     """Whether an arena can serve: on Linux, with pixels at multiples of their size, and enough maps allowed."""
-    if sys.platform != "linux" or itemsize not in _INTEGER or (starts % itemsize).any() or image_bytes % itemsize:
+    if sys.platform != "linux" or dtype.kind + str(dtype.itemsize) not in _GATHERED or (starts % dtype.itemsize).any():
         return False
     return n_files + _SPARE_MAPS <= _max_maps()
 

@@ -24,8 +24,8 @@ class Columns:
 
     __slots__ = ("_tensors", "names")
 
-    def __init__(self, names: Sequence[str], tensors: dict[str, Tensor] | Maker) -> None:
-        self.names = tuple(names)
+    def __init__(self, names: tuple[str, ...], tensors: dict[str, Tensor] | Maker) -> None:
+        self.names = names
         self._tensors = tensors
 
     @property

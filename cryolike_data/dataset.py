@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import cache
-from typing import Any, Self, TypeVar
+from functools import cache, partial
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -16,9 +16,9 @@ from .batch import Particle, ParticleBatch, single_row
 from .columns import Columns
 from .errors import ArgumentError
 from .particles import Particles, Selection, resolve_rows, shortest
-from .stacks import ImageSource
+from .stacks import Images, ImageSource
 
-ColumnT = TypeVar("ColumnT")
+_INT64 = np.dtype(np.int64)
 
 
 class ParticleDataset(Dataset[Particle]):
@@ -45,7 +45,8 @@ class ParticleDataset(Dataset[Particle]):
         if len(self.particles) == 0:
             raise ArgumentError(f"select= leaves none of the {len(particles)} particles")
         self.source = source
-        self._columns: dict[str, np.ndarray] | None = None
+        self._batch_columns: tuple[tuple[str, ...], dict[str, np.ndarray]] | None = None
+        self._located: Images | None = None
         self.box: int = int(self.particles.one_value("box"))
         self.pixel_size: float = float(shortest(self.particles.one_value("pixel_size")))
 
@@ -92,7 +93,13 @@ class ParticleDataset(Dataset[Particle]):
         ArgumentError
             if ``out`` does not fit
         """
-        return self.read_rows(resolve_rows(indices, len(self), self.particles), out)
+        plain = type(indices) is np.ndarray and indices.dtype is _INT64 and indices.ndim == 1
+        try:
+            return self.read_rows(indices if plain else resolve_rows(indices, len(self), self.particles), out)
+        except IndexError:
+            # Looking the rows up is the fastest check of them; what is wrong with which is found out here.
+            resolve_rows(indices, len(self), self.particles)
+            raise
 
     def batch(self, indices: Selection) -> ParticleBatch:
         """The same as ``read`` with everything known about each particle."""
@@ -106,47 +113,46 @@ class ParticleDataset(Dataset[Particle]):
 
     def batch_of(self, rows: np.ndarray, images: Tensor) -> ParticleBatch:
         """Images that were read for these rows (int64, none negative), with their columns."""
-        table = self._batch_columns()
-
-        def gather() -> dict[str, Tensor]:
-            return {"index": torch.from_numpy(rows)} | {name: torch.from_numpy(column[rows]) for name, column in table.items()}
-
-        return ParticleBatch(images, self.pixel_size, Columns(("index", *table), gather))
+        names, columns = self._batch_columns or self._collect_columns()
+        return ParticleBatch(images, self.pixel_size, Columns(names, partial(_gather, columns, rows)))
 
     def ask_ahead(self, rows: np.ndarray) -> bool:
         """Start to bring the images of these rows (int64, none negative) into the page cache; False if they were there."""
-        return self.source.ask_ahead(self.particles.file[rows], self.particles.slice[rows])
+        return self._images().ask_ahead(rows)
 
     def select(self, selection: Selection) -> Self:
         """A data set of the chosen rows (mask, row numbers, slice, or a function of ``particles``) over the same files."""
         chosen = copy.copy(self)
         chosen.particles = self.particles[resolve_rows(selection, len(self), self.particles)]
-        chosen._columns = None
+        chosen._batch_columns = chosen._located = None
         return chosen
 
-    def _batch_columns(self) -> dict[str, np.ndarray]:
-        """The columns that travel in a batch, by name."""
-        if self._columns is None:
-            kept = {
-                name: column for name, column in self.particles.columns().items() if name.startswith("ctf/") or name in ("pose", "shift_A")
-            }
-            self._columns = {"uid": self.particles.uid.view(np.int64)} | kept
-        return self._columns
+    def _collect_columns(self) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+        """The columns that travel in a batch: their names, ``index`` first, and those of the table."""
+        kept = {name: column for name, column in self.particles.columns().items() if name.startswith("ctf/") or name in ("pose", "shift_A")}
+        columns = {"uid": self.particles.uid.view(np.int64)} | kept
+        self._batch_columns = ("index", *columns), columns
+        return self._batch_columns
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_columns": None}
+        return self.__dict__ | {"_batch_columns": None, "_located": None}
 
     def read_rows(self, rows: np.ndarray, out: Tensor | None = None) -> Tensor:
-        """The same as ``read`` for row numbers that are int64, not negative and in range, as a sampler gives them."""
-        shape = (len(rows), self.box, self.box)
+        """The same as ``read`` for row numbers that are int64 and in range, as a sampler gives them."""
+        shape, dtype = (len(rows), self.box, self.box), self.dtype
         if out is None:
-            out = torch.empty(shape, dtype=self.dtype)
-        elif tuple(out.shape) != shape or out.dtype != self.dtype or out.device.type != "cpu" or not out.is_contiguous():
+            out = torch.empty(shape, dtype=dtype)
+        elif out.shape != shape or out.dtype != dtype or not out.is_cpu or not out.is_contiguous():
             raise ArgumentError(
-                f"out has to be a contiguous {self.dtype} CPU tensor of shape {shape}, not {out.dtype} {tuple(out.shape)} on {out.device}"
+                f"out has to be a contiguous {dtype} CPU tensor of shape {shape}, not {out.dtype} {tuple(out.shape)} on {out.device}"
             )
-        self.source.read_into(self.particles.file[rows], self.particles.slice[rows], out.numpy())
+        self._images().read_into(rows, out)
         return out
+
+    def _images(self) -> Images:
+        if self._located is None:
+            self._located = self.source.locate(self.particles.file, self.particles.slice)
+        return self._located
 
     def __repr__(self) -> str:
         particles = self.particles
@@ -159,6 +165,10 @@ class ParticleDataset(Dataset[Particle]):
             f"  first file {particles.paths[int(particles.file[0])] if len(self) else '-'}",
         ]
         return "\n".join(lines)
+
+
+def _gather(columns: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, Tensor]:
+    return {"index": torch.from_numpy(rows)} | {name: torch.from_numpy(column[rows]) for name, column in columns.items()}
 
 
 @cache

@@ -10,8 +10,13 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
-#: Batches that go by without a look when many in a row have been in memory.
-MAX_PATIENCE = 16
+try:
+    import resource
+except ImportError:  # on Windows, where no data set can ask ahead
+    resource = None  # type: ignore[assignment]
+
+#: Batches that go by without a look when many in a row have been in memory, as long as nobody has to wait for the disk.
+MAX_PATIENCE = 128
 #: Seconds after which a batch is handed out even if asking for it is not done: asking must never hold up the reader for long.
 _LONGEST_WAIT = 0.05
 #: Never more than this is asked for ahead of the reader, however large a batch is (but always one batch).
@@ -39,6 +44,7 @@ class LookAhead:
         self._wake = threading.Condition()
         self._open = True
         self._patience = self._skip = 0
+        self._waits = 0
         self._thread = threading.Thread(target=self._run, name="cryolike-lookahead", daemon=True)
 
     @staticmethod
@@ -49,12 +55,17 @@ class LookAhead:
     def pass_on(self, drawn: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
         """The same items in the same order, each held back until those after it have been asked for."""
         held: deque[tuple[int, tuple[int, np.ndarray]]] = deque()
+        depth = 0
         for item in drawn:
+            depth = depth or self._depth(len(item[1]))  # no later batch is larger than the first
             held.append((self._ask(item[1]), item))
-            if len(held) > self._depth(len(item[1])):
-                yield self._hand_out(*held.popleft())
-        while held:
-            yield self._hand_out(*held.popleft())
+            if len(held) > depth:
+                request, item = held.popleft()
+                self._wait_for(request)
+                yield item
+        for request, item in held:
+            self._wait_for(request)
+            yield item
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -74,7 +85,8 @@ class LookAhead:
 
     def _ask(self, rows: np.ndarray) -> int:
         """Let the thread ask for these rows, or not where the last ones were in memory; the number of the request to wait for."""
-        if self._skip > 0:
+        waits, self._waits = self._waits, _waits_for_disk()
+        if self._skip > 0 and waits == self._waits:
             self._skip -= 1
             return 0
         self._skip = self._patience
@@ -84,14 +96,15 @@ class LookAhead:
             self._wake.notify_all()
         return self._asked
 
-    def _hand_out(self, request: int, item: tuple[int, np.ndarray]) -> tuple[int, np.ndarray]:
+    def _wait_for(self, request: int) -> None:
         # Pages that a reader finds missing are read with far more around them than is wanted; except at the start, the request is
         # some batches old and long done.
+        if request <= self._done:
+            return
         with self._wake:
             self._wake.wait_for(lambda: self._done >= request or not self._open, timeout=_LONGEST_WAIT)
             while self._waiting and self._waiting[0][0] <= request:
                 self._waiting.popleft()  # too late to be of use
-        return item
 
     def _run(self) -> None:
         while True:
@@ -106,6 +119,11 @@ class LookAhead:
             with self._wake:
                 self._done = request
                 self._wake.notify_all()
+
+
+def _waits_for_disk() -> int:
+    """How often this process has touched a page that was not in memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt if resource else 0
 
 
 class NoLookAhead:

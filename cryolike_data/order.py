@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+
 import numpy as np
 
-_ROUNDS = 6
+#: Each round changes both halves of a number.
+_ROUNDS = 3
+#: Random numbers are looked up by this many bits at a time, so that a table stays in the innermost cache.
+_TABLE_BITS = 12
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     """Where a pseudo-random permutation of 0 ... n - 1 sends each index.
 
-    A Feistel network on the smallest power of two that holds n, walked until the value lies below n (Black and Rogaway,
-    "Ciphers with arbitrary finite domains", CT-RSA 2002). Every n, also beyond 2**32, costs no memory and no set-up.
+    A generalized Feistel network on Z_a x Z_b with a b >= n, walked until the value lies below n (Black and Rogaway, "Ciphers
+    with arbitrary finite domains", CT-RSA 2002); its round functions are tables of random numbers. Every n, also beyond 2**32,
+    costs little memory and set-up.
 
     Parameters
     ----------
@@ -24,18 +31,13 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     -------
     int64 array of the same shape
     """
-    bits = max(2, int(n - 1).bit_length())
-    low = np.uint64(bits // 2)
-    low_mask, high_mask = np.uint64((1 << int(low)) - 1), np.uint64((1 << (bits - int(low))) - 1)
-    value = np.array(index, np.uint64).ravel()
-    out = value.copy()
-    walking = np.arange(len(value))
-    while len(walking):
-        value = _encrypt(value, low, low_mask, high_mask, key)
-        inside = value < n
-        out[walking[inside]] = value[inside]
-        walking, value = walking[~inside], value[~inside]
-    return out.astype(np.int64).reshape(np.shape(index))
+    a = max(1, math.isqrt(max(0, n - 1)) + 1)
+    b = max(1, -(-n // a))
+    rounds = _round_tables(key, a, b)
+    value = _encrypt(np.array(index, np.uint64).ravel(), a, b, rounds)
+    while len(beyond := np.flatnonzero(value >= n)):  # less than a of the a b values
+        value[beyond] = _encrypt(value[beyond], a, b, rounds)
+    return value.view(np.int64).reshape(np.shape(index))
 
 
 def mix(*numbers: int) -> int:
@@ -46,16 +48,42 @@ def mix(*numbers: int) -> int:
     return int(state[0])
 
 
-def _encrypt(value: np.ndarray, low: np.uint64, low_mask: np.uint64, high_mask: np.uint64, key: int) -> np.ndarray:
-    left, right = value >> low, value & low_mask
-    for turn in range(0, _ROUNDS, 2):
-        left = left ^ (_hash(right ^ np.uint64(_round_key(key, turn))) & high_mask)
-        right = right ^ (_hash(left ^ np.uint64(_round_key(key, turn + 1))) & low_mask)
-    return (left << low) | right
+_Tables = tuple[np.ndarray, ...]
 
 
-def _round_key(key: int, turn: int) -> int:
-    return (key + (turn + 1) * int(_GOLDEN)) % (1 << 64)
+def _encrypt(value: np.ndarray, a: int, b: int, rounds: tuple[tuple[_Tables, _Tables], ...]) -> np.ndarray:
+    left = value // np.uint64(b)
+    right = value - left * np.uint64(b)
+    for of_right, of_left in rounds:
+        _add(left, right, of_right, a)
+        _add(right, left, of_left, b)
+    left *= np.uint64(b)
+    left += right
+    return left
+
+
+def _add(target: np.ndarray, source: np.ndarray, tables: _Tables, modulus: int) -> None:
+    """Add a random function of ``source`` to ``target``, modulo ``modulus``, in place."""
+    for number, table in enumerate(tables):
+        digit = source if len(tables) == 1 else (source >> np.uint64(number * _TABLE_BITS)) & np.uint64((1 << _TABLE_BITS) - 1)
+        target += table.take(digit.view(np.int64))
+        # Below zero an unsigned number is a huge one, so that the smaller of the two is the remainder.
+        np.minimum(target, target - np.uint64(modulus), out=target)
+
+
+@lru_cache(maxsize=16)
+def _round_tables(key: int, a: int, b: int) -> tuple[tuple[_Tables, _Tables], ...]:
+    return tuple((_tables(mix(key, 2 * turn), b, a), _tables(mix(key, 2 * turn + 1), a, b)) for turn in range(_ROUNDS))
+
+
+def _tables(key: int, size: int, modulus: int) -> _Tables:
+    """A random function from 0 ... size - 1 to 0 ... modulus - 1: a table for each ``_TABLE_BITS`` bits, to be added up."""
+    bits = max(1, (size - 1).bit_length())
+    made = []
+    for number, low in enumerate(range(0, bits, _TABLE_BITS)):
+        entries = np.arange(1 << min(_TABLE_BITS, bits - low), dtype=np.uint64)
+        made.append(_hash(entries ^ np.uint64(mix(key, number))) % np.uint64(modulus))
+    return tuple(made)
 
 
 def _hash(value: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ _ALIGNMENT = 64
 
 
 class BufferRing:
-    """Buffers of one size: as many as are in use at a time, which is up to whoever takes them and holds on to them.
+    """Buffers of one size: as many as are in use at a time, which is up to whoever borrows them and holds on to them.
 
     Parameters
     ----------
@@ -23,39 +23,39 @@ class BufferRing:
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> None:
         self._shape, self._dtype, self._pinned = shape, dtype, pinned
-        self._free: list[Tensor] = []
-        self._lent: dict[int, weakref.ref[np.ndarray]] = {}
+        self._free: list[np.ndarray] = []
+        self._lent: dict[int, _Loan] = {}
         self._closed = False
 
-    def take(self) -> Tensor:
-        """A buffer to fill: the one that was given back last, which the cache may still hold, or a new one."""
-        try:
-            return self._free.pop()
-        except IndexError:
-            return _aligned(self._shape, self._dtype, pinned=self._pinned)
+    def lend(self, rows: int) -> Tensor:
+        """A tensor of so many images, to be filled, whose storage gives its buffer back when its last user lets go of it.
 
-    def lend(self, buffer: Tensor, rows: int) -> Tensor:
-        """The first ``rows`` images as a tensor whose storage gives the buffer back when its last user lets go of it."""
+        The buffer is the one that was given back last, which the cache may still hold, or a new one.
+        """
+        buffer = self._free.pop() if self._free else _aligned(self._shape, self._dtype, pinned=self._pinned).numpy()
         # A new array object, which torch keeps alive for exactly as long as any tensor shares this storage.
-        view = buffer.numpy()[:rows]
-
-        def give_back(lent: weakref.ref[np.ndarray]) -> None:
-            del self._lent[id(lent)]
-            self.give_back(buffer)
-
-        reference = weakref.ref(view, give_back)
-        self._lent[id(reference)] = reference  # a weak reference that nobody keeps calls nobody
+        view = buffer[:rows]
+        loan = _Loan(view, self._give_back)
+        loan.buffer = buffer
+        self._lent[id(loan)] = loan  # a weak reference that nobody keeps calls nobody
         return torch.from_numpy(view)
-
-    def give_back(self, buffer: Tensor) -> None:
-        """Put a buffer that nobody reads any more back to use."""
-        if not self._closed:
-            self._free.append(buffer)
 
     def close(self) -> None:
         """Let go of all free buffers, and of the others as they come back."""
         self._closed = True
         self._free.clear()
+
+    def _give_back(self, loan: _Loan) -> None:
+        del self._lent[id(loan)]
+        if not self._closed:
+            self._free.append(loan.buffer)
+
+
+class _Loan(weakref.ref[np.ndarray]):
+    """Calls back when the array is gone that a buffer was lent as."""
+
+    __slots__ = ("buffer",)
+    buffer: np.ndarray
 
 
 def _aligned(shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> Tensor:

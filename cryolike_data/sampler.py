@@ -18,7 +18,7 @@ from .lookahead import LookAhead
 from .order import mix, permute
 
 #: Positions whose order is worked out at a time; a single batch by itself would cost several times as much.
-_DRAWN = 1 << 14
+_DRAWN = 1 << 13
 #: With shuffle="blocks": neighbouring rows read together, and how many such blocks are mixed with each other.
 BLOCK_ROWS = 64
 WINDOW_BLOCKS = 64
@@ -71,7 +71,7 @@ class ParticleSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Batches that this rank still gets in the epoch that starts with the next iteration."""
-        left = self._remainder(self._start)
+        left = 0 if self.drop_last else (self._n - self._start) % self._stride
         own = left * (self.rank + 1) // self.world_size - left * self.rank // self.world_size
         return (self._n - self._start) // self._stride + (own > 0)
 
@@ -79,14 +79,14 @@ class ParticleSampler(Sampler[list[int]]):
         for _, rows in self.steps():
             yield rows.tolist()
 
-    def steps(self) -> Generator[tuple[dict[str, int], np.ndarray], None, None]:
-        """The same as iterating, with row numbers as arrays and the state after each batch."""
+    def steps(self) -> Generator[tuple[int, np.ndarray], None, None]:
+        """The same as iterating, with row numbers as arrays, and before each batch the position in the epoch after it."""
         start, self._start = self._start, 0
         self._position, self._begun = start, (self.epoch, start)
         with LookAhead.over(self.dataset, self.lookahead) as ahead:
             for position, rows in ahead.pass_on(self._batches(start)):
                 self._position = position
-                yield self.state_dict(), rows
+                yield position, rows
         self.epoch += 1
         self._position = 0
 
@@ -131,40 +131,18 @@ class ParticleSampler(Sampler[list[int]]):
     def _stride(self) -> int:
         return self.batch_size * self.world_size
 
-    def _remainder(self, start: int) -> int:
-        return 0 if self.drop_last else (self._n - start) % self._stride
-
-    def _bounds(self, start: int) -> Iterator[tuple[int, int, int]]:
-        """(first, last, end of step): this rank's stretch of each step's positions."""
-        steps = (self._n - start) // self._stride
-        for step in range(steps):
-            first = start + step * self._stride + self.rank * self.batch_size
-            yield first, first + self.batch_size, start + (step + 1) * self._stride
-        left = self._remainder(start)
-        base = self._n - left
-        first, last = (base + left * r // self.world_size for r in (self.rank, self.rank + 1))
-        if last > first:
-            yield first, last, self._n
-
     def _batches(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
         """(position after the step, rows) of each step; the order is worked out for many steps at a time."""
-        epoch = self.epoch
+        n, epoch, stride = self._n, self.epoch, self._stride
+        own = self.rank * self.batch_size + np.arange(self.batch_size)
         per_draw = max(1, _DRAWN // self.batch_size)
-        bounds: list[tuple[int, int, int]] = []
-        for bound in self._bounds(start):
-            bounds.append(bound)
-            if len(bounds) == per_draw:
-                yield from self._draw(bounds, epoch)
-                bounds = []
-        yield from self._draw(bounds, epoch)
-
-    def _draw(self, bounds: list[tuple[int, int, int]], epoch: int) -> Iterator[tuple[int, np.ndarray]]:
-        if not bounds:
-            return
-        positions = np.concatenate([np.arange(first, last) for first, last, _ in bounds])
-        cuts = np.cumsum([last - first for first, last, _ in bounds])[:-1]
-        for (_, _, end), rows in zip(bounds, np.split(self.rows(positions, epoch), cuts), strict=True):
-            yield end, rows
+        left = (n - start) % stride
+        for first in range(start, n - left, per_draw * stride):
+            steps = np.arange(first, min(first + per_draw * stride, n - left), stride)
+            yield from zip((steps + stride).tolist(), self.rows(steps[:, None] + own, epoch), strict=True)
+        first, last = (n - left + left * r // self.world_size for r in (self.rank, self.rank + 1))
+        if last > first and not self.drop_last:
+            yield n, self.rows(np.arange(first, last), epoch)
 
 
 def _place_among_ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,6 +14,7 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from torch import Tensor
 
 from .arena import Arena, NoMoreMapsError, can_map
 from .errors import CryolikeDataError, StackError
@@ -26,16 +28,23 @@ log = logging.getLogger(__name__)
 _THREADS = 8
 
 
+class Images(Protocol):
+    """The images of a table's rows, wherever they lie."""
+
+    def read_into(self, rows: np.ndarray, out: Tensor) -> None:
+        """Copy the images of these rows (int64, none negative) into ``out``, (B, H, W) contiguous."""
+
+    def ask_ahead(self, rows: np.ndarray) -> bool:
+        """Start to bring images into the page cache; returns before they are there. False if there was nothing to do."""
+
+
 class ImageSource(Protocol):
-    """Where a data set's pixels come from: anything that can put chosen images into a buffer."""
+    """Where a data set's pixels come from."""
 
     dtype: np.dtype[Any]
 
-    def read_into(self, file: np.ndarray, image: np.ndarray, out: np.ndarray) -> None:
-        """Copy image ``image[k]`` of file ``file[k]`` into ``out[k]``, for all k."""
-
-    def ask_ahead(self, file: np.ndarray, image: np.ndarray) -> bool:
-        """Start to bring images into the page cache; returns before they are there. False if there was nothing to do."""
+    def locate(self, file: np.ndarray, image: np.ndarray) -> Images:
+        """The images of a table whose row k is image ``image[k]`` of file ``file[k]``, all of one box."""
 
 
 class MrcStacks:
@@ -59,47 +68,12 @@ class MrcStacks:
         self._arena: Arena | Literal[False] | None = None
         self._deciding, self._process = threading.Lock(), os.getpid()
 
-    def read_into(self, file: np.ndarray, image: np.ndarray, out: np.ndarray) -> None:
-        """Copy image ``image[k]`` of file ``file[k]`` into ``out[k]`` (native byte order), for all k.
+    def locate(self, file: np.ndarray, image: np.ndarray) -> StackImages:
+        """The images of a table whose row k is image ``image[k]`` of file ``file[k]``, all of one box."""
+        return StackImages(self, file, image)
 
-        Parameters
-        ----------
-        file, image : (B,) integer arrays
-        out : (B, H, W) contiguous array of ``dtype``
-
-        Raises
-        ------
-        StackError
-            if a file cannot be opened any more, is truncated, or has shrunk (for what remains possible then, see ``Arena``)
-        """
-        if len(out) == 0:
-            return
-        arena = self._arena_of(out[0].nbytes)
-        if arena and arena.holds(file, image):
-            try:
-                arena.gather(file, image, out)
-                return
-            except NoMoreMapsError as error:
-                log.info("%s Files are read one by one.", error)
-                self._arena = False
-        beyond = (image >= self._counts[file]) | (image < 0)
-        if beyond.any():
-            k = int(np.argmax(beyond))
-            raise StackError(describe_shortfall(self.paths[file[k]], self.headers[file[k]], int(image[k])) + ".")
-        self._pool.read_into(file, image, out)
-
-    def ask_ahead(self, file: np.ndarray, image: np.ndarray) -> bool:
-        """Start to bring images into the page cache; does nothing (False) where they are there or no arena holds them."""
-        if len(file) == 0:
-            return False
-        # Whatever is wrong with a file, the reader meets it next and says so.
-        with contextlib.suppress(StackError):
-            arena = self._arena_of(self.headers[int(file[0])].image_bytes)
-            return arena.ask_ahead(file, image) if arena and arena.holds(file, image) else False
-        return False
-
-    def _arena_of(self, image_bytes: int) -> Arena | Literal[False]:
-        """The arena for images of this size, made when it is first asked for; False if there can be none."""
+    def arena_like(self, header: MrcHeader) -> Arena | None:
+        """The arena of the stacks with images like this one's, made when it is first asked for; None if there can be none."""
         if self._process != os.getpid():
             # A fork may have left the lock behind in the hands of a thread that is no more; maps come along.
             self._deciding, self._process = threading.Lock(), os.getpid()
@@ -107,20 +81,39 @@ class MrcStacks:
         if arena is None:
             with self._deciding:
                 if self._arena is None:
-                    self._arena = self._make_arena(image_bytes, self.dtype)
+                    self._arena = self._make_arena(header)
                 arena = self._arena
-        return arena
+        return arena or None
 
-    def _make_arena(self, image_bytes: int, dtype: np.dtype[Any]) -> Arena | Literal[False]:
-        """An arena of the files with images of this size and dtype (byte order included), or False if there can be none."""
-        fits = np.array([header.dtype == dtype and header.image_bytes == image_bytes for header in self.headers])
-        starts = np.array([header.offset for header in self.headers])
-        if not fits.any() or not can_map(int(fits.sum()), starts[fits], image_bytes, dtype.itemsize):
+    def give_up_arena(self) -> None:
+        """Read all files through the pool from now on."""
+        self._arena = False
+
+    def read_from_pool(self, file: np.ndarray, image: np.ndarray, out: np.ndarray) -> None:
+        """Copy image ``image[k]`` of file ``file[k]`` into ``out[k]`` (native byte order), one file after the other.
+
+        Raises
+        ------
+        StackError
+            if a file cannot be opened any more or has no such image
+        """
+        beyond = (image >= self._counts[file]) | (image < 0)
+        if beyond.any():
+            k = int(np.argmax(beyond))
+            raise StackError(describe_shortfall(self.paths[file[k]], self.headers[file[k]], int(image[k])) + ".")
+        self._pool.read_into(file, image, out)
+
+    def _make_arena(self, header: MrcHeader) -> Arena | Literal[False]:
+        """An arena of the files with images of this size in ``dtype`` (byte order included), or False if there can be none."""
+        dtype = self.dtype
+        fits = np.array([other.dtype == dtype and (other.ny, other.nx) == (header.ny, header.nx) for other in self.headers])
+        starts = np.array([other.offset for other in self.headers])
+        if not fits.any() or not can_map(int(fits.sum()), starts[fits], dtype):
             return False
         counts = np.where(fits, self._counts, 0)
         check = None if self._check is None else self._check_number
         try:
-            return Arena(self.paths, starts, counts, image_bytes=image_bytes, itemsize=dtype.itemsize, check=check)
+            return Arena(self.paths, starts, counts, shape=(header.ny, header.nx), dtype=dtype, check=check)
         except NoMoreMapsError as error:
             log.info("%s Files are read one by one.", error)
             return False
@@ -135,6 +128,72 @@ class MrcStacks:
 
 def _remake(paths: Sequence[str], headers: Sequence[MrcHeader], check: Check | None) -> MrcStacks:
     return MrcStacks(paths, headers, check=check)
+
+
+class StackImages:
+    """The images of a table's rows in a set of stacks. Where each lies in the arena is worked out once, when one is first read."""
+
+    def __init__(self, stacks: MrcStacks, file: np.ndarray, image: np.ndarray) -> None:
+        self._stacks, self._file, self._image = stacks, file, image
+        self._located: tuple[Arena, np.ndarray] | None = None
+        self._all_located = False
+        self._files = np.empty(0, np.int64)
+        self._seen_until = -np.inf
+
+    def read_into(self, rows: np.ndarray, out: Tensor) -> None:
+        """Copy the images of these rows into ``out``, (B, H, W) contiguous, in the dtype of the stacks.
+
+        Raises
+        ------
+        StackError
+            if a file cannot be opened any more, is truncated, or has shrunk (for what remains possible then, see ``Arena``)
+        """
+        if len(rows) == 0:
+            return
+        try:
+            found = self._in_arena(rows)
+        except NoMoreMapsError as error:
+            log.info("%s Files are read one by one.", error)
+            self._stacks.give_up_arena()
+            self._located = found = None
+        if found is None:
+            self._stacks.read_from_pool(self._file[rows], self._image[rows], out.numpy())
+        else:
+            arena, places = found
+            arena.gather(places, out)
+
+    def ask_ahead(self, rows: np.ndarray) -> bool:
+        """Start to bring images into the page cache; does nothing (False) where they are there or no arena holds them."""
+        if len(rows):
+            # Whatever is wrong with a file, the reader meets it next and says so.
+            with contextlib.suppress(StackError):
+                found = self._in_arena(rows)
+                return found is not None and found[0].ask_ahead(found[1])
+        return False
+
+    def _in_arena(self, rows: np.ndarray) -> tuple[Arena, np.ndarray] | None:
+        """Where the images of these rows lie in the arena, ready to be read; None if it does not hold them all."""
+        located = self._located or self._locate()
+        if located is None:
+            return None
+        arena, everywhere = located
+        places = everywhere[rows]
+        if not self._all_located and places.min() < 0:
+            return None
+        if time.monotonic() >= self._seen_until:
+            arena.touch(self._file[rows])
+            self._seen_until = arena.seen_until(self._files)
+        return arena, places
+
+    def _locate(self) -> tuple[Arena, np.ndarray] | None:
+        arena = self._stacks.arena_like(self._stacks.headers[int(self._file[0])])
+        if arena is None:
+            return None
+        places = arena.rows_of(self._file, self._image)
+        self._files = np.flatnonzero(np.bincount(self._file))
+        self._all_located = bool((places >= 0).all())
+        self._located = arena, places
+        return self._located
 
 
 def images_needed(file: np.ndarray, image: np.ndarray, n_files: int) -> np.ndarray:

@@ -8,11 +8,9 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-import numpy as np
 import torch
 
 from .batch import ParticleBatch
@@ -81,6 +79,7 @@ class ParticleStream:
     ) -> None:
         self.dataset, self.sampler, self.collate, self.device, self.prefetch = dataset, sampler, collate, device, prefetch
         self._state = sampler.state_dict()
+        self._position = self._state["position"]  # of the particles that were handed out
         self._resume: dict[str, int] | None = None
         self._reader: _Reader | None = None
         # Kept from epoch to epoch, because fresh memory costs as much as the reading of a batch into it.
@@ -96,18 +95,20 @@ class ParticleStream:
         if self._resume is not None:
             self.sampler.load_state_dict(self._resume)
             self._resume = None
-        epoch = self.sampler.epoch
+        self._state = self.sampler.state_dict()
+        self._position, epoch = self._state["position"], self._state["epoch"]
         if self._ring is None:
             shape = (self.sampler.batch_size, self.dataset.box, self.dataset.box)
             self._ring = BufferRing(shape, self.dataset.dtype, pinned=self._cuda)
         reader = self._reader = _Reader(self.dataset, self.sampler, self.prefetch, self._ring)
         try:
-            for state, batch in self._on_device(reader) if self._cuda else map(self._on_host, reader):
-                self._state = state
-                yield batch
+            for position, batch in self._on_device(reader) if self._cuda else reader:
+                finished = batch if self._cuda else self._on_host(batch)
+                self._position = position
+                yield finished
             if not reader.closed:
                 epoch += 1
-                self._state = {**self._state, "epoch": epoch, "position": 0}
+                self._state, self._position = self._state | {"epoch": epoch}, 0
         finally:
             reader.close()
             for copied, _ in self._copying:
@@ -125,11 +126,12 @@ class ParticleStream:
 
     def state_dict(self) -> dict[str, int]:
         """Seed, epoch and position after the last batch that was handed out."""
-        return dict(self._state)
+        return self._state | {"position": self._position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Let the next iteration go on from a state."""
         self._resume = self._state = dict(state)
+        self._position = state["position"]
 
     def __enter__(self) -> Self:
         return self
@@ -146,28 +148,27 @@ class ParticleStream:
     def _cuda(self) -> bool:
         return self.device is not None and self.device.type == "cuda"
 
-    def _on_host(self, read: _Read) -> tuple[dict[str, int], ParticleBatch]:
-        batch = read.batch()
+    def _on_host(self, batch: ParticleBatch) -> ParticleBatch:
         if self.device is not None:
             batch = batch.to(self.device)
-        return read.state, batch if self.collate is None else self.collate(batch)
+        return batch if self.collate is None else self.collate(batch)
 
-    def _on_device(self, reader: _Reader) -> Iterator[tuple[dict[str, int], ParticleBatch]]:
+    def _on_device(self, reader: _Reader) -> Iterator[_Placed]:
         """Copies and transforms on a stream of their own, a few batches ahead of the consumer's stream."""
         side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        launched: deque[tuple[dict[str, int], ParticleBatch, torch.cuda.Event]] = deque()
-        for read in reader:
-            launched.append(self._launch(read, side))
+        launched: deque[tuple[int, ParticleBatch, torch.cuda.Event]] = deque()
+        for position, batch in reader:
+            launched.append((position, *self._launch(batch, side)))
             while len(launched) <= _ON_DEVICE and (more := reader.ready()) is not None:
-                launched.append(self._launch(more, side))
-            yield _hand_over(*launched.popleft())
-        while launched:
-            yield _hand_over(*launched.popleft())
+                launched.append((more[0], *self._launch(more[1], side)))
+            position, batch, done = launched.popleft()
+            yield position, _hand_over(batch, done)
+        for position, batch, done in launched:
+            yield position, _hand_over(batch, done)
 
-    def _launch(self, read: _Read, side: torch.cuda.Stream) -> tuple[dict[str, int], ParticleBatch, torch.cuda.Event]:
+    def _launch(self, held: ParticleBatch, side: torch.cuda.Stream) -> tuple[ParticleBatch, torch.cuda.Event]:
         assert self.device is not None
         with torch.cuda.stream(side):
-            held = read.batch()
             batch = held.to(self.device, non_blocking=True)
             copied = side.record_event()
             if self.collate is not None:
@@ -176,23 +177,11 @@ class ParticleStream:
         self._copying.append((copied, held))
         while self._copying and self._copying[0][0].query():  # type: ignore[no-untyped-call]
             self._copying.popleft()
-        return read.state, batch, done
+        return batch, done
 
 
-@dataclass(frozen=True)
-class _Read:
-    """A batch in a host buffer, with the state of the sampler after it."""
-
-    dataset: ParticleDataset
-    ring: BufferRing
-    buffer: torch.Tensor
-    rows: np.ndarray
-    state: dict[str, int]
-
-    def batch(self) -> ParticleBatch:
-        return self.dataset.batch_of(self.rows, self.ring.lend(self.buffer, len(self.rows)))
-
-
+#: A batch, and before it the position in the epoch after it.
+_Placed = tuple[int, ParticleBatch]
 _READERS: weakref.WeakSet[_Reader] = weakref.WeakSet()
 
 
@@ -213,15 +202,14 @@ class _Reader:
     def __init__(self, dataset: ParticleDataset, sampler: ParticleSampler, ahead: int, ring: BufferRing) -> None:
         self._dataset, self._ahead, self._ring = dataset, ahead, ring
         self._steps = sampler.steps()
-        self._filled: deque[_Read] = deque()
+        self._filled: deque[_Placed] = deque()
         self._reading = threading.Lock()  # whoever holds it reads the next batch, so that they come in order
         self._error: BaseException | None = None
         self._read_seconds = 0.0
+        self._busy = True  # the consumer
         self._finished = self.closed = False
-        self._wake = threading.Event()
-        self._wake.set()
+        self._wake, self._ready = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="cryolike-reader", daemon=True)
-        self._ready = threading.Event()
         _READERS.add(self)
         # Asked for first, because torch sets up a thread's number when it is first needed, from a default that the reader changes.
         threads = torch.get_num_threads()
@@ -230,16 +218,16 @@ class _Reader:
         # torch keeps the number of threads per thread, but its default for threads to come was changed by the reader's.
         torch.set_num_threads(threads)
 
-    def __iter__(self) -> Iterator[_Read]:
-        busy = True
+    def __iter__(self) -> Iterator[_Placed]:
         while (read := self._next()) is not None:
-            if busy:
+            if self._busy:
                 self._wake.set()
             left = time.perf_counter()
             yield read
-            busy = time.perf_counter() - left > max(_BUSY_SECONDS, _BUSY_SHARE * self._read_seconds)
+            # A consumer that finds the next batch ready is not too fast for the thread.
+            self._busy = bool(self._filled) or time.perf_counter() - left > max(_BUSY_SECONDS, _BUSY_SHARE * self._read_seconds)
 
-    def ready(self) -> _Read | None:
+    def ready(self) -> _Placed | None:
         """The next batch if it has been read ahead."""
         return self._filled.popleft() if self._filled else None
 
@@ -252,11 +240,9 @@ class _Reader:
             return
         self._thread.join()
         self._steps.close()
-        for read in self._filled:
-            self._ring.give_back(read.buffer)
         self._filled.clear()
 
-    def _next(self) -> _Read | None:
+    def _next(self) -> _Placed | None:
         if not self._filled:
             with self._reading:
                 if not self._filled:
@@ -271,7 +257,7 @@ class _Reader:
         while not (self._finished or self.closed):
             self._wake.wait()
             self._wake.clear()
-            while len(self._filled) < self._ahead and not (self._finished or self.closed):
+            while self._busy and len(self._filled) < self._ahead and not (self._finished or self.closed):
                 with self._reading:
                     try:
                         read = self._read()
@@ -281,7 +267,7 @@ class _Reader:
                     if read is not None:
                         self._filled.append(read)
 
-    def _read(self) -> _Read | None:
+    def _read(self) -> _Placed | None:
         """Read the next batch; None after the last. To be called with ``_reading`` held."""
         if self._error is not None:
             raise self._error
@@ -289,15 +275,15 @@ class _Reader:
         if step is None:
             self._finished = True
             return None
-        state, rows = step
-        buffer = self._ring.take()
+        position, rows = step
+        images = self._ring.lend(len(rows))
         started = time.perf_counter()
-        self._dataset.read_rows(rows, buffer[: len(rows)])
+        self._dataset.read_rows(rows, images)
         self._read_seconds = time.perf_counter() - started
-        return _Read(self._dataset, self._ring, buffer, rows, state)
+        return position, self._dataset.batch_of(rows, images)
 
 
-def _hand_over(state: dict[str, int], batch: ParticleBatch, done: torch.cuda.Event) -> tuple[dict[str, int], ParticleBatch]:
+def _hand_over(batch: ParticleBatch, done: torch.cuda.Event) -> ParticleBatch:
     """Make the consumer's stream wait for the batch, and the allocator wait for the consumer's stream."""
     consumer = torch.cuda.current_stream(batch.device)
     consumer.wait_event(done)
@@ -306,4 +292,4 @@ def _hand_over(state: dict[str, int], batch: ParticleBatch, done: torch.cuda.Eve
         tensor.record_stream(consumer)
         return tensor
 
-    return state, batch.map(hold)
+    return batch.map(hold)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from .ctf import Ctf
 from .dataset import ParticleDataset
@@ -47,7 +48,11 @@ class ZarrImages:
         _require_all_shards(path, self._array)
         self.dtype: np.dtype[Any] = np.dtype(self._array.dtype).newbyteorder("=")
 
-    def read_into(self, file: np.ndarray, image: np.ndarray, out: np.ndarray) -> None:
+    def locate(self, file: np.ndarray, image: np.ndarray) -> ZarrRows:
+        """The images of a table whose row k is image ``image[k]`` of the store."""
+        return ZarrRows(self, image)
+
+    def read_into(self, image: np.ndarray, out: np.ndarray) -> None:
         """Copy image ``image[k]`` into ``out[k]`` for all k; each inner chunk is read once."""
         size = int(self._array.chunks[0])
         order = np.argsort(image, kind="stable")
@@ -60,12 +65,23 @@ class ZarrImages:
             except (ValueError, OSError) as error:
                 raise StackError(f"Images {first} to {last - 1} of {self.path} cannot be read, copy or export it again: {error}") from error
 
-    def ask_ahead(self, file: np.ndarray, image: np.ndarray) -> bool:
-        """Nothing to do: zarr opens and reads what it needs by itself."""
-        return False
-
     def __reduce__(self) -> tuple[type[ZarrImages], tuple[str]]:
         return ZarrImages, (self.path,)
+
+
+class ZarrRows:
+    """The images of a table's rows in a store."""
+
+    def __init__(self, store: ZarrImages, image: np.ndarray) -> None:
+        self._store, self._image = store, image
+
+    def read_into(self, rows: np.ndarray, out: Tensor) -> None:
+        """Copy the images of these rows into ``out``, (B, H, W) contiguous."""
+        self._store.read_into(self._image[rows], out.numpy())
+
+    def ask_ahead(self, rows: np.ndarray) -> bool:
+        """Nothing to do: zarr opens and reads what it needs by itself."""
+        return False
 
 
 def _open(path: Path) -> Any:

@@ -241,3 +241,8 @@ def run_python(code: str, *arguments: object, timeout: float = 60) -> subprocess
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def read_images(stacks: Any, file: np.ndarray, image: np.ndarray, out: np.ndarray) -> None:
+    """Image ``image[k]`` of file ``file[k]`` of some stacks into ``out[k]``, in one call."""
+    stacks.locate(file, image).read_into(np.arange(len(file)), torch.from_numpy(out))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import mapped_files, numbered_images, open_files, run_python, write_stack
+from support import mapped_files, numbered_images, open_files, read_images, run_python, write_stack
 
 import cryolike_data.arena as arena_module
 import cryolike_data.stacks as stacks_module
@@ -40,7 +40,7 @@ def everything(counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
 
 def read(stacks: MrcStacks, file: np.ndarray, image: np.ndarray, box: int = 8) -> np.ndarray:
     out = np.empty((len(file), box, box), stacks.dtype)
-    stacks.read_into(file, image, out)
+    read_images(stacks, file, image, out)
     return out
 
 
@@ -116,7 +116,7 @@ def test_boxes_that_differ_are_each_read(tmp_path: Path) -> None:
 def test_a_batch_of_part_of_a_larger_buffer_leaves_the_rest_alone(tmp_path: Path) -> None:
     paths, images = written(tmp_path, [3])
     buffer = np.full((5, 8, 8), 7, np.float32)
-    open_stacks(paths).read_into(np.zeros(3, int), np.arange(3), buffer[1:4])
+    read_images(open_stacks(paths), np.zeros(3, int), np.arange(3), buffer[1:4])
     np.testing.assert_array_equal(buffer[1:4], images[0])
     assert (buffer[[0, 4]] == 7).all()
 
@@ -205,14 +205,13 @@ def test_a_range_of_addresses_that_cannot_be_reserved_falls_back_to_the_pool(tmp
 def test_another_thread_that_gives_the_arena_up_does_not_disturb_a_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths, images = written(tmp_path, [2, 2])
     stacks = open_stacks(paths)
-    holds = Arena.holds
+    rows_of = Arena.rows_of
 
-    def give_up(self: Arena, file: np.ndarray, image: np.ndarray) -> bool:
-        held = holds(self, file, image)
-        stacks._arena = False  # as another thread does when it meets NoMoreMapsError just now
-        return held
+    def give_up(self: Arena, file: np.ndarray, image: np.ndarray) -> np.ndarray:
+        stacks.give_up_arena()  # as another thread does when it meets NoMoreMapsError just now
+        return rows_of(self, file, image)
 
-    monkeypatch.setattr(Arena, "holds", give_up)
+    monkeypatch.setattr(Arena, "rows_of", give_up)
     np.testing.assert_array_equal(read(stacks, np.array([1]), np.array([1]))[0], images[1][1])
 
 
@@ -280,7 +279,7 @@ def test_sizes_are_looked_at_no_more_than_once_a_second(tmp_path: Path, monkeypa
 SHRUNK = """
     import os, sys, numpy as np
     from pathlib import Path
-    from support import numbered_images, write_stack
+    from support import numbered_images, read_images, write_stack
     import cryolike_data.arena as arena
     from cryolike_data.errors import StackError
     from cryolike_data.stacks import open_stacks
@@ -289,11 +288,11 @@ SHRUNK = """
     path = write_stack(Path(sys.argv[1]) / "a.mrc", numbered_images(64, 64))
     stacks = open_stacks([path])
     out = np.empty((64, 64, 64), "f4")
-    stacks.read_into(np.zeros(64, int), np.arange(64), out)
+    read_images(stacks, np.zeros(64, int), np.arange(64), out)
     os.truncate(path, 1024 + 8 * 64 * 64 * 4)
     now[0] += 1.01
     try:
-        stacks.read_into(np.zeros(64, int), np.arange(64), out)
+        read_images(stacks, np.zeros(64, int), np.arange(64), out)
     except StackError as error:
         print("StackError", error)
 """
@@ -325,7 +324,7 @@ def test_a_truncated_stack_is_read_as_far_as_it_is_whole(tmp_path: Path) -> None
 MANY = """
     import resource, sys, numpy as np
     from pathlib import Path
-    from support import numbered_images, write_stack
+    from support import numbered_images, read_images, write_stack
     from cryolike_data.stacks import open_stacks
     folder, n = Path(sys.argv[1]), 3000
     images = numbered_images(n, 4)
@@ -334,7 +333,7 @@ MANY = """
     stacks = open_stacks(paths)
     out = np.empty((n, 4, 4), "f4")
     order = np.random.default_rng(0).permutation(n)
-    stacks.read_into(order, np.zeros(n, int), out)
+    read_images(stacks, order, np.zeros(n, int), out)
     assert np.array_equal(out, images[order])
     assert stacks._arena, "no arena"
 """
@@ -348,14 +347,14 @@ def test_thousands_of_stacks_are_read_with_few_descriptors(tmp_path: Path) -> No
 SIXTY_THOUSAND = """
     import sys, numpy as np
     from pathlib import Path
-    from support import numbered_images, write_stack
+    from support import numbered_images, read_images, write_stack
     from cryolike_data.mrc import read_header
     from cryolike_data.stacks import MrcStacks
     n, images = 60_000, numbered_images(2, 8)
     path = write_stack(Path(sys.argv[1]) / "a.mrc", images)
     stacks = MrcStacks([str(path)] * n, [read_header(path)] * n)  # one file under many names costs as many maps as many files
     out = np.empty((n, 8, 8), "f4")
-    stacks.read_into(np.random.default_rng(0).permutation(n), np.arange(n) % 2, out)
+    read_images(stacks, np.random.default_rng(0).permutation(n), np.arange(n) % 2, out)
     assert np.array_equal(out, images[np.arange(n) % 2])
     assert stacks._arena, "no arena"
 """
@@ -396,14 +395,14 @@ def test_threads_share_an_arena(tmp_path: Path) -> None:
 FORKED = """
     import os, sys, numpy as np
     from pathlib import Path
-    from support import numbered_images, write_stack
+    from support import numbered_images, read_images, write_stack
     from cryolike_data.stacks import open_stacks
     images = numbered_images(8, 8)
     paths = [write_stack(Path(sys.argv[1]) / f"{k}.mrc", images[4 * k : 4 * k + 4]) for k in range(2)]
     stacks = open_stacks(paths)
     def read(file):
         out = np.empty((4, 8, 8), "f4")
-        stacks.read_into(np.full(4, file), np.arange(4), out)
+        read_images(stacks, np.full(4, file), np.arange(4), out)
         return np.array_equal(out, images[4 * file : 4 * file + 4])
     assert read(0)
     child = os.fork()
@@ -424,17 +423,17 @@ def test_a_forked_process_reads_and_lets_go_on_its_own(tmp_path: Path) -> None:
 AT_EXIT = """
     import atexit
     def read_last():  # registered first, so called last: as a thread that is still reading when the program ends
-        stacks.read_into(np.zeros(4, int), np.arange(4), out)
+        read_images(stacks, np.zeros(4, int), np.arange(4), out)
         assert np.array_equal(out, images)
         print("read")
     atexit.register(read_last)
     import sys, numpy as np
     from pathlib import Path
-    from support import numbered_images, write_stack
+    from support import numbered_images, read_images, write_stack
     from cryolike_data.stacks import open_stacks
     images, out = numbered_images(4, 8), np.empty((4, 8, 8), "f4")
     stacks = open_stacks([write_stack(Path(sys.argv[1]) / "a.mrc", images)])
-    stacks.read_into(np.zeros(4, int), np.arange(4), out)
+    read_images(stacks, np.zeros(4, int), np.arange(4), out)
 """
 
 

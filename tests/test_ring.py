@@ -23,7 +23,7 @@ def ring(dtype: torch.dtype = torch.float32) -> BufferRing:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_buffers_start_at_multiples_of_64_bytes(dtype: torch.dtype) -> None:
-    buffers = [ring(dtype).take() for _ in range(8)]
+    buffers = [ring(dtype).lend(4) for _ in range(8)]
     for buffer in buffers:
         assert buffer.data_ptr() % 64 == 0
         assert (tuple(buffer.shape), buffer.dtype, buffer.is_contiguous()) == ((4, 5, 5), dtype, True)
@@ -31,7 +31,7 @@ def test_buffers_start_at_multiples_of_64_bytes(dtype: torch.dtype) -> None:
 
 def test_buffers_that_are_in_use_do_not_overlap() -> None:
     source = ring()
-    lent = [source.lend(source.take(), 4) for _ in range(5)]
+    lent = [source.lend(4) for _ in range(5)]
     for value, tensor in enumerate(lent):
         tensor.fill_(value)
     assert [tensor.unique().tolist() for tensor in lent] == [[0.0], [1.0], [2.0], [3.0], [4.0]]
@@ -39,19 +39,23 @@ def test_buffers_that_are_in_use_do_not_overlap() -> None:
 
 def test_a_lent_tensor_shows_the_first_rows_of_the_buffer() -> None:
     source = ring()
-    buffer = source.take()
-    buffer.copy_(torch.arange(100.0).view(4, 5, 5))
-    lent = source.lend(buffer, 3)
-    assert lent.data_ptr() == buffer.data_ptr()
+    whole = source.lend(4)
+    address = whole.data_ptr()
+    whole.copy_(torch.arange(100.0).view(4, 5, 5))
+    del whole
+    lent = source.lend(3)
+    assert lent.data_ptr() == address
     assert torch.equal(lent, torch.arange(75.0).view(3, 5, 5))
 
 
-def test_the_buffer_given_back_last_is_taken_first() -> None:
+def test_the_buffer_given_back_last_is_lent_first() -> None:
     source = ring()
-    first, second = source.take(), source.take()
-    source.give_back(first)
-    source.give_back(second)
-    assert [source.take().data_ptr(), source.take().data_ptr()] == [second.data_ptr(), first.data_ptr()]
+    first, second = source.lend(4), source.lend(4)
+    addresses = [second.data_ptr(), first.data_ptr()]
+    del first
+    del second
+    again = [source.lend(4), source.lend(4)]
+    assert [lent.data_ptr() for lent in again] == addresses
 
 
 HOLDERS: dict[str, Callable[[Tensor], Any]] = {
@@ -77,19 +81,20 @@ HOLDERS: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.parametrize("holder", HOLDERS)
 def test_a_buffer_comes_back_when_the_last_thing_that_sees_it_is_gone(holder: str) -> None:
     source = ring()
-    buffer = source.take()
-    address = buffer.data_ptr()
-    held = HOLDERS[holder](source.lend(buffer, 4))
+    lent = source.lend(4)
+    address = lent.data_ptr()
+    held = HOLDERS[holder](lent)
+    del lent
     gc.collect()
     assert source._free == []
     del held
     gc.collect()
-    assert [free.data_ptr() for free in source._free] == [address]
+    assert [free.ctypes.data for free in source._free] == [address]
 
 
 def test_a_copy_does_not_hold_the_buffer() -> None:
     source = ring()
-    copy = source.lend(source.take(), 4).clone()
+    copy = source.lend(4).clone()
     assert len(source._free) == 1
     assert copy.shape == (4, 5, 5)
 
@@ -97,15 +102,17 @@ def test_a_copy_does_not_hold_the_buffer() -> None:
 def test_a_buffer_comes_back_once_for_each_time_it_was_lent() -> None:
     source = ring()
     for _ in range(10):
-        lent = source.lend(source.take(), 4)
+        lent = source.lend(4)
         del lent
     assert len(source._free) == 1
 
 
 def test_a_closed_ring_keeps_nothing() -> None:
     source = ring()
-    lent = source.lend(source.take(), 4)
-    source.give_back(source.take())
+    lent = source.lend(4)
+    other = source.lend(4)
+    del other
+    assert len(source._free) == 1
     source.close()
     assert source._free == []
     lent.fill_(3)  # still the user's
@@ -115,7 +122,7 @@ def test_a_closed_ring_keeps_nothing() -> None:
 
 def test_a_ring_that_was_let_go_of_lives_as_long_as_what_it_lent() -> None:
     source = ring()
-    lent = source.lend(source.take(), 4)
+    lent = source.lend(4)
     gone = weakref.ref(source)
     del source
     gc.collect()
@@ -128,7 +135,7 @@ def test_a_ring_that_was_let_go_of_lives_as_long_as_what_it_lent() -> None:
 @pytest.mark.gpu
 def test_pinned_buffers_are_page_locked_and_come_back_too() -> None:
     source = BufferRing((4, 5, 5), torch.float32, pinned=True)
-    lent = source.lend(source.take(), 3)
+    lent = source.lend(3)
     assert lent.is_pinned()
     assert lent.data_ptr() % 64 == 0
     del lent

@@ -140,13 +140,13 @@ def test_resuming_works_out_nothing_of_what_came_before(monkeypatch: pytest.Monk
     monkeypatch.setattr(sampler, "rows", lambda positions, epoch: asked.append(positions) or rows(positions, epoch))
     sampler.load_state_dict({"seed": 0, "epoch": 2, "position": 999_000_000})
     next(iter(sampler))
-    assert asked[0][0] == 999_000_000
-    assert sum(map(len, asked)) < 1 << 15
+    assert asked[0].min() == 999_000_000
+    assert sum(positions.size for positions in asked) < 1 << 15
 
 
 def test_the_state_after_the_last_batch_leaves_nothing_and_then_the_next_epoch() -> None:
     sampler = ParticleSampler(Rows(10), 4)
-    states = [state for state, _ in sampler.steps()]
+    states = [sampler.state_dict() for _ in sampler.steps()]
     other = ParticleSampler(Rows(10), 3)
     other.load_state_dict(states[-1])
     assert (len(other), list(other), other.epoch) == (0, [], 1)

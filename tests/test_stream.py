@@ -614,7 +614,7 @@ def test_cuda_streams_fill_page_locked_buffers(ds: IndexedDataset) -> None:
     loader = stream(ds, batch_size=3, device="cuda")
     batches = iter(loader)
     next(batches)
-    assert loader._reader._ring.take().is_pinned()
+    assert loader._reader._ring.lend(1).is_pinned()
     batches.close()
 
 
