@@ -18,15 +18,18 @@ class Columns:
 
     Parameters
     ----------
-    names : of the columns
     tensors : the columns, or a function that makes them, called once and only if a column is used
     """
 
-    __slots__ = ("_tensors", "names")
+    __slots__ = ("_tensors",)
 
-    def __init__(self, names: tuple[str, ...], tensors: dict[str, Tensor] | Maker) -> None:
-        self.names = names
+    def __init__(self, tensors: dict[str, Tensor] | Maker) -> None:
         self._tensors = tensors
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all columns."""
+        return tuple(self.tensors)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -43,7 +46,7 @@ class Columns:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Columns:
         """Columns with ``function`` applied to each."""
-        return Columns(self.names, {name: function(column) for name, column in self.tensors.items()})
+        return Columns({name: function(column) for name, column in self.tensors.items()})
 
     def to(self, device: torch.device | str | None, *, non_blocking: bool = False) -> Columns:
         """The columns on another device, in one transfer for each dtype: many small ones would take longer than the images."""
@@ -56,15 +59,15 @@ class Columns:
             together = torch.cat(flat, dim=1).to(device, non_blocking=non_blocking)
             there = together.split([part.shape[1] for part in flat], dim=1)  # type: ignore[no-untyped-call]
             moved |= {name: part.reshape(self.tensors[name].shape) for name, part in zip(names, there, strict=True)}
-        return Columns(self.names, {name: moved[name] for name in self.names})
+        return Columns({name: moved[name] for name in self.names})
 
-    def __reduce__(self) -> tuple[type[Columns], tuple[tuple[str, ...], dict[str, Tensor]]]:
-        return Columns, (self.names, self.tensors)
+    def __reduce__(self) -> tuple[type[Columns], tuple[dict[str, Tensor]]]:
+        return Columns, (self.tensors,)
 
 
 def concatenate(parts: Sequence[Columns]) -> Columns:
     """The rows of several sets of columns with the same names, one after the other."""
-    return Columns(parts[0].names, {name: concatenate_tensors([part.tensors[name] for part in parts]) for name in parts[0].names})
+    return Columns({name: concatenate_tensors([part.tensors[name] for part in parts]) for name in parts[0].names})
 
 
 def concatenate_tensors(tensors: Sequence[Tensor]) -> Tensor:

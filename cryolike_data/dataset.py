@@ -45,7 +45,6 @@ class ParticleDataset(Dataset[Particle]):
         if len(self.particles) == 0:
             raise ArgumentError(f"select= leaves none of the {len(particles)} particles")
         self.source = source
-        self._batch_columns: tuple[tuple[str, ...], dict[str, np.ndarray]] | None = None
         self._located: Images | None = None
         self.box: int = int(self.particles.one_value("box"))
         self.pixel_size: float = float(shortest(self.particles.one_value("pixel_size")))
@@ -113,8 +112,7 @@ class ParticleDataset(Dataset[Particle]):
 
     def batch_of(self, rows: np.ndarray, images: Tensor) -> ParticleBatch:
         """Images that were read for these rows (int64, none negative), with their columns."""
-        names, columns = self._batch_columns or self._collect_columns()
-        return ParticleBatch(images, self.pixel_size, Columns(names, partial(_gather, columns, rows)))
+        return ParticleBatch(images, self.pixel_size, Columns(partial(_gather, self.particles, rows)))
 
     def ask_ahead(self, rows: np.ndarray) -> bool:
         """Start to bring the images of these rows (int64, none negative) into the page cache; False if they were there."""
@@ -124,18 +122,11 @@ class ParticleDataset(Dataset[Particle]):
         """A data set of the chosen rows (mask, row numbers, slice, or a function of ``particles``) over the same files."""
         chosen = copy.copy(self)
         chosen.particles = self.particles[resolve_rows(selection, len(self), self.particles)]
-        chosen._batch_columns = chosen._located = None
+        chosen._located = None
         return chosen
 
-    def _collect_columns(self) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
-        """The columns that travel in a batch: their names, ``index`` first, and those of the table."""
-        kept = {name: column for name, column in self.particles.columns().items() if name.startswith("ctf/") or name in ("pose", "shift_A")}
-        columns = {"uid": self.particles.uid.view(np.int64)} | kept
-        self._batch_columns = ("index", *columns), columns
-        return self._batch_columns
-
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_batch_columns": None, "_located": None}
+        return self.__dict__ | {"_located": None}
 
     def read_rows(self, rows: np.ndarray, out: Tensor | None = None) -> Tensor:
         """The same as ``read`` for row numbers that are int64 and in range, as a sampler gives them."""
@@ -167,8 +158,12 @@ class ParticleDataset(Dataset[Particle]):
         return "\n".join(lines)
 
 
-def _gather(columns: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, Tensor]:
-    return {"index": torch.from_numpy(rows)} | {name: torch.from_numpy(column[rows]) for name, column in columns.items()}
+def _gather(particles: Particles, rows: np.ndarray) -> dict[str, Tensor]:
+    """The columns that travel in a batch."""
+    optics = [] if particles.ctf is None else particles.ctf.items()
+    columns = {"pose": particles.pose, "shift_A": particles.shift_A} | {f"ctf/{name}": column for name, column in optics}
+    gathered = {name: torch.from_numpy(column[rows]) for name, column in columns.items() if column is not None}
+    return {"index": torch.from_numpy(rows), "uid": torch.from_numpy(particles.uid[rows].view(np.int64))} | gathered
 
 
 @cache

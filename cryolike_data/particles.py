@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 import torch
@@ -16,9 +18,83 @@ from .errors import ArgumentError, MixedParticlesError, RowIndexError
 Selection = Any
 
 
+ValueT = TypeVar("ValueT")
+
+
+class Later:
+    """Columns that are read, all of them together, when the first of them is asked for.
+
+    Parameters
+    ----------
+    read : gives the columns by name
+    rows : which rows of them to take; None for all
+    """
+
+    def __init__(self, read: Callable[[], dict[str, Any]], rows: np.ndarray | None = None) -> None:
+        self._read, self._rows = read, rows
+        self._columns: dict[str, Any] | None = None
+        _WAITING.add(self)
+
+    def __getitem__(self, name: str) -> Any:
+        if self._columns is None:
+            self._columns = {name: _take(column, self._rows) for name, column in self._read().items()}
+            _WAITING.discard(self)
+        return self._columns.get(name)
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the columns are there."""
+        return self._columns is not None
+
+    def take(self, rows: np.ndarray) -> Later:
+        """The same columns of some rows, read only when they are asked for themselves."""
+        return Later(self._read, rows if self._rows is None else self._rows[rows])
+
+    def __reduce__(self) -> tuple[type[Later], tuple[Any, ...]]:
+        return Later, (self._read, self._rows)
+
+
+_WAITING: weakref.WeakSet[Later] = weakref.WeakSet()
+
+
+def _read_all() -> None:
+    """Read what is still to be read before a fork: every worker process would otherwise read it again and keep it for itself."""
+    for later in list(_WAITING):
+        later["uid"]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_read_all)
+
+
+class _Column(Generic[ValueT]):
+    """A field of ``Particles`` that may be given as a ``Later``."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, particles: None, owner: type) -> None: ...
+    @overload
+    def __get__(self, particles: Particles, owner: type) -> ValueT: ...
+    def __get__(self, particles: Particles | None, owner: type) -> ValueT | None:
+        if particles is None:
+            return None  # what a field is that is not given
+        value = particles.__dict__[self._name]
+        if isinstance(value, Later):
+            value = particles.__dict__[self._name] = value[self._name]
+        found: ValueT = value
+        return found
+
+    def __set__(self, particles: Particles, value: ValueT | Later) -> None:
+        particles.__dict__[self._name] = value
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Particles:
     """A table of N particles. Every selection keeps all columns in step.
+
+    Where particles come from a table, all that does not say where images lie is read from it when it is first asked for.
 
     Attributes
     ----------
@@ -38,32 +114,35 @@ class Particles:
     sign : (N,) contrast sign of the stored pixels, or None; never applied
     """
 
-    row: np.ndarray
-    uid: np.ndarray
     file: np.ndarray
     slice: np.ndarray
     box: np.ndarray
     pixel_size: np.ndarray
     paths: tuple[str, ...]
     blob_paths: tuple[str, ...] | None = None
-    ctf: Ctf[np.ndarray] | None = None
-    pose: np.ndarray | None = None
-    shift_A: np.ndarray | None = None
-    half_set: np.ndarray | None = None
-    sign: np.ndarray | None = None
+    row: _Column[np.ndarray] = _Column()
+    uid: _Column[np.ndarray] = _Column()
+    ctf: _Column[Ctf[np.ndarray] | None] = _Column()
+    pose: _Column[np.ndarray | None] = _Column()
+    shift_A: _Column[np.ndarray | None] = _Column()
+    half_set: _Column[np.ndarray | None] = _Column()
+    sign: _Column[np.ndarray | None] = _Column()
 
     def __len__(self) -> int:
-        return len(self.uid)
+        return len(self.file)
 
     def __getitem__(self, key: Selection) -> Particles:
         """The chosen rows, by mask, integer array, slice or single row, with every column in step."""
         rows = resolve_rows([key] if isinstance(key, int | np.integer) else key, len(self), self)
-        return self.map(lambda column: column[rows])
-
-    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> Particles:
-        """Particles with ``function`` applied to every per-particle column."""
-        changed: dict[str, Any] = {name: function(column) for name, column in self._plain_columns()}
-        return replace(self, ctf=None if self.ctf is None else self.ctf.map(function), **changed)
+        later: dict[Later, Later] = {}
+        taken: dict[str, Any] = {}
+        for name in (*_COLUMNS, "ctf"):
+            value = self.__dict__[name]
+            if isinstance(value, Later) and not value.is_read:
+                taken[name] = later.setdefault(value, value.take(rows))
+            else:
+                taken[name] = _take(getattr(self, name), rows)
+        return replace(self, **taken)
 
     def columns(self) -> dict[str, np.ndarray]:
         """Every per-particle column that is present; optics are named ``ctf/...``."""
@@ -87,7 +166,7 @@ class Particles:
         if condition is not None:
             mask[:] = False
             mask[resolve_rows(condition, len(self), self)] = True
-        columns = self.columns()
+        columns = self.columns() if equal else {}
         for name, value in equal.items():
             column = columns.get(name, columns.get(f"ctf/{name}"))
             if column is None or column.ndim > 1:
@@ -104,7 +183,7 @@ class Particles:
         MixedParticlesError
             naming the groups, their sizes and how to select one
         """
-        column = self.columns()[name]
+        column = getattr(self, name) if name in _COLUMNS else self.columns()[name]
         short = name.removeprefix("ctf/")
         if (column == column[0]).all() or (column.dtype.kind == "f" and np.allclose(column, column[0], rtol=1e-5, atol=0)):
             return column[0]
@@ -118,8 +197,7 @@ class Particles:
         raise MixedParticlesError("\n".join([f"The particles differ in {short}; take one group at a time:", *shown, *more]))
 
     def _plain_columns(self) -> list[tuple[str, np.ndarray]]:
-        names = ("row", "uid", "file", "slice", "box", "pixel_size", "pose", "shift_A", "half_set", "sign")
-        return [(name, getattr(self, name)) for name in names if getattr(self, name) is not None]
+        return [(name, getattr(self, name)) for name in _COLUMNS if getattr(self, name) is not None]
 
     def __repr__(self) -> str:
         optics = "without CTF" if self.ctf is None else "with CTF"
@@ -128,6 +206,16 @@ class Particles:
         poses = "with poses" if self.pose is not None else "without poses"
         boxes = ", ".join(map(str, np.unique(self.box)))
         return f"Particles({len(self)} rows in {len(np.unique(self.file))} files, box {boxes} px, {optics}, {poses})"
+
+
+_COLUMNS = ("row", "uid", "file", "slice", "box", "pixel_size", "pose", "shift_A", "half_set", "sign")
+
+
+def _take(value: Any, rows: np.ndarray | None) -> Any:
+    """The rows of a column or of all optics; what is None stays None."""
+    if value is None or rows is None:
+        return value
+    return value.map(lambda column: column[rows]) if isinstance(value, Ctf) else value[rows]
 
 
 def resolve_rows(selection: Selection, n: int, particles: Particles | None = None) -> np.ndarray:
@@ -168,9 +256,3 @@ def resolve_rows(selection: Selection, n: int, particles: Particles | None = Non
 def shortest(value: Any) -> float | int:
     """A NumPy number as the Python number with the fewest digits that reads back the same (1.3 for float32 1.29999995)."""
     return float(str(value)) if np.asarray(value).dtype.kind == "f" else int(value)
-
-
-def repeat_of(values: Sequence[Any], rows: np.ndarray, dtype: Any) -> np.ndarray:
-    """``values[rows]`` as an array: a per-file list spread over the particles."""
-    spread: np.ndarray = np.asarray(values, dtype=dtype)[rows]
-    return spread

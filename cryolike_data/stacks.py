@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -55,6 +55,7 @@ class MrcStacks:
     paths : the files
     headers : one per file
     dtype : the native dtype in which all of them can be read without loss
+    counts : (files,) complete images in each
 
     Safe to share between threads. Pickles without its maps, which are opened again when needed.
     """
@@ -62,11 +63,20 @@ class MrcStacks:
     def __init__(self, paths: Sequence[str], headers: Sequence[MrcHeader], *, check: Check | None = None) -> None:
         self.paths, self.headers = tuple(paths), tuple(headers)
         self._check = check
+        # Thousands of files may share few headers.
+        self._kinds = {id(header): header for header in self.headers}
+        number = {identity: k for k, identity in enumerate(self._kinds)}
+        self._kind = np.array([number[id(header)] for header in self.headers], np.int64)
         self._pool = MapPool(self.paths, self.headers, check=check)
         self.dtype = self._pool.dtype
-        self._counts = np.array([header.n_complete for header in self.headers])
+        self.counts = self.of_headers(lambda header: header.n_complete)
         self._arena: Arena | Literal[False] | None = None
         self._deciding, self._process = threading.Lock(), os.getpid()
+
+    def of_headers(self, value: Callable[[MrcHeader], Any]) -> np.ndarray:
+        """(files, ...) what a function says of the header of each file."""
+        of_kind = np.array([value(header) for header in self._kinds.values()])
+        return of_kind[self._kind] if len(of_kind) else of_kind
 
     def locate(self, file: np.ndarray, image: np.ndarray) -> StackImages:
         """The images of a table whose row k is image ``image[k]`` of file ``file[k]``, all of one box."""
@@ -97,7 +107,7 @@ class MrcStacks:
         StackError
             if a file cannot be opened any more or has no such image
         """
-        beyond = (image >= self._counts[file]) | (image < 0)
+        beyond = (image >= self.counts[file]) | (image < 0)
         if beyond.any():
             k = int(np.argmax(beyond))
             raise StackError(describe_shortfall(self.paths[file[k]], self.headers[file[k]], int(image[k])) + ".")
@@ -106,11 +116,11 @@ class MrcStacks:
     def _make_arena(self, header: MrcHeader) -> Arena | Literal[False]:
         """An arena of the files with images of this size in ``dtype`` (byte order included), or False if there can be none."""
         dtype = self.dtype
-        fits = np.array([other.dtype == dtype and (other.ny, other.nx) == (header.ny, header.nx) for other in self.headers])
-        starts = np.array([other.offset for other in self.headers])
+        fits = self.of_headers(lambda other: other.dtype == dtype and (other.ny, other.nx) == (header.ny, header.nx))
+        starts = self.of_headers(lambda other: other.offset)
         if not fits.any() or not can_map(int(fits.sum()), starts[fits], dtype):
             return False
-        counts = np.where(fits, self._counts, 0)
+        counts = np.where(fits, self.counts, 0)
         check = None if self._check is None else self._check_number
         try:
             return Arena(self.paths, starts, counts, shape=(header.ny, header.nx), dtype=dtype, check=check)
@@ -198,19 +208,19 @@ class StackImages:
 
 def images_needed(file: np.ndarray, image: np.ndarray, n_files: int) -> np.ndarray:
     """How many images each file must have, at the least, for all rows to be in it."""
-    needed = np.zeros(n_files, np.int64)
-    np.maximum.at(needed, file, image + 1)
-    return needed
+    last = np.full(n_files, -1, image.dtype)
+    np.maximum.at(last, file, image)
+    return last + 1
 
 
-def open_stacks(paths: Sequence[str | os.PathLike[str]], *, mode0: Mode0 = "auto", needed: np.ndarray | None = None) -> MrcStacks:
+def open_stacks(paths: Sequence[str | os.PathLike[str]], *, mode0: Mode0 = "auto", expected: np.ndarray | None = None) -> MrcStacks:
     """Read the headers of all files, several at a time, and give what reads them.
 
     Parameters
     ----------
     paths : the files
     mode0 : see ``cryolike_data.mrc.read_header``
-    needed : images that each file must have; if given, only the first header is read now, and every file is expected to be
+    expected : images that each file must have; if given, only the first header is read now, and every file is expected to be
         laid out like the first, which is checked when it is mapped
 
     Raises
@@ -226,10 +236,10 @@ def open_stacks(paths: Sequence[str | os.PathLike[str]], *, mode0: Mode0 = "auto
         except (CryolikeDataError, OSError) as error:
             return error
 
-    if needed is not None and len(names):
+    if expected is not None and len(names):
         first = read_header(names[0], mode0=mode0)
-        of_count = {count: replace(first, nz=count, n_complete=count) for count in set(needed.tolist())}
-        alike = [of_count[count] for count in needed.tolist()]
+        of_count = {count: replace(first, nz=count, n_complete=count) for count in set(expected.tolist())}
+        alike = [of_count[count] for count in expected.tolist()]
         return MrcStacks(names, alike, check=partial(require_alike, mode0=mode0))
     # In a few portions, because handing a task to a thread takes as long as reading a header.
     portions = [names[k::_THREADS] for k in range(_THREADS)]

@@ -157,16 +157,15 @@ class ParticleStream:
         """Copies and transforms on a stream of their own, a few batches ahead of the consumer's stream."""
         side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         launched: deque[tuple[int, ParticleBatch, torch.cuda.Event]] = deque()
-        for position, batch in reader:
-            launched.append((position, *self._launch(batch, side)))
+        for read in reader:
+            launched.append(self._launch(*read, side))
             while len(launched) <= _ON_DEVICE and (more := reader.ready()) is not None:
-                launched.append((more[0], *self._launch(more[1], side)))
-            position, batch, done = launched.popleft()
-            yield position, _hand_over(batch, done)
-        for position, batch, done in launched:
-            yield position, _hand_over(batch, done)
+                launched.append(self._launch(*more, side))
+            yield _hand_over(*launched.popleft())
+        while launched:
+            yield _hand_over(*launched.popleft())
 
-    def _launch(self, held: ParticleBatch, side: torch.cuda.Stream) -> tuple[ParticleBatch, torch.cuda.Event]:
+    def _launch(self, position: int, held: ParticleBatch, side: torch.cuda.Stream) -> tuple[int, ParticleBatch, torch.cuda.Event]:
         assert self.device is not None
         with torch.cuda.stream(side):
             batch = held.to(self.device, non_blocking=True)
@@ -177,7 +176,7 @@ class ParticleStream:
         self._copying.append((copied, held))
         while self._copying and self._copying[0][0].query():  # type: ignore[no-untyped-call]
             self._copying.popleft()
-        return batch, done
+        return position, batch, done
 
 
 #: A batch, and before it the position in the epoch after it.
@@ -283,7 +282,7 @@ class _Reader:
         return position, self._dataset.batch_of(rows, images)
 
 
-def _hand_over(batch: ParticleBatch, done: torch.cuda.Event) -> ParticleBatch:
+def _hand_over(position: int, batch: ParticleBatch, done: torch.cuda.Event) -> _Placed:
     """Make the consumer's stream wait for the batch, and the allocator wait for the consumer's stream."""
     consumer = torch.cuda.current_stream(batch.device)
     consumer.wait_event(done)
@@ -292,4 +291,4 @@ def _hand_over(batch: ParticleBatch, done: torch.cuda.Event) -> ParticleBatch:
         tensor.record_stream(consumer)
         return tensor
 
-    return batch.map(hold)
+    return position, batch.map(hold)

@@ -26,7 +26,7 @@ def test_columns_are_made_when_one_is_used_and_only_once() -> None:
         made.append(1)
         return some_columns()
 
-    columns = Columns(tuple(some_columns()), make)
+    columns = Columns(make)
     assert not made
     assert columns.tensors["uid"].tolist() == [-5, 7, 2**62]
     assert columns.ctf is not None
@@ -34,7 +34,7 @@ def test_columns_are_made_when_one_is_used_and_only_once() -> None:
 
 
 def test_moving_keeps_every_value_dtype_and_shape() -> None:
-    columns = Columns(tuple(some_columns()), some_columns)
+    columns = Columns(some_columns)
     moved = columns.to("cpu")
     assert moved.names == columns.names
     for name, column in some_columns().items():
@@ -43,7 +43,7 @@ def test_moving_keeps_every_value_dtype_and_shape() -> None:
 
 
 def test_moving_takes_one_transfer_for_each_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    columns = Columns(tuple(some_columns()), some_columns())
+    columns = Columns(some_columns())
     transfers: list[torch.dtype] = []
     original = torch.Tensor.to
 
@@ -57,16 +57,16 @@ def test_moving_takes_one_transfer_for_each_dtype(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_pickle_holds_the_values_and_not_what_makes_them() -> None:
-    columns = Columns(tuple(some_columns()), lambda: some_columns())  # a lambda cannot be pickled
+    columns = Columns(lambda: some_columns())  # a lambda cannot be pickled
     again = pickle.loads(pickle.dumps(columns))
     assert torch.equal(again.tensors["pose"], some_columns()["pose"])
 
 
 def test_concatenated_columns_follow_each_other() -> None:
-    both = concatenate([Columns(tuple(some_columns()), some_columns), Columns(tuple(some_columns()), some_columns)])
+    both = concatenate([Columns(some_columns), Columns(some_columns)])
     assert both.tensors["uid"].tolist() == [-5, 7, 2**62] * 2
     assert both.tensors["ctf/tilt_A"].shape == (6, 2)
 
 
 def test_columns_without_optics_have_no_ctf() -> None:
-    assert Columns(("uid",), {"uid": torch.zeros(1)}).ctf is None
+    assert Columns({"uid": torch.zeros(1)}).ctf is None

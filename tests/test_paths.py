@@ -17,7 +17,7 @@ def touch(*paths: Path) -> None:
 
 def resolve(names: list[str] | str, table: Path, folder: str | Path | None = None) -> list[Path]:
     names = [names] if isinstance(names, str) else names
-    return [Path(path) for path in resolve_paths(names, [1] * len(names), table=table, folder=folder)]
+    return [Path(path) for path in resolve_paths(names, lambda: [1] * len(names), table=table, folder=folder)]
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_all_missing_stacks_are_in_one_error_with_their_rows_and_a_remedy(table:
     touch(table.parent / "there.mrc")
     names = [f"J1/gone_{i}.mrc" for i in range(30)] + ["there.mrc"]
     with pytest.raises(MissingStackError) as caught:
-        resolve_paths(names, list(range(1, 32)), table=table)
+        resolve_paths(names, lambda: list(range(1, 32)), table=table)
     said = str(caught.value)
     assert "30 of 31 stacks" in said
     assert all(f"J1/gone_{i}.mrc ({i + 1} rows)" in said for i in range(30))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ..errors import ArgumentError, StackError, TableError
-from ..particles import Particles, repeat_of, shortest
+from ..particles import Later, Particles, shortest
 from ..stacks import MrcStacks
-from .columns import read_ctf, read_pose, read_sign, read_uid
+from .columns import detail_names, read_details, read_sign
 from .table import Table
 
 log = logging.getLogger(__name__)
@@ -19,15 +20,20 @@ log = logging.getLogger(__name__)
 
 def assemble(
     table: Table,
+    blob: Table,
     pool: MrcStacks,
     file: np.ndarray,
     image: np.ndarray,
+    needed: np.ndarray,
     *,
     blob_paths: Sequence[str] | None,
     pixel_size: Any,
     index_hint: str = "",
 ) -> Particles:
     """Particles whose row i is row i of the table and lies at ``image[i]`` of ``pool.paths[file[i]]``.
+
+    ``blob`` holds the columns of the table that are needed now; the others are read when they are asked for. ``needed`` is what
+    ``images_needed`` says.
 
     Raises
     ------
@@ -36,27 +42,28 @@ def assemble(
     """
     if len(table) == 0:
         raise TableError(f"{table.path} has no rows.")
-    problems = [*_missing_images(pool, file, image, index_hint), *_wrong_shapes(pool, file, table, pixel_size)]
+    problems = [*_missing_images(pool, file, image, needed, index_hint), *_wrong_shapes(pool, file, needed > 0, blob, pixel_size)]
     if problems:
         raise StackError("\n".join([f"{table.path} and its stacks do not fit together:", *(f"  {text}" for text in problems)]))
+    sides = pool.of_headers(lambda header: header.nx).astype(np.int32)
+    later = Later(partial(read_details, table))
+    details: dict[str, Any] = dict.fromkeys(detail_names(table), later)
     return Particles(
-        row=np.arange(len(table), dtype=np.int64) if table.kept is None else table.kept.astype(np.int64, copy=False),
-        uid=read_uid(table),
         file=file.astype(np.int32, copy=False),
         slice=image.astype(np.int64, copy=False),
-        box=repeat_of([header.nx for header in pool.headers], file, np.int32),
-        pixel_size=_pixel_sizes(table, pool, file, pixel_size),
+        box=_spread(sides, file),
+        pixel_size=_pixel_sizes(blob, pool, file, pixel_size),
         paths=pool.paths,
         blob_paths=None if blob_paths is None else tuple(blob_paths),
-        ctf=read_ctf(table),
-        sign=read_sign(table),
-        **read_pose(table),
+        sign=read_sign(blob),
+        **details,
     )
 
 
-def _missing_images(pool: MrcStacks, file: np.ndarray, image: np.ndarray, index_hint: str) -> list[str]:
-    n_complete = repeat_of([header.n_complete for header in pool.headers], file, np.int64)
-    bad = np.flatnonzero((image < 0) | (image >= n_complete))
+def _missing_images(pool: MrcStacks, file: np.ndarray, image: np.ndarray, needed: np.ndarray, index_hint: str) -> list[str]:
+    if image.min() >= 0 and (needed <= pool.counts).all():
+        return []
+    bad = np.flatnonzero((image < 0) | (image >= pool.counts[file]))
     told: list[str] = []
     for number in np.unique(file[bad]).tolist():
         rows = bad[file[bad] == number]
@@ -73,18 +80,24 @@ def _missing_images(pool: MrcStacks, file: np.ndarray, image: np.ndarray, index_
     return told
 
 
-def _wrong_shapes(pool: MrcStacks, file: np.ndarray, table: Table, pixel_size: Any) -> list[str]:
-    used = np.unique(file).tolist()
+def _spread(of_file: np.ndarray, file: np.ndarray) -> np.ndarray:
+    """What is known of each file, for each particle."""
+    spread: np.ndarray = of_file[file] if (of_file != of_file[0]).any() else np.broadcast_to(of_file[0], (len(file), *of_file.shape[1:]))
+    return spread
+
+
+def _wrong_shapes(pool: MrcStacks, file: np.ndarray, used: np.ndarray, table: Table, pixel_size: Any) -> list[str]:
+    sides = pool.of_headers(lambda header: (header.ny, header.nx))
     told = [
-        f"{pool.paths[number]} holds images of {header.nx} x {header.ny} pixels; particles have to be square"
-        for number in used
-        if (header := pool.headers[number]).nx != header.ny
+        f"{pool.paths[number]} holds images of {sides[number, 1]} x {sides[number, 0]} pixels; particles have to be square"
+        for number in np.flatnonzero(used & (sides[:, 0] != sides[:, 1])).tolist()
     ]
     if "blob/shape" not in table:
         return told
-    stated = table["blob/shape"].astype(np.int64)
-    found = np.stack([repeat_of([getattr(h, side) for h in pool.headers], file, np.int64) for side in ("ny", "nx")], axis=1)
-    differ = np.flatnonzero((stated != found).any(axis=1))
+    stated = table["blob/shape"]
+    found = _spread(sides.astype(stated.dtype), file)
+    # Column by column, because NumPy is slow along an axis of two.
+    differ = np.flatnonzero((stated[:, 0] != found[:, 0]) | (stated[:, 1] != found[:, 1]))
     if len(differ) and pixel_size is not None:
         log.warning("blob/shape of %s differs from the stacks in %d rows; the stacks are believed.", table.path, len(differ))
         return told
@@ -112,9 +125,9 @@ def _pixel_sizes(table: Table, pool: MrcStacks, file: np.ndarray, argument: Any)
     if stated is not None:
         return stated
     sizes = [header.pixel_size for header in pool.headers]
-    if all(sizes[number] is not None for number in np.unique(file).tolist()):
+    if all(sizes[number] is not None for number in np.flatnonzero(np.bincount(file)).tolist()):
         log.info("The pixel size is taken from the MRC headers (%s A).", shortest(np.float32(sizes[int(file[0])] or 0)))
-        return repeat_of([np.nan if size is None else size for size in sizes], file, np.float32)
+        return _spread(np.array([np.nan if size is None else size for size in sizes], np.float32), file)
     raise TableError(
         f"The pixel size is not known: {table.path} has no blob/psize_A and the MRC headers do not say. Pass pixel_size= in angstrom."
     )

@@ -35,15 +35,38 @@ _ALIGNMENTS = ("alignments3D", "alignments2D")
 _OTHER_SLOTS = {"map": "a volume", "mask": "a mask", "precision": "a volume", "map_half_A": "a half map", "micrograph_blob": "micrographs"}
 
 
-def is_used(name: str) -> bool:
-    """Whether a column is one that ``Particles`` is made of."""
+def says_where(name: str) -> bool:
+    """Whether a column says where images lie and of which size they are."""
+    return name in ("blob/idx", "blob/shape", "blob/psize_A", "blob/sign")
+
+
+def is_detail(name: str) -> bool:
+    """Whether a column is one of those that ``read_details`` makes something of."""
     slot, _, field = name.partition("/")
-    return (
-        name == "uid"
-        or (slot == "blob" and field != "path")
-        or name in _USED_CTF
-        or (slot in _ALIGNMENTS and field in ("pose", "shift", "psize_A", "split"))
-    )
+    return name == "uid" or name in _USED_CTF or (slot in _ALIGNMENTS and field in ("pose", "shift", "psize_A", "split"))
+
+
+def detail_names(table: Table) -> list[str]:
+    """The attributes of ``Particles`` that ``read_details`` may find in a table."""
+    slot = _alignment(table)
+    found = {
+        "ctf": not _USED_CTF.isdisjoint(table.fields),
+        "pose": slot,
+        "shift_A": f"{slot}/shift" in table,
+        "half_set": f"{slot}/split" in table,
+    }
+    return ["row", "uid", *(name for name, present in found.items() if present)]
+
+
+def read_details(table: Table) -> dict[str, Any]:
+    """Rows, uids, optics, poses and half sets of a table, by their names in ``Particles``."""
+    table = table.load(is_detail)
+    row = np.arange(len(table), dtype=np.int64) if table.kept is None else table.kept.astype(np.int64, copy=False)
+    return {"row": row, "uid": read_uid(table), "ctf": read_ctf(table), **read_pose(table)}
+
+
+def _alignment(table: Table) -> str | None:
+    return next((slot for slot in _ALIGNMENTS if f"{slot}/pose" in table), None)
 
 
 def read_ctf(table: Table) -> Ctf[np.ndarray] | None:
@@ -60,7 +83,7 @@ def read_pose(table: Table) -> dict[str, np.ndarray]:
 
     A shift is in pixels of the alignment's own pixel size (``alignments3D/psize_A``), which may differ from the image's.
     """
-    slot = next((slot for slot in _ALIGNMENTS if f"{slot}/pose" in table), None)
+    slot = _alignment(table)
     if slot is None:
         return {}
     found: dict[str, np.ndarray] = {}

@@ -15,9 +15,9 @@ from ..mrc import Mode0
 from ..particles import Selection
 from ..stacks import images_needed, open_stacks
 from .assemble import assemble
-from .columns import is_used, require_images
+from .columns import require_images, says_where
 from .join import Unmatched, load_table
-from .paths import resolve_paths, unique_paths
+from .paths import decode, resolve_paths
 
 _HINTS = {
     0: ". If blob/idx of this table counts from 1, pass index_base=1",
@@ -67,14 +67,12 @@ class IndexedDataset(ParticleDataset):
             raise ArgumentError(f"index_base is 0 or 1, not {index_base!r}")
         table = load_table(Path(file_cs).expanduser(), passthrough=passthrough, unmatched=unmatched)
         require_images(table)
-        names, file = unique_paths(table.view("blob/path"))
-        stacks_table = table.origin("blob/path")
-        table = table.load(is_used)
-        rows_per_name = np.bincount(file, minlength=len(names)).tolist()
-        paths = resolve_paths(names, rows_per_name, table=stacks_table, folder=folder or None)
-        image = table["blob/idx"].astype(np.int64) - index_base
-        needed = None if check_headers else images_needed(file, image, len(paths))
-        pool = open_stacks(paths, mode0=mode0, needed=needed)
+        blob, values, file = table.load_numbered(says_where, "blob/path")
+        names = decode(values)
+        paths = resolve_paths(names, lambda: np.bincount(file).tolist(), table=table.origin("blob/path"), folder=folder or None)
+        image = blob["blob/idx"].astype(np.int64) - index_base
+        needed = images_needed(file, image, len(paths))
+        pool = open_stacks(paths, mode0=mode0, expected=None if check_headers else needed)
         hint = _HINTS[index_base]
-        particles = assemble(table, pool, file, image, blob_paths=names, pixel_size=pixel_size, index_hint=hint)
+        particles = assemble(table, blob, pool, file, image, needed, blob_paths=names, pixel_size=pixel_size, index_hint=hint)
         super().__init__(particles, pool, select=select)

@@ -17,8 +17,9 @@ from ..dataset import ParticleDataset
 from ..errors import ArgumentError, MissingStackError, PairingError, TableError
 from ..mrc import Mode0
 from ..particles import Selection
-from ..stacks import MrcStacks, open_stacks
+from ..stacks import MrcStacks, images_needed, open_stacks
 from .assemble import assemble
+from .columns import says_where
 from .join import Unmatched, csg_results, find_metafile, join_tables, match_uids, side_by_side, take_rows, take_slots, usable_uid
 from .paths import resolve_paths, unique_paths
 from .table import Table, read_table
@@ -81,7 +82,8 @@ class JobDirectoryDataset(ParticleDataset):
         else:
             table, pool, file, image = _pair_in_sequence(table, stacks, record, mode0)
             names = None
-        particles = assemble(table, pool, file, image, blob_paths=names, pixel_size=pixel_size)
+        needed = images_needed(file, image, len(pool.paths))
+        particles = assemble(table, table.load(says_where), pool, file, image, needed, blob_paths=names, pixel_size=pixel_size)
         super().__init__(particles, pool, select=select)
 
 
@@ -238,11 +240,10 @@ def _pair_by_uid(
     if record.path != table.path:
         table = join_tables(_without_blob(table), record, unmatched=unmatched)
     names, file = unique_paths(table["blob/path"])
-    rows_per_name = np.bincount(file, minlength=len(names)).tolist()
     # By number, whatever the zero padding; a name that is none of this job's stacks is looked for as in an indexed file.
     here = [stacks.by_number.get(-1 if (number := stacks.number(name)) is None else number) for name in names]
     elsewhere = [k for k, path in enumerate(here) if path is None]
-    found = resolve_paths([names[k] for k in elsewhere], [rows_per_name[k] for k in elsewhere], table=record.path)
+    found = resolve_paths([names[k] for k in elsewhere], lambda: np.bincount(file)[elsewhere].tolist(), table=record.path)
     paths = [str(path) if path is not None else found[elsewhere.index(k)] for k, path in enumerate(here)]
     return table, open_stacks(paths, mode0=mode0), file, table["blob/idx"].astype(np.int64), names
 

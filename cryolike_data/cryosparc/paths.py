@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import ArgumentError, MissingStackError
+from .rows import number_rows
 
 _SWAPPED = {".mrc": ".mrcs", ".mrcs": ".mrc"}
 #: Files of one folder that are asked for one by one, before the folder is listed instead.
 _FEW = 16
-_BLOCK_ROWS = 4096
 
 
 def unique_paths(column: np.ndarray) -> tuple[list[str], np.ndarray]:
@@ -27,19 +26,17 @@ def unique_paths(column: np.ndarray) -> tuple[list[str], np.ndarray]:
     paths : list of str
     file : (N,) int32
     """
-    number: dict[bytes | str, int] = {}
-    file = np.empty(len(column), np.int32)
-    for start in range(0, len(column), _BLOCK_ROWS):
-        # The column of a table on disk is strided and wide: a copy of a block stays in the cache.
-        block = np.ascontiguousarray(column[start : start + _BLOCK_ROWS])
-        heads = np.flatnonzero(np.concatenate([[True], block[1:] != block[:-1]]))
-        numbers = [number.setdefault(value, len(number)) for value in block[heads].tolist()]
-        file[start : start + _BLOCK_ROWS] = np.repeat(np.asarray(numbers, np.int32), np.diff(np.append(heads, len(block))))
-    return [value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value) for value in number], file
+    values, file = number_rows(column)
+    return decode(values), file
+
+
+def decode(values: Sequence[bytes | str]) -> list[str]:
+    """Paths as a table holds them, as str; bytes that are no UTF-8 still name the same file."""
+    return [value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value) for value in values]
 
 
 def resolve_paths(
-    names: Sequence[str], rows_per_name: Sequence[int], *, table: Path, folder: str | os.PathLike[str] | None = None
+    names: Sequence[str], count_rows: Callable[[], Sequence[int]], *, table: Path, folder: str | os.PathLike[str] | None = None
 ) -> list[str]:
     """The absolute path of the file that each ``blob/path`` stands for.
 
@@ -59,24 +56,49 @@ def resolve_paths(
         folder = Path(folder).expanduser()
         if not folder.is_dir():
             raise MissingStackError(f"folder={str(folder)!r} is not a folder; it should hold the {len(names)} stacks that {table} names.")
-    found: list[str] = []
-    problems: list[str] = []
-    folders = _Folders()
     places = partial(_places, roots=_roots(table), folder=None if folder is None else os.path.abspath(folder))
-    for name, rows in zip(names, rows_per_name, strict=True):
-        hit = next(filter(folders.hold, chain(places(name), _swapped(places(name)))), None)
-        if hit is None:
-            problems.append(_explain(name, rows, [Path(place) for place in places(name)], folder))
-        else:
-            found.append(hit)
-    if problems:
+    found = _find(names, places)
+    if "" in found:
+        missing = [(name, rows) for name, rows, path in zip(names, count_rows(), found, strict=True) if not path]
+        problems = [_explain(name, rows, [Path(place) for place in places(name)], folder) for name, rows in missing]
         raise MissingStackError(_all_problems(problems, len(names), table, folder))
     _refuse_collisions(names, found, table, folder)
     return found
 
 
+def _find(names: Sequence[str], places: Callable[[str], Iterator[str]]) -> list[str]:
+    """The file that each path stands for, or "" where there is none. Paths that differ in the file name only are looked for together."""
+    of_prefix: dict[str, list[int]] = {}
+    file_names = []
+    for k, name in enumerate(names):
+        cut = name.rfind("/") + 1 or name.startswith(">")
+        of_prefix.setdefault(name[:cut], []).append(k)
+        file_names.append(name[cut:])
+    found = [""] * len(names)
+    folders = _Folders()
+    for prefix, waiting in of_prefix.items():
+        wanted = {k: file_names[k] for k in waiting}
+        for place in places(prefix):
+            wanted = _look(place, wanted, folders, found)
+        swapped = {k: _swapped(name) for k, name in wanted.items()}
+        for place in places(prefix) if swapped else ():
+            swapped = _look(place, swapped, folders, found)
+    return found
+
+
+def _look(place: str, wanted: dict[int, str], folders: _Folders, found: list[str]) -> dict[int, str]:
+    """Fill in the files that are in a folder; those that are not."""
+    there = folders.which(place, wanted.values()) if wanted else ()
+    if not there:
+        return wanted
+    for k, name in wanted.items():
+        if name in there:
+            found[k] = place + name
+    return {k: name for k, name in wanted.items() if not found[k]}
+
+
 def _places(name: str, *, roots: tuple[str, list[str]], folder: str | None) -> Iterator[str]:
-    """Where a stack may lie, as absolute paths, in the order in which to look."""
+    """Where a stack (or, up to and with the last slash, the folder of it) may lie, as absolute paths, in the order in which to look."""
     plain = name.removeprefix(">")
     if folder is not None:
         yield os.path.join(folder, os.path.basename(plain))
@@ -95,11 +117,10 @@ def _roots(table: Path) -> tuple[str, list[str]]:
     return os.getcwd(), [str(beside), *map(str, beside.parents)]
 
 
-def _swapped(places: Iterable[str]) -> Iterator[str]:
-    for place in places:
-        stem, suffix = os.path.splitext(place)
-        if suffix in _SWAPPED:
-            yield stem + _SWAPPED[suffix]
+def _swapped(name: str) -> str:
+    """The file name with ``.mrc`` and ``.mrcs`` swapped; "" for any other."""
+    stem, suffix = os.path.splitext(name)
+    return stem + _SWAPPED[suffix] if suffix in _SWAPPED else ""
 
 
 class _Folders:
@@ -112,28 +133,27 @@ class _Folders:
         self._asked: dict[str, int] = {}
         self._files: dict[str, set[str]] = {}
 
-    def hold(self, place: str) -> bool:
-        """Whether there is a file of this name (or a link to one)."""
-        folder, name = os.path.split(place)
+    def which(self, folder: str, names: Collection[str]) -> set[str]:
+        """Names among which are those of the given ones that are files (or links to one) in a folder, whose path ends with a slash."""
         if folder not in self._files:
-            self._asked[folder] = self._asked.get(folder, 0) + 1
+            self._asked[folder] = self._asked.get(folder, 0) + len(names)
             if self._asked[folder] <= _FEW:
-                return _is_file(place)
+                return {name for name in names if name and _is_file(folder + name)}
             self._files[folder] = _list_files(folder)
-        return name in self._files[folder]
+        return self._files[folder]
 
 
 def _list_files(folder: str) -> set[str]:
     try:
         with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if _is_file(entry.path if entry.is_symlink() else entry)}
+            return {entry.name for entry in entries if (_is_file(entry.path) if entry.is_symlink() else entry.is_file())}
     except (OSError, ValueError):  # not there, no permission, a name that no folder can have: _explain says so
         return set()
 
 
-def _is_file(place: str | os.DirEntry[str]) -> bool:
+def _is_file(place: str) -> bool:
     try:
-        return os.path.isfile(place) if isinstance(place, str) else place.is_file()
+        return os.path.isfile(place)
     except (OSError, ValueError):
         return False
 

@@ -1,4 +1,4 @@
-"""CryoSPARC tables (``.cs``), told apart by their first bytes, with columns copied out one at a time on demand."""
+"""CryoSPARC tables (``.cs``), told apart by their first bytes, with columns copied out on demand."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import IO, Any
 import numpy as np
 
 from ..errors import MissingDependencyError, MissingStackError, TableError
+from .rows import copy_columns, number_rows
 
 _NUMPY, _CSDAT, _SNAPPY = b"\x93NUMPY", b"\x95CSDAT", b"\x94CSDAT"
 _OTHERS = {
@@ -24,9 +25,6 @@ _OTHERS = {
 }
 # Parent classifications leave hundreds of fields behind; NumPy's own limit of 10 kB is soon passed.
 _MAX_HEADER_BYTES = 1 << 30
-#: Rows whose columns are copied while they are in the cache.
-_BLOCK_ROWS = 4096
-_WORDS = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,11 +60,6 @@ class Table:
         column = np.array(self._source[name], order="C")
         return column.astype(column.dtype.newbyteorder("="), copy=False)
 
-    def view(self, name: str) -> np.ndarray:
-        """A column where it is: strided, and valid only as long as nobody shortens the file. To be read through once."""
-        column: np.ndarray = self._source[name] if isinstance(self._source, np.memmap) else self[name]
-        return column
-
     def load(self, wanted: Callable[[str], bool]) -> Table:
         """The table with the wanted columns in memory, and without the others.
 
@@ -74,10 +67,20 @@ class Table:
         for each.
         """
         fields = {name: dtype for name, dtype in self.fields.items() if wanted(name)}
-        on_disk = isinstance(self._source, np.memmap)
-        columns = _copy_columns(self._source, fields) if on_disk else {name: self[name] for name in fields}
-        origins = {name: self.origin(name) for name in fields}
-        return Table(self.path, fields, self.rows, _Loaded(columns, origins), self.kept)
+        on_disk = isinstance(self._source, _OnDisk)
+        return self._with(copy_columns(self._source.map(), fields)[0] if on_disk else {name: self[name] for name in fields})
+
+    def load_numbered(self, wanted: Callable[[str], bool], name: str) -> tuple[Table, list[Any], np.ndarray]:
+        """The same, and of a column of strings its different values in order of appearance and each row's place (int32) among them."""
+        if not isinstance(self._source, _OnDisk):
+            return self.load(wanted), *number_rows(self[name])
+        fields = {name: dtype for name, dtype in self.fields.items() if wanted(name)}
+        columns, numbered = copy_columns(self._source.map(), fields, numbered=name)
+        return self._with(columns), *numbered
+
+    def _with(self, columns: dict[str, np.ndarray]) -> Table:
+        fields = {name: self.fields[name] for name in columns}
+        return Table(self.path, fields, self.rows, _Loaded(columns, {name: self.origin(name) for name in columns}), self.kept)
 
     def get(self, name: str) -> np.ndarray | None:
         """The column, or None where the table has none of that name."""
@@ -99,31 +102,41 @@ class Table:
 
 
 @dataclass(frozen=True)
+class _OnDisk:
+    """The rows of a NumPy table, which are mapped whenever they are needed, as long as the file is the one that was opened."""
+
+    path: Path
+    dtype: np.dtype[Any]
+    start: int
+    rows: int
+    stamp: tuple[int, ...]
+
+    def map(self) -> np.ndarray:
+        try:
+            with self.path.open("rb") as file:
+                if _stamp(file) != self.stamp:
+                    raise TableError(f"{self.path} has changed since it was opened; open the data set again.")
+                return np.memmap(file, self.dtype, "r", self.start, (self.rows,)).view(np.ndarray)
+        except OSError as error:
+            raise TableError(f"{self.path} cannot be read any more: {error.strerror}.") from error
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        column: np.ndarray = self.map()[name]
+        return column
+
+
+def _stamp(file: IO[bytes]) -> tuple[int, ...]:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@dataclass(frozen=True)
 class _Loaded:
     columns: dict[str, np.ndarray]
     origins: dict[str, Path]
 
     def origin(self, name: str) -> Path:
         return self.origins[name]
-
-
-def _copy_columns(source: np.ndarray, fields: Mapping[str, np.dtype[Any]]) -> dict[str, np.ndarray]:
-    """Columns of a structured array as contiguous arrays in native byte order, in one pass over its rows."""
-    # As plain words of the same size: NumPy copies those several times as fast as small subarrays.
-    words = {name: _WORDS.get(dtype.itemsize, f"V{dtype.itemsize}") for name, dtype in fields.items()}
-    offsets = [source.dtype.fields[name][1] for name in fields] if source.dtype.fields else []
-    layout: Any = {"names": list(fields), "formats": list(words.values()), "offsets": offsets, "itemsize": source.dtype.itemsize}
-    plain = source.view(np.ndarray).view(np.dtype(layout))
-    copied = {name: np.empty(len(source), word) for name, word in words.items()}
-    for start in range(0, len(plain), _BLOCK_ROWS):
-        block = plain[start : start + _BLOCK_ROWS]
-        for name, column in copied.items():
-            column[start : start + _BLOCK_ROWS] = block[name]
-    columns: dict[str, np.ndarray] = {}
-    for name, dtype in fields.items():
-        column = copied[name].view(dtype.base).reshape(len(source), *dtype.shape)
-        columns[name] = column.astype(dtype.base.newbyteorder("="), copy=False)
-    return columns
 
 
 def read_table(path: str | os.PathLike[str]) -> Table:
@@ -172,12 +185,12 @@ def _read_numpy(path: Path, file: IO[bytes]) -> Table:
             'fixed-length string type, e.g. table.astype(...) with "S120", and save it again.'
         )
     start = file.tell()
-    expected, found = shape[0] * dtype.itemsize, path.stat().st_size - start
+    expected, found = shape[0] * dtype.itemsize, os.fstat(file.fileno()).st_size - start
     if found < expected:
         raise TableError(f"{path} is truncated: {shape[0]} rows need {expected} bytes and {found} are there. Copy it again.")
     fields = {name: dtype[name] for name in names}
     empty = shape[0] == 0 or dtype.itemsize == 0
-    source = np.empty(shape, dtype) if empty else np.memmap(path, dtype, "r", start, shape)
+    source = np.empty(shape, dtype) if empty else _OnDisk(path.absolute(), dtype, start, shape[0], _stamp(file))
     return Table(path, fields, shape[0], source)
 
 

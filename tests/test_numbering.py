@@ -1,0 +1,122 @@
+"""Numbering the values of a string column: the same as a dictionary row by row, whatever the strings, blocks and ranges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from cryolike_data.cryosparc import numbering as numbering_module
+from cryolike_data.cryosparc import rows as rows_module
+from cryolike_data.cryosparc.rows import copy_columns, number_rows
+
+
+def one_by_one(values: list[Any]) -> tuple[list[Any], list[int]]:
+    """What numbering means, row by row."""
+    known: dict[Any, int] = {}
+    numbers = [known.setdefault(value, len(known)) for value in values]
+    return list(known), numbers
+
+
+def check(column: np.ndarray) -> None:
+    values, numbers = number_rows(column)
+    assert (values, numbers.tolist()) == one_by_one(column.tolist())
+    assert numbers.dtype == np.int32
+
+
+@pytest.fixture(params=[4, 16], ids=["blocks of 4", "blocks of 16"])
+def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many blocks, and several ranges of rows at a time."""
+    monkeypatch.setattr(rows_module, "BLOCK_ROWS", request.param)
+    monkeypatch.setattr(rows_module.os, "cpu_count", lambda: 3)
+
+
+STRINGS = st.one_of(
+    st.lists(st.binary(max_size=20), max_size=60),
+    st.lists(st.text(max_size=6), max_size=60),
+    st.lists(st.sampled_from([b"", b"\xff" * 8, b"\xff" * 9, b"abcdefgh", b"abcdefgi", b"a", b"b"]), max_size=200),
+)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(strings=STRINGS, size=st.integers(1, 33), repeat=st.integers(1, 9))
+@example(strings=[b""] * 5 + [b"a"], size=8, repeat=3)
+@example(strings=[b"x" * 16, b"x" * 15 + b"y"] * 20, size=16, repeat=1)
+def test_strings_of_any_kind_and_size_are_numbered(strings: list[Any], size: int, repeat: int) -> None:
+    kind = "U" if strings and isinstance(strings[0], str) else "S"
+    column = np.repeat(np.array(strings, f"{kind}{size}"), repeat)
+    check(column)
+    check(column[::-1])
+    check(np.random.default_rng(len(column)).permutation(column))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("order", ["in order", "shuffled", "alternating"])
+def test_thousands_of_paths_are_numbered(order: str) -> None:
+    paths = np.array([f"J7/extract/{k:09d}_particles.mrc".encode() for k in range(700)])
+    column = {"in order": np.repeat(paths, 5), "alternating": np.tile(paths, 5)}.get(
+        order, np.random.default_rng(0).permutation(np.repeat(paths, 5))
+    )
+    check(column)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("bits", [1, 3])
+def test_values_that_share_a_place_are_told_apart(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+    monkeypatch.setattr(numbering_module, "_PLACE_BITS", bits)
+    check(np.random.default_rng(0).permutation(np.repeat([f"{k:040d}".encode() for k in range(50)], 9)))
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_values_that_look_alike_to_the_keys_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = numbering_module.Numbering.__init__
+
+    def without_keys(self: Any, *arguments: Any) -> None:
+        made(self, *arguments)
+        self._keys[:] = 0
+
+    monkeypatch.setattr(numbering_module.Numbering, "__init__", without_keys)
+    column = np.random.default_rng(0).permutation(np.repeat([f"{k:040d}".encode() for k in range(50)], 9))
+    values, numbers = number_rows(column)
+    assert len(values) == 50
+    np.testing.assert_array_equal(np.array(values)[numbers], column)
+
+
+FIELDS = st.lists(
+    st.sampled_from(["u1", "<u2", "<u4", "<f8", ">f4", "S3", "S24", "(2,)<f4", "(3,)<f4", "(2,2)>u2", "<c16", "U3"]), min_size=1, max_size=7
+)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(formats=FIELDS, n=st.integers(0, 70), data=st.data(), gaps=st.lists(st.integers(0, 9), min_size=7, max_size=7))
+def test_columns_are_copied_whatever_lies_between_and_beside_them(formats: list[str], n: int, data: st.DataObject, gaps: list[int]) -> None:
+    dtypes = [np.dtype(text) for text in formats]
+    offsets = np.cumsum([gap + dtype.itemsize for gap, dtype in zip(gaps, dtypes, strict=False)]) - [dtype.itemsize for dtype in dtypes]
+    names = [f"field {k}" for k in range(len(dtypes))]
+    layout: Any = {
+        "names": names,
+        "formats": dtypes,
+        "offsets": offsets.tolist(),
+        "itemsize": int(offsets[-1]) + dtypes[-1].itemsize + gaps[-1],
+    }
+    rows = np.zeros(n, np.dtype(layout))
+    rng = np.random.default_rng(n)
+    for name, dtype in zip(names, dtypes, strict=True):
+        part = rng.integers(97, 100, rows[name].shape)
+        rows[name] = part.astype(dtype.base) if dtype.base.kind not in "SU" else part.astype("u1").view("S1")
+    wanted = data.draw(st.sets(st.sampled_from(names)))
+    strings = [name for name, dtype in zip(names, dtypes, strict=True) if dtype.kind in "SU"]
+    numbered = data.draw(st.sampled_from([None, *strings]))
+    columns, (values, numbers) = copy_columns(rows, {name: rows.dtype[name] for name in wanted}, numbered=numbered)
+    assert set(columns) == wanted
+    for name in wanted:
+        np.testing.assert_array_equal(columns[name], rows[name])
+        assert columns[name].dtype.isnative
+        assert columns[name].flags.c_contiguous
+    if numbered is not None:
+        assert (values, numbers.tolist()) == one_by_one(rows[numbered].tolist())
