@@ -97,7 +97,9 @@ def _wrong_shapes(pool: MrcStacks, file: np.ndarray, used: np.ndarray, table: Ta
     stated = table["blob/shape"]
     found = _spread(sides.astype(stated.dtype), file)
     # Column by column, because NumPy is slow along an axis of two.
-    differ = np.flatnonzero((stated[:, 0] != found[:, 0]) | (stated[:, 1] != found[:, 1]))
+    if all((stated[:, side] == found[:, side]).all() for side in (0, 1)):
+        return told
+    differ = np.flatnonzero((stated != found).any(axis=1))
     if len(differ) and pixel_size is not None:
         log.warning("blob/shape of %s differs from the stacks in %d rows; the stacks are believed.", table.path, len(differ))
         return told
@@ -114,7 +116,7 @@ def _wrong_shapes(pool: MrcStacks, file: np.ndarray, used: np.ndarray, table: Ta
 def _pixel_sizes(table: Table, pool: MrcStacks, file: np.ndarray, argument: Any) -> np.ndarray:
     """The argument, else blob/psize_A, else the MRC headers where plausible."""
     stated = table.get("blob/psize_A")
-    if stated is not None and not (np.isfinite(stated) & (stated > 0)).all():
+    if stated is not None and not (stated.min() > 0 and stated.max() < np.inf):
         log.warning("blob/psize_A of %s is not positive everywhere and is not used.", table.path)
         stated = None
     if argument is not None:

@@ -97,14 +97,12 @@ class Numbering:
         return np.array([self.known.setdefault(value, len(self.known)) for value in values.tolist()], np.int32)
 
 
-def merge(parts: Sequence[tuple[list[Any], np.ndarray]]) -> list[Any]:
-    """The values of all parts of a column in order of appearance; each part's numbers are changed to mean them."""
-    known: dict[Any, int] = {}
-    for values, numbers in parts:
-        first = not known
+def merge(parts: Sequence[tuple[dict[Any, int], np.ndarray]]) -> list[Any]:
+    """The values of all parts of a column in order of appearance; the numbers of later parts are changed to mean them."""
+    known, _ = parts[0]
+    for values, numbers in parts[1:]:
         of_all = np.array([known.setdefault(value, len(known)) for value in values], np.int32)
-        if not first:
-            np.take(of_all, numbers, out=numbers, mode="clip")
+        np.take(of_all, numbers, out=numbers, mode="clip")
     return list(known)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -68,16 +69,13 @@ def resolve_paths(
 
 def _find(names: Sequence[str], places: Callable[[str], Iterator[str]]) -> list[str]:
     """The file that each path stands for, or "" where there is none. Paths that differ in the file name only are looked for together."""
-    of_prefix: dict[str, list[int]] = {}
-    file_names = []
-    for k, name in enumerate(names):
-        cut = name.rfind("/") + 1 or name.startswith(">")
-        of_prefix.setdefault(name[:cut], []).append(k)
-        file_names.append(name[cut:])
+    cuts = [name.rfind("/") + 1 or name.startswith(">") for name in names]
+    of_prefix: defaultdict[str, dict[int, str]] = defaultdict(dict)
+    for k, (name, cut) in enumerate(zip(names, cuts, strict=True)):
+        of_prefix[name[:cut]][k] = name[cut:]
     found = [""] * len(names)
     folders = _Folders()
-    for prefix, waiting in of_prefix.items():
-        wanted = {k: file_names[k] for k in waiting}
+    for prefix, wanted in of_prefix.items():
         for place in places(prefix):
             wanted = _look(place, wanted, folders, found)
         swapped = {k: _swapped(name) for k, name in wanted.items()}
@@ -89,12 +87,10 @@ def _find(names: Sequence[str], places: Callable[[str], Iterator[str]]) -> list[
 def _look(place: str, wanted: dict[int, str], folders: _Folders, found: list[str]) -> dict[int, str]:
     """Fill in the files that are in a folder; those that are not."""
     there = folders.which(place, wanted.values()) if wanted else ()
-    if not there:
-        return wanted
-    for k, name in wanted.items():
-        if name in there:
-            found[k] = place + name
-    return {k: name for k, name in wanted.items() if not found[k]}
+    hits = [k for k, name in wanted.items() if name in there]
+    for k in hits:
+        found[k] = place + wanted[k]
+    return wanted if not hits else {} if len(hits) == len(wanted) else {k: name for k, name in wanted.items() if not found[k]}
 
 
 def _places(name: str, *, roots: tuple[str, list[str]], folder: str | None) -> Iterator[str]:
@@ -145,10 +141,14 @@ class _Folders:
 
 def _list_files(folder: str) -> set[str]:
     try:
-        with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if (_is_file(entry.path) if entry.is_symlink() else entry.is_file())}
+        with os.scandir(folder) as listed:
+            entries = list(listed)
     except (OSError, ValueError):  # not there, no permission, a name that no folder can have: _explain says so
         return set()
+    try:
+        return {entry.name for entry in entries if entry.is_file()}
+    except OSError:  # a link among them cannot be followed
+        return {entry.name for entry in entries if _is_file(entry.path)}
 
 
 def _is_file(place: str) -> bool:

@@ -42,7 +42,7 @@ def copy_columns(
     numbers = np.empty(len(source) if numbered else 0, np.int32)
     runs = _runs(source.dtype, fields, numbered)
 
-    def copy(start: int, stop: int) -> tuple[list[Any], np.ndarray]:
+    def copy(start: int, stop: int) -> tuple[dict[Any, int], np.ndarray]:
         # In front of each block there is room for the last row of the one before.
         buffers = [np.zeros(1 + min(BLOCK_ROWS, stop - start), run.dtype) for run in runs]
         numbering = next((run.numbering(buffer) for run, buffer in zip(runs, buffers, strict=True) if run.numbered), None)
@@ -54,7 +54,7 @@ def copy_columns(
                     copied[name][rows] = part[name]
             if numbering is not None:
                 numbers[rows] = numbering.add(source[numbered][rows])
-        return [] if numbering is None else list(numbering.known), numbers[start:stop]
+        return {} if numbering is None else numbering.known, numbers[start:stop]
 
     parts = in_row_ranges(len(source), copy)
     columns: dict[str, np.ndarray] = {}
@@ -70,8 +70,9 @@ def in_row_ranges(rows: int, work: Callable[[int, int], ResultT]) -> list[Result
     cuts = [rows * k // n for k in range(n + 1)]
     if n == 1:
         return [work(0, rows)]
-    with ThreadPoolExecutor(n) as threads:
-        return list(threads.map(work, cuts[:-1], cuts[1:]))
+    with ThreadPoolExecutor(n - 1) as threads:
+        others = threads.map(work, cuts[1:-1], cuts[2:])
+        return [work(0, cuts[1]), *others]
 
 
 @dataclass(frozen=True)
