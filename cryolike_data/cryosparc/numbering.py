@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 #: Where fewer rows than one in so many differ from the row before, Python looks each of these up.
-_RARE = 16
+_RARE = 8
 #: Values whose number is found without Python have a place of so many bits; two that fall on one place take turns there.
 _PLACE_BITS = 20
 #: Of the keys that choose a place; how well they spread the values decides the speed and nothing else.
@@ -59,17 +59,18 @@ class Numbering:
                 changed |= (words & of_string).view(np.int64).astype(bool)
         changed[0] |= self._last is None
         heads = np.flatnonzero(changed)
-        found = self._by_python(block[heads]) if len(heads) * _RARE < n else self._number(block, heads)
-        # Rows before the first that differs go with the last block's last row.
-        ends = np.append(heads, n)
-        last = np.array([self._last or 0], np.int32)
-        numbers = found if len(heads) == n else np.repeat(np.append(last, found), np.diff(ends, prepend=0))
+        if len(heads) * _RARE < n:
+            # Rows before the first that differs go with the last block's last row.
+            found = np.append(np.array([self._last or 0], np.int32), self._by_python(block[heads]))
+            numbers = np.repeat(found, np.diff(np.append(heads, n), prepend=0))
+        else:
+            numbers = self._look_up(block)
         self._last = int(numbers[-1])
         self._rows[0] = self._rows[n]
         return numbers
 
-    def _number(self, block: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        words = self._words[1 : len(block) + 1] if len(rows) == len(block) else self._words[1:][rows]
+    def _look_up(self, block: np.ndarray) -> np.ndarray:
+        words = self._words[1 : len(block) + 1]
         if not len(self._at):
             self._at = np.zeros(1 << _PLACE_BITS, np.int32)
         mixed = words @ self._keys
@@ -81,7 +82,7 @@ class Numbering:
             # One of those that look alike first, so that Python sees few; then the others that looked like it in vain.
             _, first = np.unique(mixed[unknown], return_index=True)
             new = unknown[np.sort(first)]
-            numbers[new] = found = self._by_python(block[rows[new]])
+            found = self._by_python(block[new])
             self._at[place[new]] = found + 1
             if len(self.known) >= len(self._known_words):
                 more = np.empty((len(self.known), words.shape[1]), np.uint64)
@@ -90,7 +91,7 @@ class Numbering:
             again = self._at.take(place[unknown])
             numbers[unknown] = again - 1
             left = unknown[_differ(self._known_words.take(again, axis=0), words[unknown])]
-            numbers[left] = self._by_python(block[rows[left]])
+            numbers[left] = self._by_python(block[left])
         return numbers
 
     def _by_python(self, values: np.ndarray) -> np.ndarray:
