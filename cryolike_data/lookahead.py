@@ -17,6 +17,8 @@ except ImportError:  # on Windows, where no data set can ask ahead
 
 #: Batches that go by without a look when many in a row have been in memory, as long as nobody has to wait for the disk.
 MAX_PATIENCE = 128
+#: Batches between looks at whether anybody had to wait, which take longer than all the rest.
+_BETWEEN_LOOKS = 8
 #: Seconds after which a batch is handed out even if asking for it is not done: asking must never hold up the reader for long.
 _LONGEST_WAIT = 0.05
 #: Never more than this is asked for ahead of the reader, however large a batch is (but always one batch).
@@ -85,10 +87,11 @@ class LookAhead:
 
     def _ask(self, rows: np.ndarray) -> int:
         """Let the thread ask for these rows, or not where the last ones were in memory; the number of the request to wait for."""
-        waits, self._waits = self._waits, _waits_for_disk()
-        if self._skip > 0 and waits == self._waits:
+        if self._skip > 0:
             self._skip -= 1
-            return 0
+            if self._skip % _BETWEEN_LOOKS or self._waits == _waits_for_disk():
+                return 0
+        self._waits = _waits_for_disk()
         self._skip = self._patience
         with self._wake:
             self._asked += 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import weakref
+from collections import defaultdict
 
 import numpy as np
 import torch
@@ -12,29 +14,30 @@ _ALIGNMENT = 64
 
 
 class BufferRing:
-    """Buffers of one size: as many as are in use at a time, which is up to whoever borrows them and holds on to them.
+    """Buffers for images: as many as are in use at a time, which is up to whoever borrows them and holds on to them.
 
     Parameters
     ----------
-    shape : of the largest batch
+    shape : of an image
     dtype : of its pixels
     pinned : page-locked memory, for copies to CUDA that overlap with everything else
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> None:
         self._shape, self._dtype, self._pinned = shape, dtype, pinned
-        self._free: list[np.ndarray] = []
+        self._free: defaultdict[int, list[np.ndarray]] = defaultdict(list)  # by the number of images
         self._lent: dict[int, _Loan] = {}
         self._closed = False
 
-    def lend(self, rows: int) -> Tensor:
+    def lend(self, images: int) -> Tensor:
         """A tensor of so many images, to be filled, whose storage gives its buffer back when its last user lets go of it.
 
-        The buffer is the one that was given back last, which the cache may still hold, or a new one.
+        The buffer is the one of this size that was given back last, which the cache may still hold, or a new one.
         """
-        buffer = self._free.pop() if self._free else _aligned(self._shape, self._dtype, pinned=self._pinned).numpy()
+        free = self._free[images]
+        buffer = free.pop() if free else _aligned((images, *self._shape), self._dtype, pinned=self._pinned)
         # A new array object, which torch keeps alive for exactly as long as any tensor shares this storage.
-        view = buffer[:rows]
+        view = buffer[:]
         loan = _Loan(view, self._give_back)
         loan.buffer = buffer
         self._lent[id(loan)] = loan  # a weak reference that nobody keeps calls nobody
@@ -48,7 +51,7 @@ class BufferRing:
     def _give_back(self, loan: _Loan) -> None:
         del self._lent[id(loan)]
         if not self._closed:
-            self._free.append(loan.buffer)
+            self._free[len(loan.buffer)].append(loan.buffer)
 
 
 class _Loan(weakref.ref[np.ndarray]):
@@ -58,12 +61,13 @@ class _Loan(weakref.ref[np.ndarray]):
     buffer: np.ndarray
 
 
-def _aligned(shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> Tensor:
-    """An uninitialised tensor that starts at a multiple of 64 bytes; copies into others can be several times slower."""
+def _aligned(shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> np.ndarray:
+    """An uninitialised array that starts at a multiple of 64 bytes; copies into others can be several times slower."""
     if pinned:
-        return torch.empty(shape, dtype=dtype, pin_memory=True)
-    itemsize = torch.empty(0, dtype=dtype).element_size()
-    count = int(np.prod(shape))
-    raw = torch.empty(count * itemsize + _ALIGNMENT, dtype=torch.uint8)
-    start = -raw.data_ptr() % _ALIGNMENT
-    return raw[start : start + count * itemsize].view(dtype).view(shape)
+        return torch.empty(shape, dtype=dtype, pin_memory=True).numpy()
+    kind = torch.empty(0, dtype=dtype).numpy().dtype
+    size = math.prod(shape) * kind.itemsize
+    # From NumPy, which asks for huge pages.
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(kind).reshape(shape)

@@ -18,7 +18,7 @@ from .lookahead import LookAhead
 from .order import mix, permute
 
 #: Positions whose order is worked out at a time; a single batch by itself would cost several times as much.
-_DRAWN = 1 << 13
+_DRAWN = 1 << 14
 #: With shuffle="blocks": neighbouring rows read together, and how many such blocks are mixed with each other.
 BLOCK_ROWS = 64
 WINDOW_BLOCKS = 64

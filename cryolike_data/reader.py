@@ -1,0 +1,155 @@
+"""``Reader``: batches in host memory, read by a thread of its own or by whoever waits for them."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import numpy as np
+import torch
+
+from .batch import ParticleBatch
+from .dataset import ParticleDataset
+from .ring import BufferRing
+from .sampler import ParticleSampler
+
+#: Small batches are read several at a time, up to so many bytes: Python takes as long for a small one as for a large one, and four
+#: times as long after each call that has filled the caches with images.
+_TOGETHER_BYTES = 16 << 20
+#: A consumer that comes back sooner than this, or than this share of the time a read takes, has done nothing that reading
+#: ahead could hide behind.
+_BUSY_SECONDS, _BUSY_SHARE = 2e-4, 0.25
+
+#: A batch, and before it the position in the epoch after it.
+Placed = tuple[int, ParticleBatch]
+
+_READERS: weakref.WeakSet[Reader] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_readers() -> None:
+    """A thread that is still reading while the interpreter goes down would end the program with an error."""
+    for reader in list(_READERS):
+        reader.close()
+
+
+class Reader:
+    """Batches in the order of the sampler, read ahead by a thread while the consumer is busy.
+
+    Batches that are not there when the consumer asks are read by the consumer itself, several small ones in one call: handing
+    them over from a thread would take longer. The thread runs whenever the consumer has something else to do.
+
+    Parameters
+    ----------
+    dataset, sampler : what is read, and in which order
+    ahead : batches that are read before the consumer asks for them
+    ring : lends the buffers
+    """
+
+    def __init__(self, dataset: ParticleDataset, sampler: ParticleSampler, ahead: int, ring: BufferRing) -> None:
+        self._dataset, self._ahead, self._ring = dataset, ahead, ring
+        self._together = max(1, min(_TOGETHER_BYTES // (sampler.batch_size * dataset.image_bytes), 1 + ahead))
+        self._steps = sampler.steps()
+        self._filled: deque[Placed] = deque()
+        self._reading = threading.Lock()  # whoever holds it reads the next batches, so that they come in order
+        self._error: BaseException | None = None
+        self._read_seconds = 0.0
+        self._busy = True  # the consumer
+        self._finished = self.closed = self._by_thread = False
+        self._wake, self._ready = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="cryolike-reader", daemon=True)
+        _READERS.add(self)
+        # Asked for first, because torch sets up a thread's number when it is first needed, from a default that the reader changes.
+        threads = torch.get_num_threads()
+        self._thread.start()
+        self._ready.wait()
+        # torch keeps the number of threads per thread, but its default for threads to come was changed by the reader's.
+        torch.set_num_threads(threads)
+
+    def __iter__(self) -> Iterator[Placed]:
+        while (read := self._next()) is not None:
+            if self._busy:
+                self._wake.set()
+            left = time.perf_counter()
+            yield read
+            # A consumer that finds what the thread has read is not too fast for it.
+            self._busy = (self._by_thread and bool(self._filled)) or time.perf_counter() - left > max(
+                _BUSY_SECONDS, _BUSY_SHARE * self._read_seconds
+            )
+
+    def ready(self) -> Placed | None:
+        """The next batch if it has been read ahead."""
+        return self._filled.popleft() if self._filled else None
+
+    def close(self) -> None:
+        """End the thread; what it has read ahead goes back to the ring."""
+        self.closed = True
+        self._wake.set()
+        # Python may collect an abandoned iteration in any thread, this one too.
+        if self._thread is threading.current_thread():
+            return
+        self._thread.join()
+        self._steps.close()
+        self._filled.clear()
+
+    def _next(self) -> Placed | None:
+        if not self._filled:
+            with self._reading:
+                if not self._filled:
+                    self._by_thread = False
+                    self._read(self._together)
+        if self._filled:
+            return self._filled.popleft()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+        return None
+
+    def _run(self) -> None:
+        # With all of them, the reader's threads and the consumer's would be twice as many as there are cores, and the OpenMP
+        # runtime then puts each to sleep between any two calls.
+        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+        self._ready.set()
+        while not (self._finished or self.closed):
+            self._wake.wait()
+            self._wake.clear()
+            while self._busy and len(self._filled) < self._ahead and not (self._finished or self.closed):
+                with self._reading:
+                    self._by_thread = True
+                    self._read(1)
+
+    def _read(self, count: int) -> None:
+        """Read the next batches, or find out that there are none; to be called with ``_reading`` held.
+
+        An error is for the consumer, with its traceback, after the batches before it.
+        """
+        try:
+            steps = [] if self._finished else list(islice(self._steps, count))
+            self._finished = len(steps) < count
+            if steps:
+                started = time.perf_counter()
+                self._fill(steps)
+                self._read_seconds = time.perf_counter() - started
+        except BaseException as error:
+            self._error, self._finished = error, True
+
+    def _fill(self, steps: Sequence[tuple[int, np.ndarray]]) -> None:
+        rows = [rows for _, rows in steps]
+        images = self._ring.lend(sum(map(len, rows)))
+        try:
+            self._dataset.read_rows(rows[0] if len(rows) == 1 else np.concatenate(rows), images)
+        except Exception:
+            if len(steps) == 1:
+                raise
+            for step in steps:
+                self._fill([step])
+            return
+        parts = [images] if len(rows) == 1 else torch.split(images, [len(part) for part in rows])
+        self._filled.extend(
+            (position, self._dataset.batch_of(part, of_part)) for (position, part), of_part in zip(steps, parts, strict=True)
+        )
