@@ -34,6 +34,7 @@ def memory(settings: Settings) -> Iterator[Figure]:
 def growth(table: str) -> int:
     """Bytes of anonymous memory at the peak of an epoch beyond those before it."""
     dataset = IndexedDataset(table)
+    dataset.particles.columns()  # the table is read when it is first asked for; the epoch is what comes after it
     start = peak = _anonymous()
     for batch in stream(dataset, batch_size=_BATCH, shuffle=True, prefetch=_PREFETCH):
         _ = batch.uid, batch.ctf, batch.pose  # columns are gathered when they are asked for

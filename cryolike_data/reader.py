@@ -149,7 +149,7 @@ class Reader:
             for step in steps:
                 self._fill([step])
             return
-        parts = [images] if len(rows) == 1 else torch.split(images, [len(part) for part in rows])
+        parts = [images] if len(rows) == 1 else images.split_with_sizes([len(part) for part in rows])
         self._filled.extend(
             (position, self._dataset.batch_of(part, of_part)) for (position, part), of_part in zip(steps, parts, strict=True)
         )

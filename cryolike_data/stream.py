@@ -57,6 +57,8 @@ def stream(
     """
     if sampler is None:
         sampler = ParticleSampler(dataset, 256 if batch_size is None else batch_size, shuffle=shuffle, seed=seed)
+    elif not isinstance(sampler, ParticleSampler):
+        raise ArgumentError(f"sampler is a ParticleSampler, not a {type(sampler).__name__}; a DataLoader takes any other batch_sampler")
     elif batch_size is not None or shuffle is not False or seed != 0:
         raise ArgumentError("batch_size, shuffle and seed are the sampler's; pass either them or sampler")
     if prefetch < 1:

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import mmap
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from support import own_threads, run_python, write_particles
 
+import cryolike_data.arena as arena
 import cryolike_data.lookahead as lookahead
 from cryolike_data import IndexedDataset
 from cryolike_data.lookahead import MAX_PATIENCE, LookAhead
@@ -160,6 +162,38 @@ def test_cold_data_after_warm_ones_are_asked_about_each_time_again() -> None:
             look._skip = min(look._skip, look._patience)
             look._ask(np.arange(2))
             data.wait_for_calls(number)
+
+
+def test_data_that_leave_memory_are_asked_for_soon_after_somebody_had_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = [0]
+    monkeypatch.setattr(lookahead, "_waits_for_disk", lambda: waits[0])
+    data = Asked(cold=False)
+    with LookAhead(data, 1) as look:
+        look._patience = look._skip = MAX_PATIENCE
+        for _ in range(20):
+            look._ask(np.arange(2))
+        assert data.calls == []  # all is in memory
+        waits[0] += 1
+        for _ in range(lookahead._BETWEEN_LOOKS):
+            look._ask(np.arange(2))
+        data.wait_for_calls(1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nobody says here what is in memory")
+def test_a_touch_of_a_page_on_the_disk_counts_as_a_wait(tmp_path: Path) -> None:
+    path, place = tmp_path / "pages", 1 << 19
+    path.write_bytes(bytes(2 * place))
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        pixels = np.frombuffer(mapped, np.uint8)
+        resident, before = arena._is_resident(pixels.ctypes.data + place, 1), lookahead._waits_for_disk()
+        assert pixels[place] == 0
+        after = lookahead._waits_for_disk()
+        del pixels
+    if resident:
+        pytest.skip("this file system keeps its pages in memory")
+    assert after > before
 
 
 def test_nothing_runs_where_nothing_can_be_asked() -> None:

@@ -126,6 +126,11 @@ def test_arguments_that_cannot_be_meant_are_errors(ds: IndexedDataset, options: 
         stream(ds, **options)
 
 
+def test_a_sampler_of_another_kind_is_an_error_that_says_where_it_belongs(ds: IndexedDataset) -> None:
+    with pytest.raises(ArgumentError, match="not a BatchSampler; a DataLoader takes"):
+        stream(ds, sampler=torch.utils.data.BatchSampler(range(N), 4, drop_last=False))
+
+
 @pytest.mark.parametrize("options", [{"batch_size": 4}, {"shuffle": True}, {"seed": 3}], ids=str)
 def test_what_the_sampler_decides_is_not_decided_twice(ds: IndexedDataset, options: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError):
