@@ -124,7 +124,7 @@ def _run(group: list[tuple[str, np.dtype[Any], int]], row_bytes: int, fields: Ma
         "names": [_WHOLE, *(name for name, _, _ in group)],
         "formats": [f"V{size}", *(_word(dtype) for _, dtype, _ in group)],
         "offsets": [shift, *(shift + offset - first for _, _, offset in group)],
-        "itemsize": (shift + size) // 64 * 64 + 64,
+        "itemsize": max(1, -(-(shift + size) // 64)) * 64,
     }
     in_it = [name for name, _, _ in group]
     return _Run([n for n in in_it if n in fields], numbered if numbered in in_it else None, np.dtype(layout), np.dtype(buffer))
