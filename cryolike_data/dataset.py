@@ -46,13 +46,10 @@ class ParticleDataset(Dataset[Particle]):
             raise ArgumentError(f"select= leaves none of the {len(particles)} particles")
         self.source = source
         self._located: Images | None = None
+        #: The dtype in which images are read: that of the files.
+        self.dtype: torch.dtype = torch_dtype(source.dtype)
         self.box: int = int(self.particles.one_value("box"))
         self.pixel_size: float = float(shortest(self.particles.one_value("pixel_size")))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype in which images are read: that of the files."""
-        return torch_dtype(self.source.dtype)
 
     @property
     def image_bytes(self) -> int:
@@ -137,7 +134,7 @@ class ParticleDataset(Dataset[Particle]):
             raise ArgumentError(
                 f"out has to be a contiguous {dtype} CPU tensor of shape {shape}, not {out.dtype} {tuple(out.shape)} on {out.device}"
             )
-        self._images().read_into(rows, out)
+        (self._located or self._images()).read_into(rows, out)
         return out
 
     def _images(self) -> Images:
