@@ -16,7 +16,7 @@ from cryolike_data.stream import stream
 
 from .data import Project
 from .measure import Bound, Figure, Settings, in_turn, rate_figure
-from .reading import drain
+from .reading import bare_copy, drain
 
 NAIVE_BOUNDS = {0: 2.5, 2: 8.0}
 CONSUMER_BOUND: Bound = ("at least", 0.95)
@@ -50,6 +50,7 @@ def naive(settings: Settings) -> Iterator[Figure]:
     per_stack = project.images // project.stacks
     rows = np.arange(project.images)
     images = NaiveDataset(project.paths(settings.data), rows // per_stack, rows % per_stack)
+    bare = bare_copy(project, settings)
     for workers, bound in NAIVE_BOUNDS.items():
         loader = DataLoader(images, _BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
 
@@ -62,8 +63,9 @@ def naive(settings: Settings) -> Iterator[Figure]:
             start = time.perf_counter()
             return drain(stream(epoch, batch_size=_BATCH, shuffle=True)) / project.image_bytes / (time.perf_counter() - start)
 
-        rates = in_turn([floor, ours], settings.repetitions)
+        rates = in_turn([floor, ours, bare], settings.repetitions)
         yield rate_figure("naive", f"{project.label}, {workers} workers", rates, "img/s", bound=("at least", bound))
+        yield rate_figure("naive", f"{project.label}, {workers} workers, bare copy", rates, "img/s", ours=2)
         del loader, floor
 
 

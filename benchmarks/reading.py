@@ -50,6 +50,15 @@ def streaming(settings: Settings) -> Iterator[Figure]:
         yield rate_figure("stream", f"{project.label}, floor in 2 buffers", rates, "GB/s", floor=2)
 
 
+def bare_copy(project: Project, settings: Settings) -> Callable[[], float]:
+    """What takes the images of a data set from an ordinary tensor with ``index_select`` alone; images a second."""
+    images, _, batch = _open(project, settings)
+    rows = _batches(len(images), batch, _passes(images, batch, settings))
+    buffer = torch.empty((batch, *images.shape[1:]), dtype=images.dtype)
+    copy = _rate(_gather, images, rows, [buffer])
+    return lambda: copy() * 1e9 / project.image_bytes
+
+
 def projects(settings: Settings) -> list[Project]:
     """The data sets that are read warm."""
     n = settings.count(20_000)
