@@ -105,7 +105,8 @@ class Arena:
         rows: np.ndarray = self._first[file] + image.astype(np.int64, copy=False) * self._rows_per_image
         # Seen as unsigned, a negative number is larger than any count.
         rows[image.astype(np.int64, copy=False).view(np.uint64) >= self._counts[file]] = -1
-        return rows
+        # Half the memory for up to some terabytes, and half the cache that looking them up takes.
+        return rows.astype(np.int32) if len(self._rows) < 1 << 31 else rows
 
     def gather(self, rows: np.ndarray, out: Tensor) -> None:
         """Copy the images at ``rows``, none of them -1 and their files touched, into ``out``, (B, H, W) contiguous."""
@@ -142,7 +143,7 @@ class Arena:
         All ranges go to the kernel in one system call where it takes many (``process_madvise``), so that a busy main thread
         gets the interpreter lock back once and not once per image.
         """
-        begin = np.sort(self._address + rows * self._step)
+        begin = np.sort(self._address + rows.astype(np.int64) * self._step)
         sample = begin[:: max(1, len(begin) // _SAMPLED)]
         if all(_is_resident(int(address), self._image_bytes) for address in sample):
             return False
