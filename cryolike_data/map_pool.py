@@ -36,7 +36,7 @@ class MapPool:
         self, paths: Sequence[str], headers: Sequence[MrcHeader], *, max_open: int = MAX_OPEN_MAPS, check: Check | None = None
     ) -> None:
         self._paths, self._headers, self._max_open, self._check = paths, headers, max_open, check
-        kinds = {dtype.newbyteorder("=") for dtype in {header.dtype for header in {id(header): header for header in headers}.values()}}
+        kinds = {dtype.newbyteorder("=") for dtype in {header.dtype for header in headers}}
         self.dtype: np.dtype[Any] = np.result_type(*kinds) if kinds else np.dtype("f4")
         self._forget_maps()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import threading
 import time
 import weakref
@@ -18,8 +19,10 @@ from .dataset import ParticleDataset
 from .ring import BufferRing
 from .sampler import ParticleSampler
 
-#: Small batches are read several at a time, up to so many bytes: Python takes as long for a small one as for a large one, and four
-#: times as long after each call that has filled the caches with images.
+log = logging.getLogger(__name__)
+
+#: Small batches are read several at a time, up to so many bytes: Python takes as long for a small one as for a large one, and much
+#: longer after each call that has filled the caches with images.
 _TOGETHER_BYTES = 16 << 20
 #: A consumer that comes back sooner than this, or than this share of the time a read takes, has done nothing that reading
 #: ahead could hide behind.
@@ -143,10 +146,11 @@ class Reader:
         images = self._ring.lend(sum(map(len, rows)))
         try:
             self._dataset.read_rows(rows[0] if len(rows) == 1 else np.concatenate(rows), images)
-        except Exception:
+        except Exception as error:
             if len(steps) == 1:
                 raise
-            for step in steps:
+            log.warning("Reading %d batches in one call failed, so they are read one by one: %s", len(steps), error)
+            for step in steps:  # those before the one that fails reach the consumer, and then its error does
                 self._fill([step])
             return
         parts = [images] if len(rows) == 1 else images.split_with_sizes([len(part) for part in rows])

@@ -374,6 +374,21 @@ def test_an_error_while_reading_comes_after_the_batches_before_it_and_shows_its_
     assert loader.state_dict()["position"] == 3 * batch
 
 
+def test_an_error_that_does_not_come_again_is_logged(
+    ds: IndexedDataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    read_rows, failures = IndexedDataset.read_rows, iter([OSError("a hiccup")])
+
+    def fail_once(self: IndexedDataset, rows: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
+        for error in failures:
+            raise error
+        return read_rows(self, rows, out)
+
+    monkeypatch.setattr(IndexedDataset, "read_rows", fail_once)
+    assert rows_of(list(stream(ds, batch_size=7))) == list(range(N))
+    assert "a hiccup" in caplog.text
+
+
 def test_after_an_error_the_epoch_can_be_taken_up_where_it_stopped(ds: IndexedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = stream(ds, batch_size=3, shuffle=True)
     seen: list[int] = []
