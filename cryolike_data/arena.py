@@ -31,6 +31,8 @@ _ALIGNMENT = 2 << 20
 _RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
 _MAP_FIXED = 0x10
 _FAILED = ctypes.c_void_p(-1).value
+#: Images whose places are worked out at a time.
+_LOCATED = 1 << 16
 #: Maps that the rest of the process (libraries, threads, other arenas) may still need.
 _SPARE_MAPS = 2000
 #: A file's size is looked at again when it was last looked at longer ago than this, seconds.
@@ -38,7 +40,15 @@ _CHECK_EVERY = 1.0
 #: With more than a thousand files: seconds per file, so that looking stays a small share of the time.
 _CHECK_SHARE = 1e-3
 #: The dtype of torch that gathers pixels of each kind; it cannot gather every unsigned one.
-_GATHERED = {"i1": torch.int8, "u1": torch.uint8, "i2": torch.int16, "u2": torch.int16, "f2": torch.float16, "f4": torch.float32}
+_GATHERED = {
+    "i1": torch.int8,
+    "u1": torch.uint8,
+    "i2": torch.int16,
+    "u2": torch.int16,
+    "f2": torch.float16,
+    "f4": torch.float32,
+    "f8": torch.float64,
+}
 
 
 class NoMoreMapsError(StackError):
@@ -102,17 +112,29 @@ class Arena:
 
     def rows_of(self, file: np.ndarray, image: np.ndarray) -> np.ndarray:
         """Where image ``image[k]`` of file ``file[k]`` lies, for all k: what ``gather`` takes; -1 for what is not in the arena."""
-        rows: np.ndarray = self._first[file] + image.astype(np.int64, copy=False) * self._rows_per_image
-        # Seen as unsigned, a negative number is larger than any count.
-        rows[image.astype(np.int64, copy=False).view(np.uint64) >= self._counts[file]] = -1
         # Half the memory for up to some terabytes, and half the cache that looking them up takes.
-        return rows.astype(np.int32) if len(self._rows) < 1 << 31 else rows
+        rows = np.empty(len(file), np.int32 if len(self._rows) < 1 << 31 else np.int64)
+        for start in range(0, len(file), _LOCATED):  # what is needed on the way stays small
+            part = slice(start, start + _LOCATED)
+            of_file, in_file = file[part], image[part].astype(np.int64, copy=False)
+            places = self._first[of_file] + in_file * self._rows_per_image
+            # Seen as unsigned, a negative number is larger than any count.
+            places[in_file.view(np.uint64) >= self._counts[of_file]] = -1
+            rows[part] = places
+        return rows
 
     def gather(self, rows: np.ndarray, out: Tensor) -> None:
         """Copy the images at ``rows``, none of them -1 and their files touched, into ``out``, (B, H, W) contiguous."""
         if out.dtype != self._dtype:
             out = out.view(self._dtype)
         torch.index_select(self._rows, 0, torch.from_numpy(rows), out=out)
+
+    def view(self, rows: np.ndarray) -> Tensor | None:
+        """The images at ``rows`` where they lie, if that is one after the other; touched files, and for reading only."""
+        if (np.diff(rows) != self._rows_per_image).any():
+            return None
+        ny, nx = self._rows.shape[1:]
+        return self._rows.as_strided((len(rows), ny, nx), (ny * nx, nx, 1), int(rows[0]) * self._rows.stride(0))
 
     def seen_until(self, files: np.ndarray) -> float:
         """When the size of one of these files has to be looked at again, on the clock of ``time.monotonic``."""
@@ -128,6 +150,8 @@ class Arena:
         """
         now = time.monotonic()
         due = file[self._seen[file] < now - self._fresh]
+        if not len(due):
+            return
         for number in np.unique(due).tolist():
             if self._mapped[number]:
                 require_size(self._paths[number], _file_size(self._paths[number]), int(self._sizes[number]))

@@ -137,6 +137,14 @@ class ParticleDataset(Dataset[Particle]):
         (self._located or self._images()).read_into(rows, out)
         return out
 
+    def view_rows(self, rows: np.ndarray) -> Tensor | None:
+        """The images of these rows (int64, none negative) without a copy, for reading only.
+
+        None where they do not lie one after the other in mapped files. Writing into the tensor ends the process.
+        """
+        view = (self._located or self._images()).view(rows)
+        return None if view is None else view.view(self.dtype)
+
     def _images(self) -> Images:
         if self._located is None:
             self._located = self.source.locate(self.particles.file, self.particles.slice)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .mrc import Check, MrcHeader, map_stack
+from .mrc import Check, StackHeader, map_stack
 
 #: Maps kept open at once, per process. Each costs a file descriptor, of which 1024 is a common limit.
 MAX_OPEN_MAPS = 256
@@ -33,7 +33,7 @@ class MapPool:
     """
 
     def __init__(
-        self, paths: Sequence[str], headers: Sequence[MrcHeader], *, max_open: int = MAX_OPEN_MAPS, check: Check | None = None
+        self, paths: Sequence[str], headers: Sequence[StackHeader], *, max_open: int = MAX_OPEN_MAPS, check: Check | None = None
     ) -> None:
         self._paths, self._headers, self._max_open, self._check = paths, headers, max_open, check
         kinds = {dtype.newbyteorder("=") for dtype in {header.dtype for header in headers}}

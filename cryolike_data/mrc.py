@@ -20,7 +20,7 @@ from .errors import ArgumentError, StackError
 Mode0 = Literal["auto", "signed", "unsigned"]
 
 #: Makes sure of a stack when it is first mapped.
-Check = Callable[[str, "MrcHeader"], None]
+Check = Callable[[str, "StackHeader"], None]
 
 HEADER_BYTES = 1024
 _IMOD_STAMP = 1146047817
@@ -35,13 +35,12 @@ _COMPRESSED = {b"\x1f\x8b": ("gzip", "gunzip"), b"BZ": ("bzip2", "bunzip2")}
 
 
 @dataclass(frozen=True, slots=True)
-class MrcHeader:
-    """What is needed to find the pixels of one stack.
+class StackHeader:
+    """What is needed to find the pixels of one stack: an MRC file, or another file that holds images of equal size from some byte on.
 
     Attributes
     ----------
-    nx, ny, nz : columns, rows and images as the header says
-    mode : MRC mode number
+    nx, ny, nz : columns, rows and images as the file says
     dtype : NumPy dtype of a pixel, byte order included
     offset : byte at which the first image starts
     n_complete : images that lie wholly inside the file (less than nz if the file is truncated)
@@ -51,7 +50,6 @@ class MrcHeader:
     nx: int
     ny: int
     nz: int
-    mode: int
     dtype: np.dtype[np.generic]
     offset: int
     n_complete: int
@@ -63,7 +61,7 @@ class MrcHeader:
         return self.nx * self.ny * self.dtype.itemsize
 
 
-def read_header(path: str | os.PathLike[str], *, mode0: Mode0 = "auto") -> MrcHeader:
+def read_header(path: str | os.PathLike[str], *, mode0: Mode0 = "auto") -> StackHeader:
     """Read the header of an MRC stack.
 
     Parameters
@@ -81,7 +79,7 @@ def read_header(path: str | os.PathLike[str], *, mode0: Mode0 = "auto") -> MrcHe
         return parse_header(file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size, path, mode0=mode0)
 
 
-def parse_header(raw: bytes, file_bytes: int, path: str | os.PathLike[str], *, mode0: Mode0 = "auto") -> MrcHeader:
+def parse_header(raw: bytes, file_bytes: int, path: str | os.PathLike[str], *, mode0: Mode0 = "auto") -> StackHeader:
     """The same as ``read_header`` from the first 1024 bytes and the size of the file; ``path`` is for messages."""
     if mode0 not in get_args(Mode0):
         raise ArgumentError(f"mode0 is one of {', '.join(map(repr, get_args(Mode0)))}, not {mode0!r}")
@@ -106,10 +104,10 @@ def parse_header(raw: bytes, file_bytes: int, path: str | os.PathLike[str], *, m
     if mode == 0:
         dtype = _mode0_dtype(raw, order, mode0)
     n_complete = min(nz, max(0, file_bytes - offset) // (nx * ny * dtype.itemsize))
-    return MrcHeader(nx, ny, nz, mode, dtype, offset, n_complete, _pixel_size(raw, order, nx, ny))
+    return StackHeader(nx, ny, nz, dtype, offset, n_complete, _pixel_size(raw, order, nx, ny))
 
 
-def map_stack(path: str | os.PathLike[str], header: MrcHeader) -> np.ndarray:
+def map_stack(path: str | os.PathLike[str], header: StackHeader) -> np.ndarray:
     """The complete images of a stack as a read-only memory map, (n_complete, ny, nx) in the dtype of the file.
 
     The map lives as long as the array; nothing can be written through it.
@@ -125,7 +123,7 @@ def map_stack(path: str | os.PathLike[str], header: MrcHeader) -> np.ndarray:
     return np.ndarray(shape, header.dtype, buffer=mapped, offset=header.offset)
 
 
-def require_alike(path: str | os.PathLike[str], expected: MrcHeader, *, mode0: Mode0 = "auto") -> None:
+def require_alike(path: str | os.PathLike[str], expected: StackHeader, *, mode0: Mode0 = "auto") -> None:
     """Raise a ``StackError`` unless a stack is laid out as expected and has as many images."""
     found = read_header(path, mode0=mode0)
     if (found.nx, found.ny, found.dtype, found.offset) != (expected.nx, expected.ny, expected.dtype, expected.offset):
@@ -164,7 +162,7 @@ def require_size(path: str | os.PathLike[str], size: int, needed: int) -> None:
         raise StackError(f"{path} {what} since the data set was made; is another program writing it?")
 
 
-def describe_shortfall(path: str | os.PathLike[str], header: MrcHeader, index: int) -> str:
+def describe_shortfall(path: str | os.PathLike[str], header: StackHeader, index: int) -> str:
     """Why image ``index`` (from 0) of a stack cannot be read."""
     if index < header.nz:
         return f"{path} is truncated: its header promises {header.nz} images, the file holds {header.n_complete} complete ones"

@@ -1,4 +1,4 @@
-"""Many MRC stacks read as one: headers known up front, files mapped when they are first needed."""
+"""Many stacks (MRC files, or shards of a Zarr store) read as one: headers known up front, files mapped when they are first needed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from .arena import Arena, NoMoreMapsError, can_map
 from .errors import CryolikeDataError, StackError
 from .map_pool import MapPool
-from .mrc import Check, Mode0, MrcHeader, describe_shortfall, read_header, require_alike
+from .mrc import Check, Mode0, StackHeader, describe_shortfall, read_header, require_alike
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +27,18 @@ log = logging.getLogger(__name__)
 #: Threads that read headers, which mostly wait for the file system.
 _THREADS = 8
 
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
 
 class Images(Protocol):
     """The images of a table's rows, wherever they lie."""
 
     def read_into(self, rows: np.ndarray, out: Tensor) -> None:
         """Copy the images of these rows (int64, none negative) into ``out``, (B, H, W) contiguous."""
+
+    def view(self, rows: np.ndarray) -> Tensor | None:
+        """The images of these rows without a copy, for reading only; None if they do not lie one after the other in memory."""
 
     def ask_ahead(self, rows: np.ndarray) -> bool:
         """Start to bring images into the page cache; returns before they are there. False if there was nothing to do."""
@@ -47,8 +53,8 @@ class ImageSource(Protocol):
         """The images of a table whose row k is image ``image[k]`` of file ``file[k]``, all of one box."""
 
 
-class MrcStacks:
-    """A set of MRC stacks: through an arena where one can hold them, else through a pool of maps.
+class Stacks:
+    """A set of stacks, read through an arena where one can hold them, else through a pool of maps.
 
     Attributes
     ----------
@@ -60,7 +66,7 @@ class MrcStacks:
     Safe to share between threads. Pickles without its maps, which are opened again when needed.
     """
 
-    def __init__(self, paths: Sequence[str], headers: Sequence[MrcHeader], *, check: Check | None = None) -> None:
+    def __init__(self, paths: Sequence[str], headers: Sequence[StackHeader], *, check: Check | None = None) -> None:
         self.paths, self.headers = tuple(paths), tuple(headers)
         self._check = check
         # Thousands of files may share few headers.
@@ -73,7 +79,7 @@ class MrcStacks:
         self._arena: Arena | Literal[False] | None = None
         self._deciding, self._process = threading.Lock(), os.getpid()
 
-    def of_headers(self, value: Callable[[MrcHeader], Any]) -> np.ndarray:
+    def of_headers(self, value: Callable[[StackHeader], Any]) -> np.ndarray:
         """(files, ...) what a function says of the header of each file."""
         of_kind = np.array([value(header) for header in self._kinds.values()])
         return of_kind[self._kind] if len(of_kind) else of_kind
@@ -82,7 +88,7 @@ class MrcStacks:
         """The images of a table whose row k is image ``image[k]`` of file ``file[k]``, all of one box."""
         return StackImages(self, file, image)
 
-    def arena_like(self, header: MrcHeader) -> Arena | None:
+    def arena_like(self, header: StackHeader) -> Arena | None:
         """The arena of the stacks with images like this one's, made when it is first asked for; None if there can be none."""
         if self._process != os.getpid():
             # A fork may have left the lock behind in the hands of a thread that is no more; maps come along.
@@ -113,7 +119,7 @@ class MrcStacks:
             raise StackError(describe_shortfall(self.paths[file[k]], self.headers[file[k]], int(image[k])) + ".")
         self._pool.read_into(file, image, out)
 
-    def _make_arena(self, header: MrcHeader) -> Arena | Literal[False]:
+    def _make_arena(self, header: StackHeader) -> Arena | Literal[False]:
         """An arena of the files with images of this size in ``dtype`` (byte order included), or False if there can be none."""
         dtype = self.dtype
         fits = self.of_headers(lambda other: other.dtype == dtype and (other.ny, other.nx) == (header.ny, header.nx))
@@ -136,14 +142,14 @@ class MrcStacks:
         return _remake, (self.paths, self.headers, self._check)
 
 
-def _remake(paths: Sequence[str], headers: Sequence[MrcHeader], check: Check | None) -> MrcStacks:
-    return MrcStacks(paths, headers, check=check)
+def _remake(paths: Sequence[str], headers: Sequence[StackHeader], check: Check | None) -> Stacks:
+    return Stacks(paths, headers, check=check)
 
 
 class StackImages:
     """The images of a table's rows in a set of stacks. Where each lies in the arena is worked out once, when one is first read."""
 
-    def __init__(self, stacks: MrcStacks, file: np.ndarray, image: np.ndarray) -> None:
+    def __init__(self, stacks: Stacks, file: np.ndarray, image: np.ndarray) -> None:
         self._stacks, self._file, self._image = stacks, file, image
         self._located: tuple[Arena, np.ndarray] | None = None
         self._all_located = False
@@ -160,17 +166,20 @@ class StackImages:
         """
         if len(rows) == 0:
             return
-        try:
-            found = self._in_arena(rows)
-        except NoMoreMapsError as error:
-            log.info("%s Files are read one by one.", error)
-            self._stacks.give_up_arena()
-            self._located = found = None
+        found = self._found(rows)
         if found is None:
             self._stacks.read_from_pool(self._file[rows], self._image[rows], out.numpy())
         else:
             arena, places = found
             arena.gather(places, out)
+
+    def view(self, rows: np.ndarray) -> Tensor | None:
+        """The images of these rows (at least one) where the arena has them, for reading only; None if not one after the other there.
+
+        A file that shrinks is noticed as by ``read_into``, when the view is made and not when it is used.
+        """
+        found = self._found(rows)
+        return None if found is None else found[0].view(found[1])
 
     def ask_ahead(self, rows: np.ndarray) -> bool:
         """Start to bring images into the page cache; does nothing (False) where they are there or no arena holds them."""
@@ -180,6 +189,16 @@ class StackImages:
                 found = self._in_arena(rows)
                 return found is not None and found[0].ask_ahead(found[1])
         return False
+
+    def _found(self, rows: np.ndarray) -> tuple[Arena, np.ndarray] | None:
+        """The same as ``_in_arena``, until the system maps no further file: then all are read one by one."""
+        try:
+            return self._in_arena(rows)
+        except NoMoreMapsError as error:
+            log.info("%s Files are read one by one.", error)
+            self._stacks.give_up_arena()
+            self._located = None
+            return None
 
     def _in_arena(self, rows: np.ndarray) -> tuple[Arena, np.ndarray] | None:
         """Where the images of these rows lie in the arena, ready to be read; None if it does not hold them all."""
@@ -213,7 +232,7 @@ def images_needed(file: np.ndarray, image: np.ndarray, n_files: int) -> np.ndarr
     return last + 1
 
 
-def open_stacks(paths: Sequence[str | os.PathLike[str]], *, mode0: Mode0 = "auto", expected: np.ndarray | None = None) -> MrcStacks:
+def open_stacks(paths: Sequence[str | os.PathLike[str]], *, mode0: Mode0 = "auto", expected: np.ndarray | None = None) -> Stacks:
     """Read the headers of all files, several at a time, and give what reads them.
 
     Parameters
@@ -229,25 +248,36 @@ def open_stacks(paths: Sequence[str | os.PathLike[str]], *, mode0: Mode0 = "auto
         listing every file whose header cannot be used
     """
     names = tuple(os.fspath(path) for path in paths)
-
-    def header_or_error(name: str) -> MrcHeader | CryolikeDataError | OSError:
-        try:
-            return read_header(name, mode0=mode0)
-        except (CryolikeDataError, OSError) as error:
-            return error
-
     if expected is not None and len(names):
         first = read_header(names[0], mode0=mode0)
         of_count = {count: replace(first, nz=count, n_complete=count) for count in set(expected.tolist())}
         alike = [of_count[count] for count in expected.tolist()]
-        return MrcStacks(names, alike, check=partial(require_alike, mode0=mode0))
+        return Stacks(names, alike, check=partial(require_alike, mode0=mode0))
+    return Stacks(names, read_each(names, partial(read_header, mode0=mode0), "stacks"))
+
+
+def read_each(items: Sequence[ItemT], read: Callable[[ItemT], ResultT], what: str) -> list[ResultT]:
+    """What ``read`` gives for each of many files, several at a time; ``what`` they are is for the error.
+
+    Raises
+    ------
+    StackError
+        listing every file for which ``read`` raises
+    """
+
+    def result_or_error(item: ItemT) -> ResultT | CryolikeDataError | OSError:
+        try:
+            return read(item)
+        except (CryolikeDataError, OSError) as error:
+            return error
+
     # In a few portions, because handing a task to a thread takes as long as reading a header.
-    portions = [names[k::_THREADS] for k in range(_THREADS)]
-    results: list[Any] = [None] * len(names)
+    portions = [items[k::_THREADS] for k in range(_THREADS)]
+    results: list[Any] = [None] * len(items)
     with ThreadPoolExecutor(max_workers=_THREADS) as pool:
-        for k, found in enumerate(pool.map(lambda portion: [header_or_error(name) for name in portion], portions)):
+        for k, found in enumerate(pool.map(lambda portion: [result_or_error(item) for item in portion], portions)):
             results[k::_THREADS] = found
     errors = [str(result) for result in results if isinstance(result, Exception)]
     if errors:
-        raise StackError("\n".join([f"{len(errors)} of {len(names)} stacks cannot be read:", *(f"  {text}" for text in errors)]))
-    return MrcStacks(names, tuple(result for result in results if isinstance(result, MrcHeader)))
+        raise StackError("\n".join([f"{len(errors)} of {len(items)} {what} cannot be read:", *(f"  {text}" for text in errors)]))
+    return results

@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from torch import Tensor
 
 from .ctf import Ctf
 from .dataset import ParticleDataset
-from .errors import MissingStackError, StackError
-from .export.zarr import FORMAT
-from .particles import Particles, Selection
+from .errors import StackError
+from .particles import Later, Particles, Selection
+from .stacks import ImageSource
+from .zarr_images import ZarrImages
+from .zarr_layout import layout_of, open_files, require_all_keys
+from .zarr_store import absolute, is_url, open_group
+
+if TYPE_CHECKING:
+    import zarr
+
+_COLUMNS = ("row", "uid", "pose", "shift_A", "half_set", "sign")
+#: Threads that read columns.
+_THREADS = 8
 
 
 class ZarrDataset(ParticleDataset):
     """The particles of a Zarr store written by ``export_zarr``. Row i of the store is item i.
 
+    Images of an uncompressed store in a local folder are read as those of MRC files are; others are read through zarr. Columns
+    are read when they are asked for.
+
     Parameters
     ----------
-    store : the folder
+    store : the folder, or a URL (``s3://bucket/particles.zarr``)
     select : which rows to take: a mask, row numbers, a slice, or a function of the particles
 
     Raises
@@ -29,99 +43,90 @@ class ZarrDataset(ParticleDataset):
     MissingStackError
         if there is no such folder
     StackError
-        if it is not such a store
+        if it is not such a store, or listing every file of images that is missing, damaged or cut short
+    MissingDependencyError
+        if a package for this kind of URL is not installed
     """
 
     def __init__(self, store: str | os.PathLike[str], *, select: Selection = None) -> None:
-        path = Path(store).expanduser().absolute()
-        group = _open(path)
-        source = ZarrImages(str(path))
-        super().__init__(_read_particles(path, group), source, select=select)
+        location = absolute(store)
+        stamp = _stamp(location)
+        try:
+            group, layout = open_group(location)
+        except StackError as error:
+            if isinstance(error.__cause__, OSError | KeyError | ValueError) and (unfinished := _unfinished_export(location)):
+                raise StackError(f"{location} is {unfinished}.") from error
+            raise
+        images = cast("zarr.Array[Any]", group["images"])
+        box, pixel_size = int(layout["box"]), float(layout["pixel_size_A"])
+        n = images.shape[0]
+        if images.shape != (n, box, box):
+            raise StackError(f"{location} speaks of images of {box} x {box} pixels and holds an array of {images.shape}. Export it again.")
+        source, paths, file, image = _open_source(location, images, pixel_size)
+        columns: dict[str, Any] = dict.fromkeys((*_COLUMNS, "ctf"), Later(partial(_read_columns, location, n, stamp)))
+        particles = Particles(
+            file=file,
+            slice=image,
+            box=np.broadcast_to(np.int32(box), n),
+            pixel_size=np.broadcast_to(pixel_size, n),
+            paths=paths,
+            **columns,
+        )
+        super().__init__(particles, source, select=select)
 
 
-class ZarrImages:
-    """The images of one store, read through zarr in whole inner chunks. Pickles as its path."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._array = _open(Path(path))["images"]
-        _require_all_shards(path, self._array)
-        self.dtype: np.dtype[Any] = np.dtype(self._array.dtype).newbyteorder("=")
-
-    def locate(self, file: np.ndarray, image: np.ndarray) -> ZarrRows:
-        """The images of a table whose row k is image ``image[k]`` of the store."""
-        return ZarrRows(self, image)
-
-    def read_into(self, image: np.ndarray, out: np.ndarray) -> None:
-        """Copy image ``image[k]`` into ``out[k]`` for all k; each inner chunk is read once."""
-        size = int(self._array.chunks[0])
-        order = np.argsort(image, kind="stable")
-        chunk = image[order] // size
-        cuts = np.flatnonzero(np.diff(chunk)) + 1
-        for rows in np.split(order, cuts) if len(order) else []:
-            first, last = int(image[rows[0]]), int(image[rows[-1]]) + 1
-            try:
-                out[rows] = self._array[first:last][image[rows] - first]
-            except (ValueError, OSError) as error:
-                raise StackError(f"Images {first} to {last - 1} of {self.path} cannot be read, copy or export it again: {error}") from error
-
-    def __reduce__(self) -> tuple[type[ZarrImages], tuple[str]]:
-        return ZarrImages, (self.path,)
+def _open_source(location: str, images: zarr.Array[Any], pixel_size: float) -> tuple[ImageSource, tuple[str, ...], np.ndarray, np.ndarray]:
+    """What reads the images; the files it reads; and the file and the place in it of each image."""
+    layout = None if is_url(location) else layout_of(images)
+    if layout is None:
+        require_all_keys(location, images)
+    else:
+        found = open_files(location, images, layout, pixel_size)
+        if found is not None:
+            return found[0], found[0].paths, found[1], found[2]
+    n = images.shape[0]
+    source = ZarrImages(location, np.dtype(images.dtype).newbyteorder("="))
+    return source, (location,), np.zeros(n, np.int32), np.arange(n, dtype=np.int64)
 
 
-class ZarrRows:
-    """The images of a table's rows in a store."""
+def _read_columns(location: str, n: int, stamp: tuple[int, ...]) -> dict[str, Any]:
+    """All columns of a store of n particles by their names in ``Particles``, None for those that it lacks."""
+    if _stamp(location) != stamp:
+        raise StackError(f"{location} has changed since it was opened; open the data set again.")
+    group, _ = open_group(location)
+    optics = [field.name for field in fields(Ctf)]
+    names = [*_COLUMNS, *(f"ctf/{name}" for name in optics)]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        columns = dict(zip(names, threads.map(partial(_read_column, group), names), strict=True))
+    wrong = [name for name, column in columns.items() if (name in ("row", "uid") if column is None else len(column) != n)]
+    if wrong:
+        raise StackError(f"{location} lacks {', '.join(wrong)} of its {n} particles. Copy or export it again.")
+    ctf = Ctf(**{name: columns[f"ctf/{name}"] for name in optics})
+    return {name: columns[name] for name in _COLUMNS} | {"ctf": ctf if ctf.items() else None}
 
-    def __init__(self, store: ZarrImages, image: np.ndarray) -> None:
-        self._store, self._image = store, image
 
-    def read_into(self, rows: np.ndarray, out: Tensor) -> None:
-        """Copy the images of these rows into ``out``, (B, H, W) contiguous."""
-        self._store.read_into(self._image[rows], out.numpy())
-
-    def ask_ahead(self, rows: np.ndarray) -> bool:
-        """Nothing to do: zarr opens and reads what it needs by itself."""
-        return False
-
-
-def _open(path: Path) -> Any:
-    import zarr
-
-    if not path.is_dir():
-        raise MissingStackError(f"There is no Zarr store {path}.")
+def _read_column(group: zarr.Group, name: str) -> np.ndarray | None:
     try:
-        group = zarr.open_group(str(path), mode="r")
-    except (FileNotFoundError, ValueError, KeyError) as error:
-        raise StackError(f"{path} is not a Zarr store: {error}") from error
-    layout = dict(group.attrs).get("cryolike_data")
-    if not isinstance(layout, dict) or "images" not in group:
-        raise StackError(f"{path} was not written by cryolike_data.export_zarr; open it with zarr itself.")
-    if layout.get("format") != FORMAT:
-        raise StackError(f"{path} has layout {layout.get('format')}; this version of cryolike_data reads layout {FORMAT}. Upgrade it.")
-    return group
+        array: Any = group[name]
+    except KeyError:
+        return None
+    return np.asarray(array[:])
 
 
-def _require_all_shards(path: str, images: Any) -> None:
-    """Zarr takes a file that is not there for one of zeros."""
-    shard = (images.shards or images.chunks)[0]
-    missing = [k for k in range(-(-images.shape[0] // shard)) if not Path(path, "images", "c", str(k), "0", "0").is_file()]
-    if missing:
-        raise StackError(f"{path} lacks {len(missing)} of its shards (first: images/c/{missing[0]}/0/0); copy or export it again.")
+def _unfinished_export(location: str) -> str | None:
+    """What to say of an export to this place that is at work or was stopped; None if there is no trace of one."""
+    from .export.place import open_place
+    from .export.state import describe_unfinished
+
+    return describe_unfinished(open_place(location))
 
 
-def _read_particles(path: Path, group: Any) -> Particles:
-    layout = group.attrs["cryolike_data"]
-    n = int(group["images"].shape[0])
-    ctf: dict[str, Any] = {name: array[:] for name, array in group["ctf"].arrays()} if "ctf" in group else {}
-    optional = {name: group[name][:] for name in ("pose", "shift_A", "half_set", "sign") if name in group}
-    return Particles(
-        row=group["row"][:],
-        uid=group["uid"][:],
-        file=np.zeros(n, np.int32),
-        slice=np.arange(n, dtype=np.int64),
-        box=np.full(n, int(layout["box"]), np.int32),
-        pixel_size=np.full(n, float(layout["pixel_size_A"])),
-        paths=(str(path),),
-        ctf=Ctf(**ctf) if ctf else None,
-        **optional,
-    )
+def _stamp(location: str) -> tuple[int, ...]:
+    """What changes when another store takes the place of a local one; it says so while its columns are still to be read."""
+    if is_url(location):
+        return ()
+    try:
+        status = os.stat(os.path.join(location, "zarr.json"))
+    except OSError:
+        return ()
+    return status.st_size, status.st_mtime_ns

@@ -18,7 +18,7 @@ import cryolike_data.arena as arena_module
 import cryolike_data.stacks as stacks_module
 from cryolike_data.arena import Arena, NoMoreMapsError
 from cryolike_data.errors import StackError
-from cryolike_data.stacks import MrcStacks, open_stacks
+from cryolike_data.stacks import Stacks, open_stacks
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="arenas are for Linux")
 
@@ -38,13 +38,13 @@ def everything(counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
     return file[chosen], image[chosen]
 
 
-def read(stacks: MrcStacks, file: np.ndarray, image: np.ndarray, box: int = 8) -> np.ndarray:
+def read(stacks: Stacks, file: np.ndarray, image: np.ndarray, box: int = 8) -> np.ndarray:
     out = np.empty((len(file), box, box), stacks.dtype)
     read_images(stacks, file, image, out)
     return out
 
 
-def check(stacks: MrcStacks, images: list[np.ndarray], *, through_arena: bool) -> None:
+def check(stacks: Stacks, images: list[np.ndarray], *, through_arena: bool) -> None:
     file, image = everything([len(part) for part in images])
     out = read(stacks, file, image, images[0].shape[-1])
     np.testing.assert_array_equal(out, np.stack([images[f][z] for f, z in zip(file, image, strict=True)]))
@@ -349,10 +349,10 @@ SIXTY_THOUSAND = """
     from pathlib import Path
     from support import numbered_images, read_images, write_stack
     from cryolike_data.mrc import read_header
-    from cryolike_data.stacks import MrcStacks
+    from cryolike_data.stacks import Stacks
     n, images = 60_000, numbered_images(2, 8)
     path = write_stack(Path(sys.argv[1]) / "a.mrc", images)
-    stacks = MrcStacks([str(path)] * n, [read_header(path)] * n)  # one file under many names costs as many maps as many files
+    stacks = Stacks([str(path)] * n, [read_header(path)] * n)  # one file under many names costs as many maps as many files
     out = np.empty((n, 8, 8), "f4")
     read_images(stacks, np.random.default_rng(0).permutation(n), np.arange(n) % 2, out)
     assert np.array_equal(out, images[np.arange(n) % 2])
@@ -485,3 +485,39 @@ def test_neighbouring_ranges_of_pages_merge(length: int) -> None:
     } == pages
     assert (runs[1:] > (runs + sizes)[:-1]).all()
     assert not (runs % 4096).any()
+
+
+# Rows in order, where they lie
+
+
+@pytest.mark.parametrize("dtype", ["i1", "i2", "u2", "f2", "f4"])
+def test_rows_in_order_are_seen_without_a_copy(tmp_path: Path, dtype: str) -> None:
+    paths, (first, second) = written(tmp_path, [4, 5], dtype=dtype)
+    images = open_stacks(paths).locate(np.repeat([0, 1], [4, 5]), np.r_[0:4, 0:5])
+    view = images.view(np.arange(5, 8))
+    assert view is not None
+    np.testing.assert_array_equal(view.numpy().view(second.dtype), second[1:4])
+    again, other = images.view(np.arange(6, 8)), images.view(np.array([2]))
+    assert again is not None
+    assert other is not None
+    assert again.data_ptr() == view[1].data_ptr()
+    np.testing.assert_array_equal(other[0].numpy().view(first.dtype), first[2])
+
+
+@pytest.mark.parametrize("rows", [[1, 0], [0, 2], [3, 4], [2, 2]], ids=["back", "gap", "two files", "twice"])
+def test_rows_that_do_not_lie_in_order_are_not_seen(tmp_path: Path, rows: list[int]) -> None:
+    paths, _ = written(tmp_path, [4, 5])
+    assert open_stacks(paths).locate(np.repeat([0, 1], [4, 5]), np.r_[0:4, 0:5]).view(np.array(rows)) is None
+
+
+def test_without_an_arena_nothing_is_seen(tmp_path: Path) -> None:
+    paths, _ = written(tmp_path, [4], extended=7)
+    assert open_stacks(paths).locate(np.zeros(4, np.int64), np.arange(4)).view(np.arange(4)) is None
+
+
+def test_a_shrunk_stack_is_an_error_when_it_is_to_be_seen(tmp_path: Path) -> None:
+    paths, _ = written(tmp_path, [4])
+    images = open_stacks(paths).locate(np.zeros(4, np.int64), np.arange(4))
+    os.truncate(paths[0], 1024 + 100)
+    with pytest.raises(StackError, match="shrunk"):
+        images.view(np.arange(4))

@@ -16,7 +16,7 @@ from support import numbered_images, read_images, write_stack
 from cryolike_data import map_pool
 from cryolike_data.errors import StackError
 from cryolike_data.map_pool import MapPool
-from cryolike_data.stacks import MrcStacks, open_stacks
+from cryolike_data.stacks import Stacks, open_stacks
 
 BOX = 8
 
@@ -31,7 +31,7 @@ def write_stacks(
     return paths, images
 
 
-def read(pool: MrcStacks | MapPool, file: list[int], image: list[int]) -> np.ndarray:
+def read(pool: Stacks | MapPool, file: list[int], image: list[int]) -> np.ndarray:
     out = np.full((len(file), BOX, BOX), 99, pool.dtype)
     if isinstance(pool, MapPool):
         pool.read_into(np.asarray(file), np.asarray(image), out)
@@ -209,7 +209,7 @@ def test_a_process_forked_while_a_thread_reads_can_read_too(tmp_path: Path, monk
     pool = MapPool(opened.paths, opened.headers)
     original, mapping, may_go_on = map_pool.map_stack, threading.Event(), threading.Event()
 
-    def paused(path: str, header: map_pool.MrcHeader) -> np.ndarray:
+    def paused(path: str, header: map_pool.StackHeader) -> np.ndarray:
         mapping.set()
         may_go_on.wait()
         return original(path, header)

@@ -11,8 +11,8 @@ import numpy as np
 
 from ..errors import ArgumentError, StackError, TableError
 from ..particles import Later, Particles, shortest
-from ..stacks import MrcStacks
-from .columns import detail_names, read_details, read_sign
+from ..stacks import Stacks
+from .columns import detail_names, one_value_once, read_details, read_sign
 from .table import Table
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 def assemble(
     table: Table,
     blob: Table,
-    pool: MrcStacks,
+    pool: Stacks,
     file: np.ndarray,
     image: np.ndarray,
     needed: np.ndarray,
@@ -60,7 +60,7 @@ def assemble(
     )
 
 
-def _missing_images(pool: MrcStacks, file: np.ndarray, image: np.ndarray, needed: np.ndarray, index_hint: str) -> list[str]:
+def _missing_images(pool: Stacks, file: np.ndarray, image: np.ndarray, needed: np.ndarray, index_hint: str) -> list[str]:
     if image.min() >= 0 and (needed <= pool.counts).all():
         return []
     bad = np.flatnonzero((image < 0) | (image >= pool.counts[file]))
@@ -86,7 +86,7 @@ def _spread(of_file: np.ndarray, file: np.ndarray) -> np.ndarray:
     return spread
 
 
-def _wrong_shapes(pool: MrcStacks, file: np.ndarray, used: np.ndarray, table: Table, pixel_size: Any) -> list[str]:
+def _wrong_shapes(pool: Stacks, file: np.ndarray, used: np.ndarray, table: Table, pixel_size: Any) -> list[str]:
     sides = pool.of_headers(lambda header: (header.ny, header.nx))
     told = [
         f"{pool.paths[number]} holds images of {sides[number, 1]} x {sides[number, 0]} pixels; particles have to be square"
@@ -113,7 +113,7 @@ def _wrong_shapes(pool: MrcStacks, file: np.ndarray, used: np.ndarray, table: Ta
     return told
 
 
-def _pixel_sizes(table: Table, pool: MrcStacks, file: np.ndarray, argument: Any) -> np.ndarray:
+def _pixel_sizes(table: Table, pool: Stacks, file: np.ndarray, argument: Any) -> np.ndarray:
     """The argument, else blob/psize_A, else the MRC headers where plausible."""
     stated = table.get("blob/psize_A")
     if stated is not None and not (stated.min() > 0 and stated.max() < np.inf):
@@ -125,7 +125,7 @@ def _pixel_sizes(table: Table, pool: MrcStacks, file: np.ndarray, argument: Any)
             log.warning("pixel_size=%g is used; %s says %s in blob/psize_A.", given, table.path, shortest(stated[0]))
         return np.full(len(table), given)
     if stated is not None:
-        return stated
+        return one_value_once(stated)
     sizes = [header.pixel_size for header in pool.headers]
     if all(sizes[number] is not None for number in np.flatnonzero(np.bincount(file)).tolist()):
         log.info("The pixel size is taken from the MRC headers (%s A).", shortest(np.float32(sizes[int(file[0])] or 0)))

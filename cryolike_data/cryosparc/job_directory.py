@@ -17,7 +17,7 @@ from ..dataset import ParticleDataset
 from ..errors import ArgumentError, MissingStackError, PairingError, TableError
 from ..mrc import Mode0
 from ..particles import Selection
-from ..stacks import MrcStacks, images_needed, open_stacks
+from ..stacks import Stacks, images_needed, open_stacks
 from .assemble import assemble
 from .columns import says_where
 from .join import Unmatched, csg_results, find_metafile, join_tables, match_uids, side_by_side, take_rows, take_slots, usable_uid
@@ -177,7 +177,7 @@ def _points_to(table: Table, stacks: _Stacks) -> bool:
     return any(stacks.number(name) is not None for name in names)
 
 
-def _pair_in_sequence(table: Table, stacks: _Stacks, record: Table | None, mode0: Mode0) -> tuple[Table, MrcStacks, np.ndarray, np.ndarray]:
+def _pair_in_sequence(table: Table, stacks: _Stacks, record: Table | None, mode0: Mode0) -> tuple[Table, Stacks, np.ndarray, np.ndarray]:
     if not stacks.in_sequence:
         first = min(stacks.by_number.items())[1]
         raise MissingStackError(f"{stacks.folder} holds {first.name} but no stack number 0; row k is image k only from number 0 on.")
@@ -231,7 +231,7 @@ def _record_rows(table: Table, record: Table) -> np.ndarray | None:
 
 def _pair_by_uid(
     table: Table, stacks: _Stacks, record: Table | None, unmatched: Unmatched, mode0: Mode0
-) -> tuple[Table, MrcStacks, np.ndarray, np.ndarray, list[str]]:
+) -> tuple[Table, Stacks, np.ndarray, np.ndarray, list[str]]:
     if record is None:
         raise PairingError(
             f'pairing="uid" needs the job\'s record of its images in {stacks.folder.parent}: {stacks.record_name}, or a .csg '

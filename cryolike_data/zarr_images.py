@@ -1,0 +1,132 @@
+"""Images read through zarr: those of compressed stores and of stores at a URL, which cannot be mapped into memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from torch import Tensor
+
+from .errors import StackError
+from .zarr_store import is_url, open_group, rust_works
+
+if TYPE_CHECKING:
+    import zarr
+
+#: Chunks that lie one after the other are read in one call, up to about so many bytes.
+_RUN_BYTES = 32 << 20
+#: Calls at the same time: zarr takes milliseconds for each, and a server more.
+_THREADS = 8
+
+_CONFIGURING = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """A fork may have left the lock behind in the hands of a thread that is no more."""
+    global _CONFIGURING
+    _CONFIGURING = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+class ZarrImages:
+    """The images of one store, read in whole inner chunks. Safe to share between threads; pickles as where the store lies.
+
+    Parameters
+    ----------
+    location : an absolute path or a URL
+    dtype : the native dtype of the images
+    """
+
+    def __init__(self, location: str, dtype: np.dtype[Any]) -> None:
+        self.location, self.dtype = location, dtype
+        self._opened: tuple[int, zarr.Array[Any]] | None = None
+
+    def locate(self, file: np.ndarray, image: np.ndarray) -> ZarrRows:
+        """The images of a table whose row k is image ``image[k]`` of the store."""
+        return ZarrRows(self, image)
+
+    def read_into(self, image: np.ndarray, out: np.ndarray) -> None:
+        """Copy image ``image[k]`` into ``out[k]`` for all k; each inner chunk is read once, and several at the same time.
+
+        Raises
+        ------
+        StackError
+            if a chunk cannot be read or decoded
+        """
+        array = self._array()
+        order = np.argsort(image, kind="stable")
+        runs = np.split(order, _cuts(image[order], array)) if len(order) else []
+
+        def read(rows: np.ndarray) -> None:
+            first, last = int(image[rows[0]]), int(image[rows[-1]]) + 1
+            try:
+                out[rows] = np.asarray(array[first:last])[image[rows] - first]
+            except Exception as error:  # of zarr, of a codec, or of the library for this kind of URL
+                raise StackError(
+                    f"Images {first} to {last - 1} of {self.location} cannot be read, copy or export it again: {error}"
+                ) from error
+
+        if len(runs) == 1:
+            read(runs[0])
+        elif runs:
+            with ThreadPoolExecutor(min(_THREADS, len(runs))) as threads:
+                list(threads.map(read, runs))
+
+    def _array(self) -> zarr.Array[Any]:
+        # A fork leaves behind the threads that zarr works with.
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = os.getpid(), _open_images(self.location)
+        return self._opened[1]
+
+    def __reduce__(self) -> tuple[type[ZarrImages], tuple[Any, ...]]:
+        return ZarrImages, (self.location, self.dtype)
+
+
+class ZarrRows:
+    """The images of a table's rows in a store."""
+
+    def __init__(self, store: ZarrImages, image: np.ndarray) -> None:
+        self._store, self._image = store, image
+
+    def read_into(self, rows: np.ndarray, out: Tensor) -> None:
+        """Copy the images of these rows into ``out``, (B, H, W) contiguous."""
+        self._store.read_into(self._image[rows], out.numpy())
+
+    def view(self, rows: np.ndarray) -> None:
+        """No image lies in memory as it is."""
+
+    def ask_ahead(self, rows: np.ndarray) -> bool:
+        """Nothing to do: zarr opens and reads what it needs by itself."""
+        return False
+
+
+def _open_images(location: str) -> zarr.Array[Any]:
+    """The array of images of a store, decoded by zarrs where that is installed and can do it."""
+    import zarr
+
+    group, _ = open_group(location)
+    options = {}
+    if not rust_works():
+        options = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
+    elif not is_url(location) and importlib.util.find_spec("zarrs") is not None:
+        options = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
+    # The configuration is that of all threads, and two that change it at the same time would leave it changed.
+    with _CONFIGURING, zarr.config.set(options):
+        array: Any = group["images"]
+    return cast("zarr.Array[Any]", array)
+
+
+def _cuts(image: np.ndarray, array: zarr.Array[Any]) -> np.ndarray:
+    """Where sorted numbers of images are cut into those read in one call: within chunks that follow each other, and not too many."""
+    per_chunk = int(array.chunks[0])
+    together = max(1, _RUN_BYTES // (per_chunk * int(np.prod(array.shape[1:])) * array.dtype.itemsize))
+    chunk = image // per_chunk
+    cuts: np.ndarray = 1 + np.flatnonzero((np.diff(chunk) > 1) | (np.diff(chunk // together) > 0))
+    return cuts
