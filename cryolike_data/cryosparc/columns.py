@@ -13,7 +13,9 @@ from .table import Table
 
 log = logging.getLogger(__name__)
 
-_CTF_FIELDS = {
+#: Optics by their names in ``Ctf``, as CryoSPARC names them and in its order.
+CTF_FIELDS = {
+    "exposure_group": "ctf/exp_group_id",
     "voltage_kv": "ctf/accel_kv",
     "spherical_aberration_mm": "ctf/cs_mm",
     "amplitude_contrast": "ctf/amp_contrast",
@@ -21,16 +23,15 @@ _CTF_FIELDS = {
     "defocus_v": "ctf/df2_A",
     "astigmatism_angle_rad": "ctf/df_angle_rad",
     "phase_shift_rad": "ctf/phase_shift_rad",
-    "exposure_group": "ctf/exp_group_id",
     "scale": "ctf/scale",
-    "bfactor_A2": "ctf/bfactor",
     "beam_shift_A": "ctf/shift_A",
     "tilt_A": "ctf/tilt_A",
     "trefoil_A": "ctf/trefoil_A",
     "tetrafoil_A": "ctf/tetra_A",
     "anisomag": "ctf/anisomag",
+    "bfactor_A2": "ctf/bfactor",
 }
-_USED_CTF = frozenset(_CTF_FIELDS.values())
+_USED_CTF = frozenset(CTF_FIELDS.values())
 _ALIGNMENTS = ("alignments3D", "alignments2D")
 _OTHER_SLOTS = {"map": "a volume", "mask": "a mask", "precision": "a volume", "map_half_A": "a half map", "micrograph_blob": "micrographs"}
 
@@ -71,11 +72,16 @@ def _alignment(table: Table) -> str | None:
 
 def read_ctf(table: Table) -> Ctf[np.ndarray] | None:
     """Optics per particle, or None where the table has no ctf columns."""
-    columns: dict[str, Any] = {name: table[field] for name, field in _CTF_FIELDS.items() if field in table}
+    columns: dict[str, Any] = {name: one_value_once(table[field]) for name, field in CTF_FIELDS.items() if field in table}
     # torch has no arithmetic on uint32; exposure group ids are small.
     if "exposure_group" in columns:
-        columns["exposure_group"] = columns["exposure_group"].astype(np.int64)
+        columns["exposure_group"] = one_value_once(columns["exposure_group"].astype(np.int64))
     return Ctf(**columns) if columns else None
+
+
+def one_value_once(column: np.ndarray) -> np.ndarray:
+    """The column, in the memory of one row where all rows hold the same, as they do of most optics."""
+    return np.broadcast_to(column[:1], column.shape) if len(column) and (column == column[0]).all() else column
 
 
 def read_pose(table: Table) -> dict[str, np.ndarray]:
@@ -104,7 +110,7 @@ def read_sign(table: Table) -> np.ndarray | None:
     sign = table.get("blob/sign")
     if sign is not None and len(sign) and sign.min() != sign.max():
         log.warning("%s mixes particles of both contrast signs (blob/sign); the pixels are given as stored.", table.path)
-    return sign
+    return None if sign is None else one_value_once(sign)
 
 
 def read_uid(table: Table) -> np.ndarray:

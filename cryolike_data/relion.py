@@ -1,0 +1,158 @@
+"""RELION's star files (3.1 and later) of particles: optics groups, image names, Euler angles and origins.
+
+Angles are in degrees, origins in angstrom. RELION's defocus, astigmatism angle and origins have the signs of this package.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from ._relion_optics import group_optics, shared_optics
+from .ctf import Ctf
+from .errors import ExportError, MissingDependencyError, TableError
+from .particles import Particles
+
+# What ends a line, a value or the text itself for RELION or starfile; RELION takes several spaces for one, in quotes too.
+_UNREADABLE = re.compile("[\0-\x1f\x85\u2028\u2029\ud800-\udfff\"'#]|  ")
+
+
+def star_tables(particles: Particles, *, image_names: Sequence[str], box: int, pixel_size: float) -> dict[str, dict[str, np.ndarray]]:
+    """The blocks of a star file for particles whose images lie where ``image_names`` says.
+
+    What is not known of the particles has no column. Beam tilt and anisotropic magnification are given with the optics groups;
+    trefoil, tetrafoil and beam shift are left out, with a warning where there are any.
+
+    Parameters
+    ----------
+    particles : N rows; their own files, box and pixel size are not used
+    image_names : N names as RELION writes them (``000001@path/to/stack.mrcs``, which counts from 1)
+    box : box of the images, pixels
+    pixel_size : of the images, angstrom
+
+    Returns
+    -------
+    blocks ``optics`` (one row per optics group) and ``particles`` (N rows), each a dictionary of columns by RELION's names
+
+    Raises
+    ------
+    TableError
+        if voltage, spherical aberration, amplitude contrast or defocus are not known, or a beam tilt is impossible
+    ExportError
+        if an image name cannot be written in a star file
+    """
+    bad = [name for name in image_names if _UNREADABLE.search(name)]
+    if bad:
+        raise ExportError(
+            f"{len(bad)} image names cannot stand in a star file, the first is {bad[0]!r}: quotes, #, line breaks, tabs, double spaces and "
+            "bytes that are no UTF-8 do not reach its readers as they are. Choose an output path and file names without them."
+        )
+    ctf = require_optics(particles)
+    u, v, axis = ctf.require("defocus_u", "defocus_v", "astigmatism_angle_rad")
+    group, optics = group_optics(ctf)
+    found: dict[str, np.ndarray | None] = {
+        "rlnImageName": np.array(image_names, object),
+        "rlnOpticsGroup": group,
+        "rlnDefocusU": u,
+        "rlnDefocusV": v,
+        "rlnDefocusAngle": np.rad2deg(axis, dtype=np.float64),
+        "rlnPhaseShift": None if ctf.phase_shift_rad is None else np.rad2deg(ctf.phase_shift_rad, dtype=np.float64),
+        "rlnCtfBfactor": ctf.bfactor_A2,
+        "rlnCtfScalefactor": ctf.scale,
+    }
+    if particles.pose is not None:
+        found |= zip(("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"), euler_angles_deg(particles.pose).T, strict=True)
+    if particles.shift_A is not None:
+        found |= zip(("rlnOriginXAngst", "rlnOriginYAngst"), particles.shift_A.T, strict=True)
+    if particles.half_set is not None:
+        found["rlnRandomSubset"] = particles.half_set + 1
+    images = {"rlnImagePixelSize": float(pixel_size), "rlnImageSize": box, "rlnImageDimensionality": 2}
+    return {
+        "optics": optics | {name: np.full(len(optics["rlnOpticsGroup"]), value) for name, value in images.items()},
+        "particles": {name: column for name, column in found.items() if column is not None},
+    }
+
+
+def require_optics(particles: Particles) -> Ctf[np.ndarray]:
+    """The optics of particles, or a ``TableError`` if a star file cannot be made of them."""
+    ctf = Ctf[np.ndarray]() if particles.ctf is None else particles.ctf
+    try:
+        ctf.require("defocus_u", "defocus_v", "astigmatism_angle_rad")
+        shared_optics(ctf)
+    except TableError as error:
+        raise TableError(f"A star file needs the optics of the particles (voltage, Cs, amplitude contrast, defocus). {error}") from error
+    return ctf
+
+
+def euler_angles_deg(pose: np.ndarray) -> np.ndarray:
+    """RELION's angles (rot, tilt, psi) of rotations: R = Rz(rot) Ry(tilt) Rz(psi), right-handed, about axes that turn along.
+
+    By way of the unit quaternion (w, x, y, z), whose components are cos(tilt / 2) (cos s, sin s) for (w, z) and
+    sin(tilt / 2) (sin d, cos d) for (x, y), with s, d = (psi + rot) / 2, (psi - rot) / 2: no angle loses digits near tilt 0 or
+    180, where rot is 0, as RELION has it.
+
+    Parameters
+    ----------
+    pose : (N, 3) rotation vectors, radian, of any length
+
+    Returns
+    -------
+    (N, 3) float64, degrees; rot and psi from -180 to 180, tilt from 0 to 180
+    """
+    vector = np.asarray(pose, np.float64)
+    angle = np.sqrt((vector**2).sum(axis=1))
+    x, y, z = (vector * np.sinc(angle / (2 * np.pi))[:, None] / 2).T
+    w = np.cos(angle / 2)
+    across, along = np.hypot(x, y), np.hypot(w, z)
+    half_sum, half_difference = np.arctan2(z, w), np.arctan2(x, y)
+    # Rounding in float64 leaves this much where a component is zero; the angle of such a pair means nothing.
+    half_difference = np.where(across < 1e-15, half_sum, half_difference)
+    half_sum = np.where(along < 1e-15, half_difference, half_sum)
+    rot, psi = np.rad2deg([half_sum - half_difference, half_sum + half_difference])
+    angles = np.stack([rot, np.rad2deg(2 * np.arctan2(across, along)), psi], axis=1)
+    wrapped: np.ndarray = angles - 360 * np.rint(angles / 360)
+    return wrapped
+
+
+def write_star(tables: Mapping[str, Mapping[str, np.ndarray]], target: str | Path | IO[bytes]) -> None:
+    """Write blocks of columns as a star file; the same blocks give the same bytes.
+
+    Parameters
+    ----------
+    tables : blocks by name, each a dictionary of columns (``star_tables``)
+    target : a path, or a binary stream
+
+    Raises
+    ------
+    MissingDependencyError
+        if starfile is not installed
+    """
+    starfile = require_starfile()
+    import pandas
+
+    blocks = {block: pandas.DataFrame({name: _decimal(column) for name, column in columns.items()}) for block, columns in tables.items()}
+    text = starfile.to_string(blocks, float_format="%.12g")
+    # Above the first block starfile writes its version and the time.
+    data = text[text.index("data_") :].encode()
+    if isinstance(target, str | Path):
+        Path(target).write_bytes(data)
+    else:
+        target.write(data)
+
+
+def require_starfile() -> Any:
+    """The package starfile, or a ``MissingDependencyError`` that says how to get it."""
+    try:
+        import starfile
+    except ImportError as error:
+        raise MissingDependencyError('Star files need starfile: pip install "cryolike-data[star]"') from error
+    return starfile
+
+
+def _decimal(column: np.ndarray) -> np.ndarray:
+    """Single precision as the numbers with the fewest digits that read back the same: 0.07, not 0.0700000003."""
+    return column.astype("U").astype(np.float64) if column.dtype == np.float32 else column
