@@ -14,7 +14,7 @@ from .ctf import Ctf
 from .dataset import ParticleDataset
 from .descriptor import ImageDescriptor
 from .errors import CryolikeDataError
-from .export import export_cryolike, export_zarr
+from .export import ExportPlan, export_cryolike, export_mrc, export_zarr, finish, plan_export, run_unit
 from .particles import Particles
 from .sampler import ParticleSampler
 from .stream import ParticleStream, stream
@@ -28,6 +28,7 @@ __all__ = [
     "CryolikeDataError",
     "Ctf",
     "Downsample",
+    "ExportPlan",
     "ImageDescriptor",
     "IndexedDataset",
     "JobDirectoryDataset",
@@ -43,7 +44,11 @@ __all__ = [
     "convert_particle_stacks_from_indexed_cryosparc",
     "convert_particle_stacks_from_indexed_cryosparc_file",
     "export_cryolike",
+    "export_mrc",
     "export_zarr",
+    "finish",
+    "plan_export",
     "read_table",
+    "run_unit",
     "stream",
 ]

@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from . import __version__
+from .cli_export import add_arguments, export_command, refuse
 from .collate import Collate
 from .cryosparc import IndexedDataset, JobDirectoryDataset
 from .cryosparc.join import load_table
 from .dataset import ParticleDataset, human_bytes
-from .descriptor import ImageDescriptor
 from .errors import ArgumentError, CryolikeDataError
-from .export import export_cryolike, export_zarr
 from .transforms import Downsample
 from .zarr_dataset import ZarrDataset
 
@@ -46,20 +45,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_source(info)
     info.set_defaults(command=_info)
 
-    export = commands.add_parser("export", help="write a Zarr store (OUT ends in .zarr) or CryoLike stacks (OUT is a folder)")
+    export = commands.add_parser(
+        "export", help="write a Zarr store, MRC stacks with .cs and .star, or CryoLike stacks; continues where it was stopped"
+    )
     _add_source(export)
-    export.add_argument("out", type=Path, metavar="OUT", help="a name ending in .zarr, or a folder for CryoLike's phys/ and fft/")
-    export.add_argument("--box", type=int, help="downsample to this box size, pixels")
-    export.add_argument("--factor", type=int, help="downsample by this factor")
-    export.add_argument("--method", choices=("fourier", "mean", "max"), help="how to downsample (default: fourier)")
-    export.add_argument("--dtype", choices=("float16", "float32", "float64"), help="pixels of a Zarr store (default: as the files)")
-    export.add_argument("--descriptor", type=Path, help="CryoLike params file (default: made for the images that are written)")
-    export.add_argument("--batch-size", type=int, help="images per CryoLike stack (default: 1024)")
-    export.add_argument("--n-stacks-max", type=int, help="stop after so many CryoLike stacks")
-    export.add_argument("--plots", action="store_true", help="draw CryoLike's three pictures per stack")
-    export.add_argument("--resume", action="store_true", help="keep CryoLike stacks that are whole, write the others")
-    export.add_argument("--overwrite", action="store_true", help="replace what is there")
-    export.set_defaults(command=_export)
+    add_arguments(export)
+    export.set_defaults(command=lambda options: export_command(options, _open))
 
     show = commands.add_parser("show", help="a picture of some particles (extra: plot)")
     _add_source(show)
@@ -108,12 +99,12 @@ def _open(options: argparse.Namespace) -> ParticleDataset:
 
 def _open_whole(options: argparse.Namespace) -> ParticleDataset:
     if options.job is not None:
-        _refuse(options, ("folder", "index_base", "passthrough"), "a job directory")
+        refuse(options, ("folder", "index_base", "passthrough"), "a job directory")
         return JobDirectoryDataset(options.file, options.job, pairing=options.pairing or "sequence", pixel_size=options.pixel_size)
-    _refuse(options, ("pairing",), "anything but a job directory")
+    refuse(options, ("pairing",), "anything but a job directory")
     if options.file.is_dir():
         if options.file.suffix == ".zarr" or (options.file / "zarr.json").is_file():
-            _refuse(options, ("folder", "index_base", "passthrough", "pixel_size"), "a Zarr store")
+            refuse(options, ("folder", "index_base", "passthrough", "pixel_size"), "a Zarr store")
             return ZarrDataset(options.file)
         raise ArgumentError(f"{options.file} is a folder; give a .cs file, or --job N to read the job directory {options.file / 'JN'}.")
     return IndexedDataset(
@@ -148,35 +139,6 @@ def _info(options: argparse.Namespace) -> None:
         print(f"  group {group:<4} {len(chosen.require('exposure_group')[0]):,} particles, {', '.join(told)}")
 
 
-def _export(options: argparse.Namespace) -> None:
-    dataset = _open(options)
-    resized = options.box is not None or options.factor is not None
-    if not resized:
-        _refuse(options, ("method",), "images that keep their size; add --box or --factor")
-    downsample = Downsample(options.factor, options.box, options.method or "fourier") if resized else None
-    if options.out.suffix == ".zarr":
-        _refuse(options, ("descriptor", "plots", "resume", "batch_size", "n_stacks_max"), "a Zarr store")
-        store = export_zarr(dataset, options.out, downsample=downsample, dtype=options.dtype, overwrite=options.overwrite)
-        print(repr(ZarrDataset(store)))
-        print(f"Written to {store}")
-        return
-    _refuse(options, ("dtype",), "CryoLike stacks")
-    box = dataset.box if downsample is None else downsample.output_box(dataset.box)
-    made = ImageDescriptor.from_individual_values(n_pixels=box, pixel_size=dataset.pixel_size * dataset.box / box)
-    stacks = export_cryolike(
-        dataset,
-        options.out,
-        descriptor=made if options.descriptor is None else options.descriptor,
-        batch_size=1024 if options.batch_size is None else options.batch_size,
-        n_stacks_max=-1 if options.n_stacks_max is None else options.n_stacks_max,
-        downsample=downsample,
-        plots=options.plots,
-        overwrite=options.overwrite,
-        resume=options.resume,
-    )
-    print(f"{len(stacks)} stacks in {options.out}; their descriptor is {options.out / 'fft' / 'image_descriptor.npz'}")
-
-
 def _show(options: argparse.Namespace) -> None:
     from .plots import montage
 
@@ -198,12 +160,6 @@ def _bench(options: argparse.Namespace) -> None:
     cold = not options.no_cold and not isinstance(dataset, ZarrDataset)
     figures, sentence = diagnose(dataset, batch_size=options.batch_size, max_bytes=int(options.gigabytes * 1e9), cold=cold)
     print(*figures, sentence, sep="\n")
-
-
-def _refuse(options: argparse.Namespace, names: Sequence[str], what: str) -> None:
-    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) not in (None, False)]
-    if given:
-        raise ArgumentError(f"{', '.join(given)} has no meaning for {what}.")
 
 
 def _demo(options: argparse.Namespace) -> None:

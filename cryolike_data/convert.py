@@ -17,8 +17,9 @@ from .cryosparc import IndexedDataset, JobDirectoryDataset
 from .cryosparc.job_directory import Pairing
 from .dataset import ParticleDataset
 from .descriptor import ImageDescriptor
-from .errors import ArgumentError
+from .errors import ArgumentError, ExportExistsError
 from .export import export_cryolike
+from .export.folder import MANIFEST
 from .particles import Selection
 from .transforms import Downsample
 
@@ -55,7 +56,8 @@ def convert_particle_stacks_from_indexed_cryosparc_file(
     pixel_size : angstrom, a number or a pair; None takes it from the file
     downsample_factor : 1 leaves the images as they are
     downsample_type : "mean", "max" or "fourier"
-    skip_exist : continue a stopped run: keep the stacks that are whole
+    skip_exist : keep the stacks of a finished export of the same particles that are whole; by default such an export is an error.
+        A run that was stopped is continued in any case.
     flag_plots : draw CryoLike's three pictures of each stack
     index_base : 0 as CryoSPARC counts ``blob/idx``; 1 as CryoLike's tutorial does
     select : which particles to take, see ``IndexedDataset``; CryoLike keeps one voltage per stack, so mixed tables need it
@@ -150,18 +152,23 @@ def _convert(
 ) -> list[Path]:
     if isinstance(downsample_factor, bool) or not isinstance(downsample_factor, Real) or downsample_factor < 1:
         raise ArgumentError(f"downsample_factor is 1 (none) or a larger integer, not {downsample_factor!r}")
+    folder = Path(str(folder_output) or ".")
+    if (folder / MANIFEST).is_file() and not skip_exist and not overwrite:
+        raise ExportExistsError(
+            f"{folder} holds an export already ({MANIFEST}). Choose another folder, or pass skip_exist=True to keep the stacks that are "
+            "whole or overwrite=True to replace them."
+        )
     # Made even for a factor of 1, so that an unknown downsample_type never passes unnoticed.
     downsample = Downsample(factor=downsample_factor, method=downsample_type)
     return export_cryolike(
         dataset,
-        str(folder_output) or ".",
+        folder,
         descriptor=params_input,
         batch_size=batch_size,
         n_stacks_max=n_stacks_max,
         downsample=None if downsample_factor == 1 else downsample,
         plots=flag_plots,
         overwrite=overwrite,
-        resume=skip_exist,
     )
 
 

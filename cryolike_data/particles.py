@@ -41,14 +41,13 @@ class Later:
             _WAITING.discard(self)
         return self._columns.get(name)
 
-    @property
-    def is_read(self) -> bool:
-        """Whether the columns are there."""
-        return self._columns is not None
-
     def take(self, rows: np.ndarray) -> Later:
         """The same columns of some rows, read only when they are asked for themselves."""
-        return Later(self._read, rows if self._rows is None else self._rows[rows])
+        taken = Later(self._read, rows if self._rows is None else self._rows[rows])
+        if self._columns is not None:
+            taken._columns = {name: _take(column, rows) for name, column in self._columns.items()}
+            _WAITING.discard(taken)
+        return taken
 
     def __reduce__(self) -> tuple[type[Later], tuple[Any, ...]]:
         return Later, (self._read, self._rows)
@@ -81,9 +80,7 @@ class _Column(Generic[ValueT]):
         if particles is None:
             return None  # what a field is that is not given
         value = particles.__dict__[self._name]
-        if isinstance(value, Later):
-            value = particles.__dict__[self._name] = value[self._name]
-        found: ValueT = value
+        found: ValueT = value[self._name] if isinstance(value, Later) else value
         return found
 
     def __set__(self, particles: Particles, value: ValueT | Later) -> None:
@@ -131,6 +128,14 @@ class Particles:
     def __len__(self) -> int:
         return len(self.file)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Columns of a table are read again elsewhere, and a value that all rows share travels once.
+        return {name: _Repeated(value[:1].copy(), value.shape) if _is_repeated(value) else value for name, value in self.__dict__.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        repeated = {name: value for name, value in state.items() if isinstance(value, _Repeated)}
+        self.__dict__.update(state | {name: np.broadcast_to(one.value, one.shape) for name, one in repeated.items()})
+
     def __getitem__(self, key: Selection) -> Particles:
         """The chosen rows, by mask, integer array, slice or single row, with every column in step."""
         rows = resolve_rows([key] if isinstance(key, int | np.integer) else key, len(self), self)
@@ -138,7 +143,7 @@ class Particles:
         taken: dict[str, Any] = {}
         for name in (*_COLUMNS, "ctf"):
             value = self.__dict__[name]
-            if isinstance(value, Later) and not value.is_read:
+            if isinstance(value, Later):
                 taken[name] = later.setdefault(value, value.take(rows))
             else:
                 taken[name] = _take(getattr(self, name), rows)
@@ -209,6 +214,19 @@ class Particles:
 
 
 _COLUMNS = ("row", "uid", "file", "slice", "box", "pixel_size", "pose", "shift_A", "half_set", "sign")
+
+
+@dataclass(frozen=True)
+class _Repeated:
+    """A column of one value, as it travels."""
+
+    value: np.ndarray
+    shape: tuple[int, ...]
+
+
+def _is_repeated(column: Any) -> bool:
+    """Whether a column is one value, seen once for each row."""
+    return isinstance(column, np.ndarray) and len(column) > 1 and column.strides[0] == 0
 
 
 def _take(value: Any, rows: np.ndarray | None) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from scipy.special import roots_jacobi
 
-from cryolike_data import ParticleBatch
+from cryolike_data import ImageDescriptor, ParticleBatch
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -246,3 +246,16 @@ def run_python(code: str, *arguments: object, timeout: float = 60) -> subprocess
 def read_images(stacks: Any, file: np.ndarray, image: np.ndarray, out: np.ndarray) -> None:
     """Image ``image[k]`` of file ``file[k]`` of some stacks into ``out[k]``, in one call."""
     stacks.locate(file, image).read_into(np.arange(len(file)), torch.from_numpy(out))
+
+
+#: Arguments of ``plan_export`` by format that make units of five images of 16 px float32.
+EXPORTS: dict[str, dict[str, Any]] = {
+    "zarr": {"shard_bytes": 5 * 16 * 16 * 4},
+    "cryolike": {"batch_size": 5, "descriptor": ImageDescriptor.from_individual_values(16, 1.5, n_inplanes=8)},
+    "mrc": {"batch_size": 5},
+}
+
+
+def results(folder: Path) -> list[str]:
+    """Files of an export that are there, without those that say how far it is."""
+    return [name for name in contents(folder) if not name.startswith(".export/")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from support import centred, ctf_columns, load_cryolike_stack, numbered_images, stored_images, uids, write_stack, write_table
+from support import centred, contents, ctf_columns, load_cryolike_stack, numbered_images, stored_images, uids, write_stack, write_table
 
 from cryolike_data import ImageDescriptor
 from cryolike_data.cli import main
 from cryolike_data.demo import DemoProject
+from cryolike_data.export.cryolike import CryoLikeFormat
+from cryolike_data.export.zarr import ZarrFormat
 
 SCRIPT = Path(sys.executable).with_name("cryolike-data")
 
@@ -155,7 +158,8 @@ def test_export_replaces_a_store_only_when_told_to(one_group, tmp_path, capsys):
     assert run("export", one_group, tmp_path / "a.zarr", "--factor", 2) == 1
     captured = capsys.readouterr()
     assert_one_message(captured)
-    assert "a.zarr exists" in captured.err
+    assert "a.zarr holds another export: settings.box is 16 there and 8 here" in captured.err
+    assert zarr.open_group(tmp_path / "a.zarr", mode="r")["images"].shape == (10, 16, 16)
     assert run("export", one_group, tmp_path / "a.zarr", "--factor", 2, "--overwrite") == 0
     assert zarr.open_group(tmp_path / "a.zarr", mode="r")["images"].shape == (10, 8, 8)
 
@@ -190,16 +194,133 @@ def test_export_to_a_folder_in_batches(one_group, tmp_path):
     assert len(load_cryolike_stack(tmp_path / "out", 1)[0]) == 4
 
 
-def test_export_resumes(one_group, tmp_path):
+def test_export_stops_after_some_stacks_only_where_asked_to(one_group, tmp_path, capsys):
     assert run("export", one_group, tmp_path / "out", "--batch-size", 4, "--n-stacks-max", 1) == 0
-    assert run("export", one_group, tmp_path / "out", "--batch-size", 4, "--resume") == 0
-    assert len(list((tmp_path / "out/phys").iterdir())) == 3
+    assert run("export", one_group, tmp_path / "out", "--batch-size", 4) == 1
+    assert "particles is 4 there and 10 here" in capsys.readouterr().err
+    assert len(list((tmp_path / "out/phys").iterdir())) == 1
 
 
-def test_export_says_where_the_descriptor_is(one_group, tmp_path, capsys):
+@pytest.mark.parametrize("target", ["out", "out.zarr"])
+def test_the_same_command_continues_a_run_that_was_stopped(one_group, tmp_path, capsys, monkeypatch, target):
+    command = ("export", one_group, tmp_path / target, *(("--shard-bytes", 4 * 16 * 16 * 4) if "." in target else ("--batch-size", 4)))
+    with monkeypatch.context() as patch:
+        patch.setattr(ZarrFormat, "write_rest", interrupt)
+        patch.setattr(CryoLikeFormat, "write_rest", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(*command)
+    capsys.readouterr()
+    assert run("info", tmp_path / target) == 1
+    assert run(*command) == 0
+    assert "0 of 3 units written, 3 were there" in out(capsys)
+    fresh = ("export", one_group, tmp_path / "fresh" / target, *command[3:])
+    assert run(*fresh) == 0
+    assert contents(tmp_path / target) == contents(tmp_path / "fresh" / target)
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_store_that_is_not_finished_says_how_to_go_on(one_group, tmp_path, capsys):
+    run("export", one_group, tmp_path / "a.zarr", "--shard-bytes", 4096, "--unit-range", "0/2")
+    capsys.readouterr()
+    assert run("info", tmp_path / "a.zarr") == 1
+    captured = capsys.readouterr()
+    assert_one_message(captured)
+    assert "a.zarr is an export that is not finished (1 units are, of 10 particles in all)" in captured.err
+    assert "--finish" in captured.err
+
+
+def test_parts_that_are_all_written_are_sealed_by_finish(one_group, tmp_path, capsys):
+    command = ("export", one_group, tmp_path / "a.zarr", "--shard-bytes", 4096)
+    for part in (1, 0):
+        assert run(*command, "--unit-range", f"{part}/2") == 0
+        assert "not sealed yet" in capsys.readouterr().out
+    assert run(*command, "--finish") == 0
+    assert "Written to" in capsys.readouterr().out
+    run("export", one_group, tmp_path / "fresh.zarr", "--shard-bytes", 4096)
+    assert contents(tmp_path / "a.zarr") == contents(tmp_path / "fresh.zarr")
+
+
+def test_finish_says_which_units_are_missing(one_group, tmp_path, capsys):
+    command = ("export", one_group, tmp_path / "a.zarr", "--shard-bytes", 4096)
+    run(*command, "--unit-range", "1/3")
+    capsys.readouterr()
+    assert run(*command, "--finish") == 1
+    captured = capsys.readouterr()
+    assert_one_message(captured)
+    assert "2 of 3 units are not there (0, 2)" in captured.err
+    assert not (tmp_path / "a.zarr/zarr.json").exists()
+
+
+@pytest.mark.parametrize("target", ["out", "out.zarr"])
+def test_a_summary_in_json_is_all_that_is_printed(one_group, tmp_path, capsys, target):
+    assert run("export", one_group, tmp_path / target, "--json") == 0
+    captured = capsys.readouterr()
+    told = json.loads(captured.out)
+    assert captured.err == ""
+    expected = {"target": str(tmp_path / target), "particles": 10, "units": 1, "written": 1, "kept": 0, "sealed": True}
+    assert {name: told[name] for name in expected} == expected
+    assert told["format"] == ("zarr" if "." in target else "cryolike")
+    assert told["bytes"] >= 10 * 16 * 16 * 4
+    assert min(told["seconds"], told["images_per_second"]) > 0
+
+
+def test_a_summary_of_finishing_counts_what_was_there(one_group, tmp_path, capsys):
+    command = ("export", one_group, tmp_path / "a.zarr", "--shard-bytes", 4096, "--json")
+    run(*command, "--unit-range", "0/1")
+    assert json.loads(capsys.readouterr().out)["sealed"] is False
+    run(*command, "--finish")
+    told = json.loads(capsys.readouterr().out)
+    assert (told["units"], told["written"], told["kept"], told["sealed"]) == (3, 0, 3, True)
+
+
+def test_export_to_mrc_stacks_goes_back_into_the_tables(one_group, tmp_path, capsys):
+    assert run("export", one_group, tmp_path / "out", "--format", "mrc", "--batch-size", 4, "--dtype", "float16") == 0
+    assert "3 MRC stacks" in out(capsys)
+    table = np.load(tmp_path / "out/particles.cs", allow_pickle=False)
+    np.testing.assert_array_equal(table["uid"], uids(10))
+    np.testing.assert_array_equal(stored_images(tmp_path / "out", table), numbered_images(10, 16).astype("f2"))
+    assert (tmp_path / "out/particles.star").is_file()
+
+
+def test_export_to_mrc_stacks_without_a_star_file(one_group, tmp_path):
+    assert run("export", one_group, tmp_path / "out", "--format", "mrc", "--no-star") == 0
+    assert not (tmp_path / "out/particles.star").exists()
+
+
+def test_export_to_a_folder_without_transforms(one_group, tmp_path):
+    assert run("export", one_group, tmp_path / "out", "--no-fourier") == 0
+    assert sorted(contents(tmp_path / "out")) == [
+        "export.json",
+        "phys/image_descriptor.npz",
+        "phys/particles_phys_stack_000000.npz",
+        "phys/particles_phys_stack_000000.pt",
+    ]
+
+
+def test_export_of_a_selection(one_group, tmp_path):
+    table = np.load(one_group, allow_pickle=False)
+    limit = float(np.sort(table["ctf/df1_A"])[7]) + 0.5
+    arguments = ("--where", f"ctf/df1_A < {limit}", "--every", 2, "--limit", 3)
+    assert run("export", one_group, tmp_path / "a.zarr", *arguments) == 0
+    expected = np.flatnonzero(table["ctf/df1_A"] < limit)[::2][:3]
+    assert zarr.open_group(tmp_path / "a.zarr", mode="r")["row"][:].tolist() == expected.tolist()
+
+
+def test_export_says_where_the_stacks_are(one_group, tmp_path, capsys):
     run("export", one_group, tmp_path / "out")
-    assert str(tmp_path / "out/fft/image_descriptor.npz") in capsys.readouterr().out
+    assert f"1 stacks of CryoLike in {tmp_path / 'out'}" in out(capsys)
     assert (tmp_path / "out/fft/image_descriptor.npz").is_file()
+
+
+def test_the_module_runs_as_the_command_does(one_group, tmp_path):
+    code = "import sys; from cryolike_data.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "export", one_group, tmp_path / "a.zarr", "--json"]
+    ran = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert json.loads(ran.stdout)["sealed"] is True
 
 
 def test_images_are_found_in_another_folder(moved, tmp_path):
@@ -251,7 +372,13 @@ ERRORS = {
     "no such descriptor": (("export", "data/particles.cs", "out", "--descriptor", "absent.npz"), "absent.npz"),
     "descriptor of a store": (("export", "data/particles.cs", "out.zarr", "--descriptor", "absent.npz"), "--descriptor"),
     "pictures of a store": (("export", "data/particles.cs", "out.zarr", "--plots"), "--plots"),
-    "resuming a store": (("export", "data/particles.cs", "out.zarr", "--resume"), "--resume"),
+    "a star file of a store": (("export", "data/particles.cs", "out.zarr", "--no-star"), "--no-star"),
+    "shards of stacks": (("export", "data/particles.cs", "out", "--shard-bytes", 1), "--shard-bytes"),
+    "units of no sense": (("export", "data/particles.cs", "out.zarr", "--unit-range", "4/4"), "'4/4'"),
+    "overwriting a part": (("export", "data/particles.cs", "out.zarr", "--unit-range", "0/2", "--overwrite"), "overwrite"),
+    "finishing a part": (("export", "data/particles.cs", "out.zarr", "--unit-range", "0/2", "--finish"), "--unit-range"),
+    "finishing nothing": (("export", "data/particles.cs", "out.zarr", "--finish"), "1 of 1 units are not there"),
+    "no such column": (("export", "data/particles.cs", "out.zarr", "--where", "ctf/df3_A < 1"), "ctf/df3_A"),
     "dtype of stacks": (("export", "data/particles.cs", "out", "--dtype", "float16"), "--dtype"),
     "batches of none": (("export", "data/particles.cs", "out", "--batch-size", 0), "batch_size"),
     "negative pixel size": (("info", "data/particles.cs", "--pixel-size", -1), "pixel_size"),

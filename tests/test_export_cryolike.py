@@ -5,8 +5,11 @@ Numbers of defects are those of CryoLike in the list that the project keeps (sec
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +29,22 @@ from support import (
     write_table,
 )
 
-from cryolike_data import Downsample, ImageDescriptor, IndexedDataset, ParticleDataset, ZarrDataset, export_cryolike, export_zarr
+from cryolike_data import Downsample, ImageDescriptor, IndexedDataset, ParticleDataset, ZarrDataset, export_cryolike, export_zarr, plots
 from cryolike_data import convert_particle_stacks_from_indexed_cryosparc_file as convert
 from cryolike_data.demo import DemoProject
 from cryolike_data.errors import (
     ArgumentError,
     CryolikeDataError,
+    ExportError,
     ExportExistsError,
     MissingDependencyError,
     MissingStackError,
     MixedParticlesError,
     TableError,
 )
+from cryolike_data.export import cryolike
+from cryolike_data.export.pixels import Pixels
+from cryolike_data.transforms import PolarTransform
 
 BOX, PIXEL_SIZE = 32, 2.0
 GRID = ImageDescriptor.from_individual_values(BOX, PIXEL_SIZE, n_inplanes=8)
@@ -81,36 +88,30 @@ def all_stacks(folder: Path) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarr
     return np.concatenate([stack[0] for stack in stacks]), np.concatenate([stack[1] for stack in stacks]), metadata
 
 
-def loaded(folder: Path) -> dict[str, dict[str, tuple[str, bytes]]]:
-    """Every file of an export, hidden ones too, by the arrays in it."""
-    found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)
-        else:
-            arrays = {"tensor": torch.load(path, weights_only=True).numpy()}
-        key = path.relative_to(folder).as_posix()
-        found[key] = {name: (f"{array.dtype}{array.shape}", array.tobytes()) for name, array in arrays.items()}
-    return found
-
-
 def blocks(images: np.ndarray, factor: int) -> np.ndarray:
     """(N, D / factor, D / factor, factor * factor): the pixels of each block."""
     n, box = len(images), images.shape[-1] // factor
     return images.reshape(n, box, factor, box, factor).transpose(0, 1, 3, 2, 4).reshape(n, box, box, -1)
 
 
-def fail_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, error: BaseException) -> None:
-    """Make call number ``call`` (from 1) of a function, and all later ones, raise."""
-    function, calls = getattr(owner, name), iter(range(1, sys.maxsize))
+@contextmanager
+def stopped(owner: Any, name: str, call: int, error: BaseException, told: type[BaseException] | None = None) -> Iterator[Any]:
+    """An export, stack by stack, that fails because call number ``call`` (from 1) of a function, and all later ones, raise."""
+    function, calls, threads = getattr(owner, name), iter(range(1, sys.maxsize)), torch.get_num_threads()
 
     def failing(*args: Any, **options: Any) -> Any:
         if next(calls) >= call:
             raise error
         return function(*args, **options)
 
-    monkeypatch.setattr(owner, name, failing)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, failing)
+        torch.set_num_threads(1)  # one stack at a time
+        try:
+            with pytest.raises(told or type(error)) as caught:
+                yield caught
+        finally:
+            torch.set_num_threads(threads)
 
 
 # --- contents
@@ -420,7 +421,7 @@ def test_a_second_run_into_the_folder_is_refused_before_anything_changes(particl
     # Defect 16: the tensors are replaced, then the npz is refused.
     export_cryolike(particles, tmp_path, descriptor=GRID, batch_size=10)
     before = contents(tmp_path)
-    with pytest.raises(ExportExistsError, match=r"overwrite=True.*resume=True"):
+    with pytest.raises(ExportExistsError, match=r"particles is 37 there and 20 here.*settings\.box is 32 there and 16.*overwrite=True"):
         export_cryolike(particles.select(slice(0, 20)), tmp_path, descriptor=HALF_GRID, downsample=Downsample(2), batch_size=batch_size)
     assert contents(tmp_path) == before
 
@@ -431,17 +432,29 @@ def test_overwriting_leaves_nothing_of_the_run_before(particles, tmp_path):
     (tmp_path / "out" / "plots" / "power_spectrum_stack_000003.png").touch()
     export_cryolike(particles, tmp_path / "out", descriptor=GRID, batch_size=20, overwrite=True)
     export_cryolike(particles, tmp_path / "fresh", descriptor=GRID, batch_size=20)
-    assert loaded(tmp_path / "out") == loaded(tmp_path / "fresh")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
 def test_overwriting_keeps_what_is_not_a_stack(particles, tmp_path):
-    (tmp_path / "phys").mkdir()
-    (tmp_path / "phys" / "notes.txt").write_text("mine")
-    (tmp_path / "thesis.tex").write_text("mine too")
+    mine = ["phys/notes.txt", "thesis.tex", "params/image_descriptor.npz"]
+    for name in mine:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{name} is mine")
     export_cryolike(particles, tmp_path, descriptor=GRID)
     export_cryolike(particles, tmp_path, descriptor=GRID, overwrite=True)
-    assert (tmp_path / "phys" / "notes.txt").read_text() == "mine"
-    assert (tmp_path / "thesis.tex").read_text() == "mine too"
+    assert {name: (tmp_path / name).read_text() for name in mine} == {name: f"{name} is mine" for name in mine}
+
+
+def test_stacks_of_another_program_are_not_replaced_unless_asked(particles, tmp_path):
+    (tmp_path / "out/phys").mkdir(parents=True)
+    (tmp_path / "out/phys/particles_phys_stack_000007.pt").write_text("of CryoLike")
+    before = contents(tmp_path)
+    with pytest.raises(ExportExistsError, match=r"did not write \(phys/particles_phys_stack_000007\.pt.*overwrite=True"):
+        export_cryolike(particles, tmp_path / "out", descriptor=GRID)
+    assert contents(tmp_path) == before
+    export_cryolike(particles, tmp_path / "out", descriptor=GRID, overwrite=True)
+    export_cryolike(particles, tmp_path / "fresh", descriptor=GRID)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
 @pytest.mark.parametrize("options", [{"descriptor": ImageDescriptor.from_individual_values(64, 1.3)}, {"batch_size": 0}], ids=str)
@@ -462,74 +475,97 @@ def test_without_finufft_an_overwriting_run_leaves_the_old_results(particles, tm
     assert contents(tmp_path) == before
 
 
-def test_overwrite_and_resume_exclude_each_other(particles, tmp_path):
-    with pytest.raises(ArgumentError, match="one of them"):
-        export_cryolike(particles, tmp_path, descriptor=GRID, overwrite=True, resume=True)
-
-
 STOPS = {
-    "while reading": (ParticleDataset, "read", KeyboardInterrupt()),
-    "while writing": (torch, "save", OSError(28, "No space left on device")),
-    "before the npz": (np, "savez_compressed", KeyboardInterrupt()),
+    "while reading": (Pixels, "pieces", KeyboardInterrupt(), None),
+    "while transforming": (PolarTransform, "__call__", MemoryError(), None),
+    "while writing": (os, "replace", OSError(28, "No space left on device"), ExportError),
+    "before the npz": (cryolike, "_npz", KeyboardInterrupt(), None),
 }
 
 
 @pytest.mark.parametrize("where", STOPS)
-def test_a_stopped_run_leaves_no_partial_files(particles, tmp_path, monkeypatch, where):
-    owner, name, error = STOPS[where]
-    fail_at(monkeypatch, owner, name, 3, error)
-    with pytest.raises(type(error)):
+def test_a_stopped_run_is_not_sealed_and_leaves_no_partial_files(particles, tmp_path, where):
+    owner, name, error, told = STOPS[where]
+    with stopped(owner, name, 3, error, told):
         export_cryolike(particles, tmp_path, descriptor=GRID, batch_size=10)
-    assert [path for path in contents(tmp_path) if "partial" in path] == []
+    found = contents(tmp_path)
+    assert "export.json" not in found
+    assert [path for path in found if "partial/" in path] == []
 
 
+@pytest.mark.parametrize("overwrite", [False, True], ids=["", "overwrite"])
 @pytest.mark.parametrize("call", [2, 3])
 @pytest.mark.parametrize("where", STOPS)
-def test_a_stopped_run_that_is_resumed_ends_as_one_that_was_not_stopped(particles, tmp_path, monkeypatch, where, call):
-    owner, name, error = STOPS[where]
-    with monkeypatch.context() as patch:
-        fail_at(patch, owner, name, call, error)
-        with pytest.raises(type(error)):
-            export_cryolike(particles, tmp_path / "stopped", descriptor=GRID, batch_size=10)
-    export_cryolike(particles, tmp_path / "stopped", descriptor=GRID, batch_size=10, resume=True)
+def test_the_same_call_after_a_stop_ends_as_one_that_was_not_stopped(particles, tmp_path, where, call, overwrite):
+    owner, name, error, told = STOPS[where]
+    with stopped(owner, name, call, error, told):
+        export_cryolike(particles, tmp_path / "stopped", descriptor=GRID, batch_size=10, overwrite=overwrite)
+    export_cryolike(particles, tmp_path / "stopped", descriptor=GRID, batch_size=10, overwrite=overwrite)
     export_cryolike(particles, tmp_path / "whole", descriptor=GRID, batch_size=10)
-    assert loaded(tmp_path / "stopped") == loaded(tmp_path / "whole")
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
 
 
-def test_tensors_without_their_npz_are_written_again(particles, tmp_path):
-    export_cryolike(particles, tmp_path, descriptor=GRID, batch_size=10)
-    before = loaded(tmp_path)
-    (tmp_path / "fft" / "particles_fourier_stack_000001.npz").unlink()
-    (tmp_path / "phys" / "particles_phys_stack_000001.pt").write_bytes(b"half of it")
-    (tmp_path / "fft" / "particles_fourier_stack_000002.pt").unlink()
-    export_cryolike(particles, tmp_path, descriptor=GRID, batch_size=10, resume=True)
-    assert loaded(tmp_path) == before
+def test_an_error_of_writing_names_the_file_and_the_reason(particles, tmp_path):
+    with stopped(os, "replace", 7, OSError(28, "No space left on device"), ExportError) as caught:
+        export_cryolike(particles, tmp_path, descriptor=GRID, batch_size=10)
+    told = r"particles_(phys|fourier)_stack_000001\.pt cannot be written: No space left on device.*run the same export again to continue"
+    caught.match(told)
 
 
-@pytest.mark.parametrize("length", [0, 100])
-def test_a_damaged_npz_is_written_again(particles, tmp_path, length):
+DAMAGES = {
+    "an npz that is gone": ("fft/particles_fourier_stack_000001.npz", None),
+    "an npz that is empty": ("fft/particles_fourier_stack_000001.npz", 0),
+    "an npz that is cut short": ("fft/particles_fourier_stack_000001.npz", 100),
+    "images that are cut short": ("phys/particles_phys_stack_000001.pt", 3000),
+    "transforms that are gone": ("fft/particles_fourier_stack_000001.pt", None),
+    "one bit of the images": ("phys/particles_phys_stack_000001.pt", -2000),
+    "one bit of the transforms": ("fft/particles_fourier_stack_000001.pt", -3000),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_finished_export_that_was_damaged_is_whole_after_the_same_call(particles, tmp_path, damage):
     # What a power cut leaves: renaming was done, the bytes did not all reach the disk.
     export_cryolike(particles, tmp_path, descriptor=GRID, batch_size=10)
-    before = loaded(tmp_path)
-    damaged = tmp_path / "fft" / "particles_fourier_stack_000001.npz"
-    damaged.write_bytes(damaged.read_bytes()[:length])
-    export_cryolike(particles, tmp_path, descriptor=GRID, batch_size=10, resume=True)
-    assert loaded(tmp_path) == before
+    before, inodes = contents(tmp_path), {path: path.stat().st_ino for path in tmp_path.rglob("*.[np][pt]*")}
+    path, length = tmp_path / DAMAGES[damage][0], DAMAGES[damage][1]
+    content = path.read_bytes()
+    if length is None:
+        path.unlink()
+    elif length >= 0:
+        path.write_bytes(content[:length])
+    else:
+        path.write_bytes(content[:length] + bytes([content[length] ^ 1]) + content[length + 1 :])
+    export_cryolike(particles, tmp_path, descriptor=GRID, batch_size=10)
+    assert contents(tmp_path) == before
+    others = {path: inode for path, inode in inodes.items() if "000001" not in path.name}
+    assert len(others) > 9
+    assert {path: path.stat().st_ino for path in others} == others
+
+
+def test_a_finished_export_that_is_whole_is_not_written_again(particles, tmp_path):
+    written = export_cryolike(particles, tmp_path, descriptor=GRID, batch_size=10)
+    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")}
+    assert export_cryolike(particles, tmp_path, descriptor=GRID, batch_size=10) == written
+    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")} == before
 
 
 def test_stacks_that_are_whole_are_not_written_again(particles, tmp_path):
-    export_cryolike(particles, tmp_path, descriptor=GRID, batch_size=10, n_stacks_max=2)
+    with stopped(Pixels, "pieces", 3, KeyboardInterrupt()):
+        export_cryolike(particles, tmp_path, descriptor=GRID, batch_size=10)
     before = {path: path.stat().st_ino for path in tmp_path.rglob("*.pt")}
-    written = export_cryolike(particles, tmp_path, descriptor=GRID, batch_size=10, resume=True)
-    assert len(written) == 4
+    assert len(before) == 4
+    assert len(export_cryolike(particles, tmp_path, descriptor=GRID, batch_size=10)) == 4
     assert {path: path.stat().st_ino for path in before} == before
 
 
-def test_skip_exist_continues_a_stopped_run(tmp_path):
-    path = write_particles(tmp_path, numbered_images(6, BOX))
-    convert(GRID, path, folder_output=tmp_path / "out", batch_size=4, n_stacks_max=1, flag_plots=False)
-    convert(GRID, path, folder_output=tmp_path / "out", batch_size=4, skip_exist=True, flag_plots=False)
-    np.testing.assert_allclose(all_stacks(tmp_path / "out")[0], centred(numbered_images(6, BOX)), atol=1e-6)
+def test_an_overwriting_run_writes_a_finished_export_anew(particles, tmp_path):
+    export_cryolike(particles, tmp_path, descriptor=GRID, batch_size=10)
+    before, inodes = contents(tmp_path), {path.stat().st_ino for path in tmp_path.rglob("*.*")}
+    (tmp_path / "phys/particles_phys_stack_000001.pt").write_bytes(b"damaged")
+    export_cryolike(particles, tmp_path, descriptor=GRID, batch_size=10, overwrite=True)
+    assert contents(tmp_path) == before
+    assert inodes != {path.stat().st_ino for path in tmp_path.rglob("*.*")}
 
 
 @pytest.mark.parametrize(
@@ -542,54 +578,119 @@ def test_skip_exist_continues_a_stopped_run(tmp_path):
         (slice(None), {"descriptor": ImageDescriptor.from_individual_values(BOX, PIXEL_SIZE, n_inplanes=16)}),
         (slice(None), {"descriptor": ImageDescriptor.from_individual_values(BOX, PIXEL_SIZE, "double", n_inplanes=8)}),
         (slice(None), {"descriptor": HALF_GRID, "downsample": Downsample(2)}),
+        (slice(None), {"fourier": False}),
     ],
-    ids=["batch size", "fewer stacks", "order", "particles", "polar grid", "precision", "downsampling"],
+    ids=["batch size", "fewer stacks", "order", "particles", "polar grid", "precision", "downsampling", "no transforms"],
 )
-def test_resuming_is_refused_where_the_results_are_of_another_run(particles, tmp_path, rows, options):
-    export_cryolike(particles, tmp_path, descriptor=GRID, batch_size=10)
+@pytest.mark.parametrize("there", ["finished", "stopped"])
+def test_the_results_of_another_run_are_not_replaced_unless_asked(particles, tmp_path, rows, options, there):
+    ours = {"descriptor": GRID, "batch_size": 10}
+    if there == "finished":
+        export_cryolike(particles, tmp_path / "out", **ours)
+    else:
+        with stopped(Pixels, "pieces", 3, KeyboardInterrupt()):
+            export_cryolike(particles, tmp_path / "out", **ours)
     before = contents(tmp_path)
-    with pytest.raises(ExportExistsError, match="overwrite=True"):
-        export_cryolike(particles.select(rows), tmp_path, **{"descriptor": GRID, "batch_size": 10, "resume": True, **options})
+    with pytest.raises(ExportExistsError, match=r"(there and|differ).*overwrite=True"):
+        export_cryolike(particles.select(rows), tmp_path / "out", **(ours | options))
     assert contents(tmp_path) == before
+    export_cryolike(particles.select(rows), tmp_path / "out", **(ours | options), overwrite=True)
+    export_cryolike(particles.select(rows), tmp_path / "fresh", **(ours | options))
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
-def test_resuming_with_another_way_to_downsample_is_refused(particles, tmp_path):
-    export_cryolike(particles, tmp_path, descriptor=GRID, batch_size=10, n_stacks_max=2, downsample=Downsample(2, method="mean"))
-    with pytest.raises(ExportExistsError):
-        export_cryolike(particles, tmp_path, descriptor=GRID, batch_size=10, downsample=Downsample(2, method="fourier"), resume=True)
+def test_another_way_to_downsample_is_another_export(particles, tmp_path):
+    export_cryolike(particles, tmp_path, descriptor=GRID, batch_size=10, downsample=Downsample(2, method="mean"))
+    with pytest.raises(ExportExistsError, match=r"settings\.downsample\.method is 'mean' there and 'fourier' here"):
+        export_cryolike(particles, tmp_path, descriptor=GRID, batch_size=10, downsample=Downsample(2, method="fourier"))
 
 
-def test_resuming_with_refined_optics_is_refused(tmp_path):
-    path = write_particles(tmp_path / "a", numbered_images(6, BOX))
-    refined = write_particles(tmp_path / "b", numbered_images(6, BOX), ctf__df1_A=np.full(6, 17000, "f4"))
-    export_cryolike(IndexedDataset(path), tmp_path / "out", descriptor=GRID, batch_size=3, n_stacks_max=1)
-    with pytest.raises(ExportExistsError):
-        export_cryolike(IndexedDataset(refined), tmp_path / "out", descriptor=GRID, batch_size=3, resume=True)
+def test_refined_optics_make_another_export(tmp_path):
+    path = write_particles(tmp_path, numbered_images(6, BOX))
+    export_cryolike(IndexedDataset(path), tmp_path / "out", descriptor=GRID, batch_size=3)
+    write_particles(tmp_path, numbered_images(6, BOX), ctf__df1_A=np.full(6, 17000, "f4"))
+    with pytest.raises(ExportExistsError, match="the particles or their order, optics or poses differ"):
+        export_cryolike(IndexedDataset(path), tmp_path / "out", descriptor=GRID, batch_size=3)
 
 
-def test_resuming_with_other_particles_is_refused_where_tables_have_no_uids(tmp_path):
+def test_other_particles_make_another_export_where_tables_have_no_uids(tmp_path):
     ours = write_particles(tmp_path / "a", numbered_images(6, BOX), with_uid=False)
-    others = write_particles(tmp_path / "b", numbered_images(6, BOX, start=1), with_uid=False, **ctf_columns(6, seed=1))
-    export_cryolike(IndexedDataset(ours), tmp_path / "out", descriptor=GRID, batch_size=3, n_stacks_max=1)
-    with pytest.raises(ExportExistsError):
-        export_cryolike(IndexedDataset(others), tmp_path / "out", descriptor=GRID, batch_size=3, resume=True)
+    others = write_particles(tmp_path / "b", numbered_images(6, BOX, start=1), with_uid=False)
+    export_cryolike(IndexedDataset(ours), tmp_path / "out", descriptor=GRID, batch_size=3)
+    with pytest.raises(ExportExistsError, match=r"the input stacks .* differ"):
+        export_cryolike(IndexedDataset(others), tmp_path / "out", descriptor=GRID, batch_size=3)
 
 
-def test_a_run_stopped_while_drawing_is_resumed_to_the_last_picture(tmp_path, monkeypatch):
+def test_a_run_stopped_while_drawing_is_continued_to_the_last_picture(tmp_path, monkeypatch):
     path = write_particles(tmp_path, numbered_images(4, 8))
     options = {"descriptor": ImageDescriptor.from_individual_values(8, PIXEL_SIZE, n_inplanes=8), "batch_size": 2, "plots": True}
     drawn = []
 
     def plot(phys: Any, fourier: Any, grid: Any, folder: Path, number: int) -> None:
         drawn.append(number)
-        if len(drawn) == 2:
-            raise KeyboardInterrupt
+        (folder / f"power_spectrum_stack_{number:06d}.png").touch()
 
     monkeypatch.setattr("cryolike_data.plots.plot_stack", plot)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped(plots, "plot_stack", 2, KeyboardInterrupt()):
         export_cryolike(IndexedDataset(path), tmp_path / "out", **options)
-    export_cryolike(IndexedDataset(path), tmp_path / "out", **options, resume=True)
-    assert drawn == [0, 1, 1]
+    assert drawn == [0]
+    export_cryolike(IndexedDataset(path), tmp_path / "out", **options)
+    assert drawn == [0, 1]
+    assert sorted(path.name for path in (tmp_path / "out/plots").iterdir()) == [f"power_spectrum_stack_{k:06d}.png" for k in (0, 1)]
+
+
+# --- the same with CryoLike's own parameters
+
+
+def convert_all(path: Path, folder: Path, **options: Any) -> None:
+    convert(GRID, path, folder_output=folder, batch_size=4, flag_plots=False, **options)
+
+
+@pytest.mark.parametrize("skip_exist", [False, True])
+def test_a_stopped_conversion_is_continued(tmp_path, skip_exist):
+    path = write_particles(tmp_path, numbered_images(6, BOX))
+    with stopped(Pixels, "pieces", 2, KeyboardInterrupt()):
+        convert_all(path, tmp_path / "out", skip_exist=skip_exist)
+    before = {path: path.stat().st_ino for path in (tmp_path / "out").rglob("*.pt")}
+    assert len(before) == 2
+    convert_all(path, tmp_path / "out", skip_exist=skip_exist)
+    np.testing.assert_allclose(all_stacks(tmp_path / "out")[0], centred(numbered_images(6, BOX)), atol=1e-6)
+    assert {path: path.stat().st_ino for path in before} == before
+
+
+def test_a_finished_conversion_is_an_error_and_stays_as_it_is(tmp_path):
+    path = write_particles(tmp_path, numbered_images(6, BOX))
+    convert_all(path, tmp_path / "out")
+    before = contents(tmp_path)
+    with pytest.raises(ExportExistsError, match=r"export\.json.*skip_exist=True.*overwrite=True"):
+        convert_all(path, tmp_path / "out")
+    assert contents(tmp_path) == before
+
+
+def test_skip_exist_keeps_a_finished_conversion_and_mends_it(tmp_path):
+    path = write_particles(tmp_path, numbered_images(6, BOX))
+    convert_all(path, tmp_path / "out")
+    before, kept = contents(tmp_path), (tmp_path / "out/phys/particles_phys_stack_000000.pt").stat().st_ino
+    (tmp_path / "out/phys/particles_phys_stack_000001.pt").write_bytes(b"half of it")
+    convert_all(path, tmp_path / "out", skip_exist=True)
+    assert contents(tmp_path) == before
+    assert (tmp_path / "out/phys/particles_phys_stack_000000.pt").stat().st_ino == kept
+
+
+def test_skip_exist_does_not_mix_two_conversions(tmp_path):
+    path = write_particles(tmp_path, numbered_images(6, BOX))
+    convert_all(path, tmp_path / "out", n_stacks_max=1)
+    before = contents(tmp_path)
+    with pytest.raises(ExportExistsError, match="particles is 4 there and 6 here"):
+        convert_all(path, tmp_path / "out", skip_exist=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_finished_conversion_is_replaced_when_asked(tmp_path):
+    path = write_particles(tmp_path, numbered_images(6, BOX))
+    convert_all(path, tmp_path / "out", n_stacks_max=1)
+    convert_all(path, tmp_path / "out", overwrite=True)
+    np.testing.assert_allclose(all_stacks(tmp_path / "out")[0], centred(numbered_images(6, BOX)), atol=1e-6)
 
 
 # --- what cannot be exported

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import shutil
 import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -20,7 +24,12 @@ from torch.utils.data import DataLoader
 
 from cryolike_data import Collate, Downsample, IndexedDataset, ParticleDataset, ZarrDataset, export_zarr
 from cryolike_data.demo import DemoProject
-from cryolike_data.errors import ArgumentError, CryolikeDataError, ExportExistsError, MissingStackError, StackError
+from cryolike_data.errors import ArgumentError, CryolikeDataError, ExportError, ExportExistsError, MissingStackError, StackError
+from cryolike_data.export.mrc import plan_mrc
+from cryolike_data.export.pixels import Pixels
+from cryolike_data.export.place import LocalPlace
+from cryolike_data.export.state import write_plan
+from cryolike_data.export.zarr import ZarrFormat
 
 N, BOX = 60, 32
 IMAGE_BYTES = BOX * BOX * 4
@@ -176,14 +185,20 @@ def test_small_shards_hold_as_many_images_as_fit(particles, tmp_path, shard_byte
     assert len(shards_of(store)) == files
 
 
-def test_large_shards_hold_whole_chunks_of_about_two_megabytes(tmp_path):
-    # 256 px float32 is 256 KiB, of which 8 fit into 2 MiB: 20 images make 3 chunks, of 7. Two of these fit into 5 MB.
-    dataset = write_particles(tmp_path, numbered_images(20, 256))
-    images = images_of(export_zarr(dataset, tmp_path / "a.zarr", shard_bytes=5_000_000))
-    assert (images.chunks[0], images.shards[0]) == (7, 14)
-    images = images_of(export_zarr(dataset, tmp_path / "b.zarr"))
-    assert (images.chunks[0], images.shards[0]) == (7, 21)
-    np.testing.assert_array_equal(images[:], numbered_images(20, 256))
+@pytest.mark.parametrize(
+    ("n", "box", "shard_bytes", "chunk", "shard"),
+    [
+        (70, 128, 5_000_000, 24, 72),  # 64 KiB, of which 32 fit into 2 MiB: 3 chunks, evened out, and all of them into a shard
+        (70, 128, 4_000_000, 24, 48),  # two of these
+        (50, 256, None, 17, 51),  # 256 KiB: 24 images, so that there are not too many chunks
+        (20, 256, 5_000_000, 10, 10),  # no chunk is larger than a shard may be
+    ],
+)
+def test_large_shards_hold_whole_chunks_of_about_two_megabytes_or_two_dozen_images(tmp_path, n, box, shard_bytes, chunk, shard):
+    dataset = write_particles(tmp_path, numbered_images(n, box))
+    images = images_of(export_zarr(dataset, tmp_path / "a.zarr", **({} if shard_bytes is None else {"shard_bytes": shard_bytes})))
+    assert (images.chunks[0], images.shards[0]) == (chunk, shard)
+    np.testing.assert_array_equal(images[:], numbered_images(n, box))
 
 
 def test_a_shard_is_little_larger_than_its_images(store):
@@ -197,7 +212,7 @@ def test_a_source_of_zeros_still_has_all_its_shards(tmp_path):
 
 
 def test_images_read_in_several_steps_fill_a_shard_in_order(particles, demo, table, tmp_path, monkeypatch):
-    monkeypatch.setattr("cryolike_data.export.zarr._READ_BYTES", 3 * IMAGE_BYTES)
+    monkeypatch.setattr("cryolike_data.export.pixels._PIECE_BYTES", 3 * IMAGE_BYTES)
     store = export_zarr(particles, tmp_path / "a.zarr", shard_bytes=8 * IMAGE_BYTES, downsample=Downsample(2, method="max"))
     expected = stored_images(demo.folder, table).reshape(N, 16, 2, 16, 2).max(axis=(2, 4))
     np.testing.assert_array_equal(images_of(store)[:], expected)
@@ -242,9 +257,11 @@ def test_pixels_too_large_for_float16_are_not_written_as_infinity(tmp_path):
     images = numbered_images(5, 8)
     images[3, 2, 2] = 1e5
     dataset = write_particles(tmp_path, images)
-    with pytest.raises(CryolikeDataError, match="float16"):
+    with pytest.raises(ExportError, match="float16"):
         export_zarr(dataset, tmp_path / "a.zarr", dtype="float16")
-    assert not (tmp_path / "a.zarr").exists()
+    with pytest.raises(StackError, match="not finished"):
+        ZarrDataset(tmp_path / "a.zarr")
+    assert [path for path in contents(tmp_path / "a.zarr") if not path.startswith(".export/")] == []
 
 
 def test_downsampled_images_are_means_and_the_pixel_size_follows(particles, demo, table, tmp_path):
@@ -451,9 +468,20 @@ def test_overwriting_leaves_nothing_of_the_store_before(particles, taken, tmp_pa
     assert sorted(os.listdir(tmp_path)) == ["fresh.zarr", "taken.zarr"]
 
 
-def test_a_store_may_be_overwritten_with_a_part_of_itself(taken, particles):
-    export_zarr(ZarrDataset(taken).select([2, 0]), taken, overwrite=True)
-    assert torch.equal(ZarrDataset(taken).read([0, 1]), particles.read([2, 0]))
+def test_a_store_is_not_overwritten_with_a_part_of_itself(taken):
+    # It would be removed before it is read.
+    before = contents(taken)
+    with pytest.raises(ExportError, match="holds the particles that are to be exported"):
+        export_zarr(ZarrDataset(taken).select([2, 0]), taken, overwrite=True)
+    assert contents(taken) == before
+
+
+def test_a_store_is_not_overwritten_with_what_is_read_from_it_through_a_link(taken, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    before = contents(taken)
+    with pytest.raises(ExportError, match="holds the particles that are to be exported"):
+        export_zarr(ZarrDataset(tmp_path / "link" / taken.name).select([2, 0]), taken, overwrite=True)
+    assert contents(taken) == before
 
 
 def test_an_empty_folder_is_a_place_for_a_store(particles, tmp_path):
@@ -466,6 +494,17 @@ def test_overwriting_through_a_link_leaves_nothing_else_behind(particles, taken,
     export_zarr(particles, tmp_path / "link.zarr", overwrite=True)
     assert len(ZarrDataset(tmp_path / "link.zarr")) == N
     assert sorted(os.listdir(tmp_path)) == ["link.zarr", "taken.zarr"]
+
+
+def test_overwriting_never_removes_what_lies_beside_an_export_of_another_kind(particles, tmp_path):
+    # A folder with an export that was stopped is no store, though it holds ".export" too.
+    place = tmp_path / "project"
+    write_plan(LocalPlace(place), plan_mrc(particles, place).about)
+    (place / "thesis.tex").write_text("years of work")
+    before = contents(tmp_path)
+    with pytest.raises(ExportExistsError, match="project"):
+        export_zarr(particles, place, overwrite=True)
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -482,50 +521,81 @@ def test_overwriting_replaces_stores_and_nothing_else(particles, tmp_path, kind)
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["KeyboardInterrupt", "OSError"])
+ERRORS = [KeyboardInterrupt(), OSError(5, "Input/output error")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("call", [1, 3])
-def test_an_interrupted_export_leaves_nothing_behind(particles, tmp_path, monkeypatch, error, call):
-    interrupt_reading(monkeypatch, call, error)
-    with pytest.raises(type(error)):
+def test_an_interrupted_export_cannot_be_opened_and_ends_as_an_undisturbed_one(particles, store, tmp_path, error, call):
+    with interrupted(call, error):
         export_zarr(particles, tmp_path / "a.zarr", shard_bytes=7 * IMAGE_BYTES)
-    assert os.listdir(tmp_path) == []
+    with pytest.raises(StackError, match=r"a\.zarr is an export that is not finished .*Run the same export again"):
+        ZarrDataset(tmp_path / "a.zarr")
+    found = contents(tmp_path / "a.zarr")
+    assert sorted(path for path in found if not path.startswith(".export/")) == [f"images/c/{k}/0/0" for k in range(call - 1)]
+    assert [path for path in found if "partial" in path or "runs" in path] == []
+    export_zarr(particles, tmp_path / "a.zarr", shard_bytes=7 * IMAGE_BYTES)
+    assert contents(tmp_path / "a.zarr") == contents(store)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["KeyboardInterrupt", "OSError"])
-def test_an_interrupted_export_leaves_the_store_before_untouched(particles, taken, monkeypatch, error):
-    before = contents(taken.parent)
-    interrupt_reading(monkeypatch, 3, error)
-    with pytest.raises(type(error)):
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("overwrite", [False, True], ids=["the same call without overwrite", "the same call"])
+def test_an_interrupted_replacement_is_no_store_and_ends_as_an_undisturbed_one(particles, taken, store, error, overwrite):
+    with interrupted(3, error):
         export_zarr(particles, taken, shard_bytes=7 * IMAGE_BYTES, overwrite=True)
-    assert contents(taken.parent) == before
+    with pytest.raises(StackError, match="not finished"):
+        ZarrDataset(taken)
+    kept = {path: path.stat().st_ino for path in shards_of(taken)}
+    assert len(kept) == 2
+    export_zarr(particles, taken, shard_bytes=7 * IMAGE_BYTES, overwrite=overwrite)
+    assert contents(taken) == contents(store)
+    assert {path: path.stat().st_ino for path in kept} == kept
 
 
-def test_a_replacement_that_fails_brings_the_store_before_back(particles, taken, monkeypatch):
-    # The old store is moved away, then the new one cannot take its place.
-    before, calls = contents(taken.parent), []
+def test_a_replacement_stopped_while_it_removes_what_was_there_is_no_mix(particles, taken, store, monkeypatch):
+    # Before the first removal the old store is whole; after it nothing opens.
+    remove, seen = LocalPlace.remove, []
 
-    def replace(source: Any, target: Any) -> None:
-        calls.append(target)
-        if len(calls) == 2:
-            raise OSError(116, "Stale file handle")
-        os.replace(source, target)
+    def stopping(self: LocalPlace, name: str) -> None:
+        if not name.startswith(".export"):
+            seen.append(name)
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+        remove(self, name)
 
-    monkeypatch.setattr("cryolike_data.files.os", SimpleNamespace(**{**vars(os), "replace": replace}))
-    with pytest.raises(OSError, match="Stale"):
-        export_zarr(particles, taken, overwrite=True)
-    assert contents(taken.parent) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalPlace, "remove", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            export_zarr(particles, taken, shard_bytes=7 * IMAGE_BYTES, overwrite=True)
+    assert seen[0] == "zarr.json"
+    with pytest.raises(StackError, match="not finished"):
+        ZarrDataset(taken)
+    with pytest.raises(ExportExistsError, match="overwrite=True"):
+        export_zarr(particles.select([0, 1, 2]), taken)
+    export_zarr(particles, taken, shard_bytes=7 * IMAGE_BYTES)
+    assert contents(taken) == contents(store)
 
 
-def interrupt_reading(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) -> None:
-    """Make call number ``call`` (from 1) to read images, and all later ones, raise."""
-    read, calls = ParticleDataset.read, iter(range(1, sys.maxsize))
+@contextmanager
+def interrupted(call: int, error: BaseException) -> Iterator[None]:
+    """An export, unit by unit, that fails by ``error`` after the first piece of the images of its unit number ``call``, from 1."""
+    pieces, calls, threads = Pixels.pieces, iter(range(1, sys.maxsize)), torch.get_num_threads()
 
-    def failing(self: ParticleDataset, *args: Any, **options: Any) -> torch.Tensor:
-        if next(calls) >= call:
-            raise error
-        return read(self, *args, **options)
+    def failing(*args: Any, **options: Any) -> Iterator[torch.Tensor]:
+        stops = next(calls) >= call
+        for images in pieces(*args, **options):
+            yield images
+            if stops:
+                raise error
 
-    monkeypatch.setattr(ParticleDataset, "read", failing)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pixels, "pieces", failing)
+        torch.set_num_threads(1)  # one unit at a time
+        try:
+            with pytest.raises(type(error)):
+                yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def test_an_empty_selection_is_refused(particles, tmp_path):
@@ -534,9 +604,104 @@ def test_an_empty_selection_is_refused(particles, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_url_is_refused(particles):
-    with pytest.raises(ArgumentError, match="s3://bucket"):
-        export_zarr(particles, "s3://bucket/particles.zarr")
+@pytest.fixture
+def url() -> Iterator[str]:
+    """A place in a memory file system, empty before and after."""
+    place = f"memory://test-{uuid.uuid4().hex}/particles.zarr"
+    yield place
+    fsspec.filesystem("memory").rm(place.rpartition("/")[0], recursive=True)
+
+
+def objects(url: str) -> dict[str, bytes]:
+    """Every object below a URL, by its name there."""
+    files, root = fsspec.filesystem("memory"), url.removeprefix("memory:/")
+    return {path.removeprefix(root + "/"): files.cat_file(path) for path in files.find(root)}
+
+
+def test_a_url_gets_the_store_that_a_folder_gets(particles, store, url):
+    assert export_zarr(particles, url, shard_bytes=7 * IMAGE_BYTES) == url
+    assert {name: hashlib.sha256(content).hexdigest() for name, content in objects(url).items()} == contents(store)
+
+
+def test_a_store_at_a_url_reads_as_its_source(particles, url):
+    batch = ZarrDataset(export_zarr(particles, url)).batch([59, 0, 7])
+    expected = particles.batch([59, 0, 7])
+    assert torch.equal(batch.images, expected.images)
+    assert torch.equal(batch.uid, expected.uid)
+    assert same_optics(batch.ctf, expected.ctf)
+
+
+def test_an_interrupted_export_to_a_url_ends_as_an_undisturbed_one(particles, store, url, monkeypatch):
+    with interrupted(3, KeyboardInterrupt()):
+        export_zarr(particles, url, shard_bytes=7 * IMAGE_BYTES)
+    with pytest.raises(StackError, match="not finished"):
+        ZarrDataset(url)
+    assert sorted(name for name in objects(url) if name.startswith("images/")) == ["images/c/0/0/0", "images/c/1/0/0"]
+    written = count_units(monkeypatch)
+    export_zarr(particles, url, shard_bytes=7 * IMAGE_BYTES)
+    assert sorted(written) == list(range(2, 9))
+    assert {name: hashlib.sha256(content).hexdigest() for name, content in objects(url).items()} == contents(store)
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Access denied"), RuntimeError("Access denied\n\nDebug source: ...")], ids=str)
+def test_an_object_that_cannot_be_written_is_named_with_the_reason(particles, store, url, monkeypatch, error):
+    put = zarr.storage.FsspecStore.set
+
+    async def failing(self: Any, key: str, *args: Any) -> None:
+        if key == "images/c/3/0/0":
+            raise error
+        await put(self, key, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zarr.storage.FsspecStore, "set", failing)
+        with pytest.raises(ExportError, match=rf"{url}/images/c/3/0/0 cannot be reached: .*Access denied\. What is finished stays"):
+            export_zarr(particles, url, shard_bytes=7 * IMAGE_BYTES)
+    with pytest.raises(StackError, match="not finished"):
+        ZarrDataset(url)
+    export_zarr(particles, url, shard_bytes=7 * IMAGE_BYTES)
+    assert {name: hashlib.sha256(content).hexdigest() for name, content in objects(url).items()} == contents(store)
+
+
+def test_a_damaged_object_at_a_url_is_written_again(particles, store, url, monkeypatch):
+    export_zarr(particles, url, shard_bytes=7 * IMAGE_BYTES)
+    name = url.removeprefix("memory:/") + "/images/c/4/0/0"
+    files = fsspec.filesystem("memory")
+    files.pipe_file(name, files.cat_file(name)[:-1] + b"?")
+    written = count_units(monkeypatch)
+    export_zarr(particles, url, shard_bytes=7 * IMAGE_BYTES)
+    assert written == [4]
+    assert {name: hashlib.sha256(content).hexdigest() for name, content in objects(url).items()} == contents(store)
+
+
+def test_overwriting_at_a_url_leaves_nothing_of_what_was_there(particles, url):
+    with interrupted(3, KeyboardInterrupt()):
+        export_zarr(particles, url, shard_bytes=7 * IMAGE_BYTES)
+    with pytest.raises(ExportExistsError, match="overwrite=True"):
+        export_zarr(particles, url)
+    export_zarr(particles, url, overwrite=True)
+    assert [name for name in objects(url) if name.startswith("images/c/")] == ["images/c/0/0/0"]
+    export_zarr(particles.select([3]), url, overwrite=True)
+    assert torch.equal(ZarrDataset(url).read([0]), particles.read([3]))
+
+
+def test_overwriting_at_a_url_replaces_stores_and_nothing_else(particles, url):
+    fsspec.filesystem("memory").pipe_file(url.removeprefix("memory:/") + "/J1/raw_data.mrc", b"years of work")
+    before = objects(url)
+    with pytest.raises(ExportExistsError, match=r"particles\.zarr"):
+        export_zarr(particles, url, overwrite=True)
+    assert objects(url) == before
+
+
+def count_units(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The units that are written from now on."""
+    write_unit, written = ZarrFormat.write_unit, []
+
+    def counting(self: ZarrFormat, dataset: ParticleDataset, unit: int, *args: Any) -> Any:
+        written.append(unit)
+        return write_unit(self, dataset, unit, *args)
+
+    monkeypatch.setattr(ZarrFormat, "write_unit", counting)
+    return written
 
 
 def test_a_home_directory_is_expanded(particles, tmp_path, monkeypatch):

@@ -1,35 +1,40 @@
-"""A Zarr v3 store of particles: images in large uncompressed shards, one array per column, units and provenance beside them."""
+"""A Zarr v3 store of particles: images in large shards, one array per column, units and provenance beside them."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from ..collate import Collate
 from ..dataset import ParticleDataset
-from ..errors import ArgumentError, ExportError
-from ..files import whole_folder
+from ..errors import ArgumentError, ExportExistsError
+from ..shard import index_bytes
 from ..transforms import Downsample
+from ..zarr_store import FORMAT, is_url
+from .pixels import Pixels
+from .place import STATE, LocalPlace, Place
+from .plan import Advance, ExportPlan, make_plan
+from .run import run
+from .state import UnitRecord, read_plan
 
 if TYPE_CHECKING:
-    import zarr
+    from distributed import Client
 
-#: Version of the layout, in the attribute ``cryolike_data/format``.
-FORMAT = 1
 #: An inner chunk is what other readers fetch at a time; a shard is one file, written whole.
 _CHUNK_BYTES = 2 << 20
-_SHARD_BYTES = 256 << 20
+#: Dask makes a task of each, and its schedulers are made for some ten thousand of them.
+_CHUNK_IMAGES = 24
+SHARD_BYTES = 256 << 20
 _COLUMN_ROWS = 1 << 20
-#: Images that are read and transformed at a time.
-_READ_BYTES = 64 << 20
-_DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+
+Compression = Literal["zstd", "blosc"]
+_COMPRESSIONS = ("zstd", "blosc")
 
 _UNITS = {
     "pose": "radian",
@@ -55,135 +60,272 @@ def export_zarr(
     *,
     downsample: Downsample | None = None,
     dtype: str | torch.dtype | None = None,
-    shard_bytes: int = _SHARD_BYTES,
+    shard_bytes: int = SHARD_BYTES,
+    compression: Compression | None = None,
+    keep_bits: int | None = None,
     overwrite: bool = False,
+    executor: Client | str | None = None,
     progress: bool | None = None,
-) -> Path:
+) -> Path | str:
     """Write the particles, in the order of the data set, as a Zarr v3 group.
 
-    ``images`` is (N, D, D) in uncompressed shards; ``uid``, ``row``, ``pose``, ``shift_A``, ``half_set`` and ``sign`` are arrays
-    beside it, optics are in the group ``ctf``, and where each image came from is in the group ``source``. The store appears
-    whole or not at all. ``ZarrDataset`` reads it back; so do zarr-python, xarray and any other reader of Zarr v3.
+    ``images`` is (N, D, D) in shards; ``uid``, ``row``, ``pose``, ``shift_A``, ``half_set`` and ``sign`` are arrays beside it,
+    optics are in the group ``ctf``, and where each image came from is in the group ``source``. Until all of it is there, the
+    store cannot be opened; the same call continues a run that was stopped. ``ZarrDataset`` reads the store back; so do
+    zarr-python, xarray and any other reader of Zarr v3.
 
     Parameters
     ----------
     dataset : the particles
-    store : the folder to write, by custom ending in ``.zarr``
+    store : the folder to write, by custom ending in ``.zarr``, or a URL that fsspec or obstore knows (``s3://...``)
     downsample : how to make the images smaller
     dtype : "float16", "float32" or "float64"; by default that of the files, or float32 after downsampling
-    shard_bytes : size of one file, about
-    overwrite : replace what is there
+    shard_bytes : size of one file before compression, about
+    compression : "zstd", or "blosc" (zstd over shuffled bits); by default none, because noise does not compress and because only
+        uncompressed images are read at the speed of memory
+    keep_bits : round floating pixels to so many bits of their mantissa, so that they compress
+    overwrite : replace an export that is there
+    executor : a ``dask.distributed.Client`` or the address of a scheduler, whose workers write the shards
     progress : show a progress bar; by default on a terminal only
 
     Returns
     -------
-    The path of the store.
+    The path of the store, or its URL.
+
+    Raises
+    ------
+    ExportExistsError
+        if something else is in the place
+    ExportError
+        if another run is at work there, the disk is too small, or a file cannot be written
     """
-    import zarr
-
-    if "://" in str(store):
-        raise ArgumentError(f"{store} is a URL; stores are written to local folders only")
-    path = Path(store).expanduser()
-    if len(dataset) == 0:
-        raise ArgumentError("There are no particles to export: the selection is empty.")
-    torch_type = _output_dtype(dataset, downsample, dtype)
-    collate = None if torch_type is None else Collate(downsample=downsample, dtype=torch_type)
-    box = dataset.box if downsample is None else downsample.output_box(dataset.box)
-    numpy_type = dataset.source.dtype if torch_type is None else np.dtype(str(torch_type).removeprefix("torch."))
-    chunk, shard = _layout(len(dataset), box * box * numpy_type.itemsize, shard_bytes)
-    with whole_folder(path, overwrite=overwrite, replaceable=lambda place: (place / "zarr.json").is_file()) as partial:
-        root = zarr.create_group(str(partial), zarr_format=3, attributes=_attributes(dataset, box, downsample))
-        images = root.create_array(
-            "images",
-            shape=(len(dataset), box, box),
-            dtype=numpy_type,
-            chunks=(chunk, box, box),
-            shards=(shard, box, box),
-            compressors=None,
-            filters=None,
-            dimension_names=("particle", "y", "x"),
-            attributes={"pixel_size_A": dataset.pixel_size * dataset.box / box},
-            config={"write_empty_chunks": True},
-        )
-        with tqdm(total=len(dataset), unit="image", desc=path.name, disable=None if progress is None else not progress) as bar:
-            _write_images(dataset, images, collate, shard, bar.update)
-        _write_columns(dataset, root)
-    return path
+    layout = ZarrFormat.of(
+        dataset, downsample=downsample, dtype=dtype, shard_bytes=shard_bytes, compression=compression, keep_bits=keep_bits
+    )
+    plan = make_plan(dataset, store, layout)
+    run(plan, overwrite=overwrite, executor=executor, progress=progress)
+    return plan.target if is_url(store) else Path(plan.target)
 
 
-def _output_dtype(dataset: ParticleDataset, downsample: Downsample | None, dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """The dtype to convert to, or None to keep the bytes of the files."""
-    if dtype is None:
-        return None if downsample is None else torch.float32
-    name = str(dtype).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise ArgumentError(f"dtype is one of {', '.join(_DTYPES)}, or None for that of the files, not {dtype!r}")
-    return None if downsample is None and dataset.dtype == _DTYPES[name] else _DTYPES[name]
+@dataclass(frozen=True)
+class ZarrFormat:
+    """A Zarr store as the output of an export; a unit is a shard. See ``export_zarr``.
+
+    Attributes
+    ----------
+    pixels : the images
+    particles : how many
+    chunk, unit_images : images per inner chunk and per shard
+    compression, keep_bits : see ``export_zarr``
+    """
+
+    pixels: Pixels
+    particles: int
+    chunk: int
+    unit_images: int
+    compression: Compression | None
+    keep_bits: int | None
+
+    kind = "zarr"
+    seal = "zarr.json"
+
+    @classmethod
+    def of(
+        cls,
+        dataset: ParticleDataset,
+        *,
+        downsample: Downsample | None = None,
+        dtype: str | torch.dtype | None = None,
+        shard_bytes: int = SHARD_BYTES,
+        compression: Compression | None = None,
+        keep_bits: int | None = None,
+    ) -> ZarrFormat:
+        """The store that ``export_zarr`` writes with these arguments."""
+        pixels = Pixels.of(dataset, downsample=downsample, dtype=dtype)
+        if compression is not None and compression not in _COMPRESSIONS:
+            raise ArgumentError(f"compression is one of {', '.join(_COMPRESSIONS)}, or None, not {compression!r}")
+        kept = np.finfo(pixels.dtype).nmant if np.dtype(pixels.dtype).kind == "f" else 0
+        if keep_bits is not None and not 1 <= keep_bits <= kept:
+            raise ArgumentError(f"keep_bits is from 1 to {kept}, the bits of a {pixels.dtype} mantissa, not {keep_bits}")
+        chunk, shard = _sizes(max(1, len(dataset)), pixels.image_bytes, shard_bytes)
+        return cls(pixels, len(dataset), chunk, shard, compression, keep_bits)
+
+    def settings(self) -> dict[str, Any]:
+        """See ``Format``."""
+        sizes = {"layout": FORMAT, "chunk": self.chunk, "shard": self.unit_images}
+        return self.pixels.settings() | sizes | {"compression": self.compression, "keep_bits": self.keep_bits}
+
+    def needed_bytes(self, particles: int) -> int:
+        """See ``Format``."""
+        return 0 if self.compression is not None else particles * self.pixels.image_bytes
+
+    def files(self, unit: int) -> tuple[str, ...]:
+        """See ``Format``."""
+        return (f"images/c/{unit}/0/0",)
+
+    def write_unit(self, dataset: ParticleDataset, unit: int, rows: range, place: Place, advance: Advance) -> UnitRecord:
+        """See ``Format``."""
+        images = self._images(dataset, rows, advance)
+        with place.create(self.files(unit)[0]) as file:
+            for part in self._packed(images, len(rows)) if self.compression is None else self._encoded(images, len(rows)):
+                file.write(part)
+        return UnitRecord(unit, (file.written,), {})
+
+    def write_rest(self, dataset: ParticleDataset, records: list[UnitRecord], manifest: dict[str, Any], place: Place) -> None:
+        """See ``Format``."""
+        for name, content in _encode("images", self._array(self.particles) | {"attributes": {"pixel_size_A": self.pixels.pixel_size}}):
+            place.write(name, content)
+        particles = dataset.particles
+        columns = {name: column for name, column in particles.columns().items() if name not in ("box", "pixel_size", "file", "slice")}
+        columns |= {"source/file": particles.file, "source/image": particles.slice}
+        for name, column in columns.items():
+            for key, content in _encode(name, _column_array(name, column), column):
+                place.write(key, content)
+        names = {"paths": list(particles.paths), "blob_paths": None if particles.blob_paths is None else list(particles.blob_paths)}
+        groups = {"source": names | {"export": manifest}} | ({} if particles.ctf is None else {"ctf": {}})
+        for name, attributes in groups.items():
+            place.write(f"{name}/zarr.json", _group(attributes))
+        place.write("zarr.json", _group(self._attributes(dataset)))
+
+    def read_manifest(self, place: Place) -> dict[str, Any] | None:
+        """See ``Format``."""
+        if place.read("zarr.json") is None or (content := place.read("source/zarr.json")) is None:
+            return None
+        try:
+            found = json.loads(content).get("attributes", {}).get("export")
+        except ValueError:
+            return None
+        return found if isinstance(found, dict) else None
+
+    def leftovers(self, place: Place) -> list[str]:
+        """See ``Format``: all that is in the place, which has to be a store."""
+        if isinstance(place, LocalPlace):
+            if place.root.exists() and not place.root.is_dir():
+                raise ExportExistsError(f"{place.root} is a file and no store; choose another place.")
+            found = set(os.listdir(place.root) if place.root.is_dir() else ())
+        else:
+            found = set(place.names(""))
+        others = found - {STATE}
+        # A folder may hold an export of another kind that was stopped, and whatever else its owner put there.
+        if others and "zarr.json" not in found and (read_plan(place) or {}).get("format") != self.kind:
+            raise ExportExistsError(
+                f"{place} holds something that was not written by an export and is never replaced; choose another place."
+            )
+        return sorted(others)
+
+    def _images(self, dataset: ParticleDataset, rows: range, advance: Advance) -> Iterator[np.ndarray]:
+        for images in self.pixels.pieces(dataset, rows):
+            pixels = images.numpy()
+            if self.keep_bits is not None:
+                pixels = _rounded(pixels, self.keep_bits)
+            yield pixels
+            advance(len(pixels), pixels.nbytes)
+
+    def _packed(self, images: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
+        """A shard of uncompressed chunks: images one after the other, the last chunk filled up with zeros, and the index."""
+        yield from images
+        chunks = -(-count // self.chunk)
+        if missing := chunks * self.chunk - count:
+            yield np.zeros(missing * self.pixels.image_bytes, np.uint8)
+        length = self.chunk * self.pixels.image_bytes
+        used = np.arange(self.unit_images // self.chunk) < chunks
+        absent = np.uint64(2**64 - 1)
+        offsets = np.where(used, np.arange(len(used), dtype=np.uint64) * np.uint64(length), absent)
+        yield np.frombuffer(index_bytes(offsets, np.where(used, np.uint64(length), absent)), np.uint8)
+
+    def _encoded(self, images: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
+        """A shard through the codecs of zarr."""
+        pixels = np.concatenate([piece.copy() for piece in images])
+        for name, content in _encode("images", self._array(count), pixels):
+            if name != "images/zarr.json":
+                yield np.frombuffer(content, np.uint8)
+
+    def _array(self, count: int) -> dict[str, Any]:
+        """How zarr makes the array of so many images."""
+        box = self.pixels.box
+        return {
+            "shape": (count, box, box),
+            "dtype": self.pixels.dtype,
+            "chunks": (self.chunk, box, box),
+            "shards": (self.unit_images, box, box),
+            "compressors": _compressor(self.compression, np.dtype(self.pixels.dtype).itemsize),
+            "dimension_names": ("particle", "y", "x"),
+        }
+
+    def _attributes(self, dataset: ParticleDataset) -> dict[str, Any]:
+        from .. import __version__
+
+        pixels = self.pixels
+        return {
+            "cryolike_data": {
+                "format": FORMAT,
+                "version": __version__,
+                "box": pixels.box,
+                "pixel_size_A": pixels.pixel_size,
+                "source": {"kind": type(dataset).__name__, "box": pixels.source_box, "pixel_size_A": pixels.source_pixel_size},
+                "downsample": None if pixels.downsample is None else asdict(pixels.downsample),
+            }
+        }
 
 
-def _layout(n: int, image_bytes: int, shard_bytes: int) -> tuple[int, int]:
+def plan_zarr(dataset: ParticleDataset, store: str | os.PathLike[str], **settings: Any) -> ExportPlan:
+    """A plan to write a Zarr store, see ``export_zarr``."""
+    return make_plan(dataset, store, ZarrFormat.of(dataset, **settings))
+
+
+def _sizes(n: int, image_bytes: int, shard_bytes: int) -> tuple[int, int]:
     """Images per inner chunk and per shard; a shard holds whole chunks, and never more of them than there are images."""
     if shard_bytes < 1:
         raise ArgumentError(f"shard_bytes is a positive number of bytes, not {shard_bytes}")
-    chunk = max(1, min(_CHUNK_BYTES, shard_bytes) // image_bytes)
+    chunk = max(1, min(max(_CHUNK_BYTES // image_bytes, _CHUNK_IMAGES), shard_bytes // image_bytes))
     # Evened out over the images, because the last chunk is stored at full size.
     chunk = -(-n // -(-n // chunk))
     chunks = max(1, min(shard_bytes // (chunk * image_bytes), -(-n // chunk)))
     return chunk, chunk * chunks
 
 
-def _attributes(dataset: ParticleDataset, box: int, downsample: Downsample | None) -> dict[str, Any]:
-    from .. import __version__
+def _encode(name: str, array: dict[str, Any], data: np.ndarray | None = None) -> Iterator[tuple[str, bytes]]:
+    """What zarr stores of an array, in memory: (key, bytes), the metadata last."""
+    import zarr
 
+    kept: dict[str, Any] = {}
+    made = zarr.create_array(
+        zarr.storage.MemoryStore(kept), name=name, zarr_format=3, config={"write_empty_chunks": True}, filters=None, **array
+    )
+    if data is not None:
+        made[:] = data
+    for key in sorted(kept, key=lambda key: key.endswith("zarr.json")):
+        if key.startswith(f"{name}/"):
+            yield key, kept[key].to_bytes()
+
+
+def _column_array(name: str, column: np.ndarray) -> dict[str, Any]:
+    rest = [_AXES.get(name, f"{Path(name).name}_term")] if column.ndim == 2 else []
     return {
-        "cryolike_data": {
-            "format": FORMAT,
-            "version": __version__,
-            "box": box,
-            "pixel_size_A": dataset.pixel_size * dataset.box / box,
-            "source": {"kind": type(dataset).__name__, "box": dataset.box, "pixel_size_A": dataset.pixel_size},
-            "downsample": None if downsample is None else asdict(downsample),
-        }
+        "shape": column.shape,
+        "dtype": column.dtype,
+        "chunks": (max(1, min(len(column), _COLUMN_ROWS)), *column.shape[1:]),
+        "compressors": None,
+        "dimension_names": ("particle", *rest),
+        "attributes": {"units": _UNITS[name]} if name in _UNITS else {},
     }
 
 
-def _write_images(
-    dataset: ParticleDataset, images: zarr.Array[Any], collate: Collate | None, shard: int, advance: Callable[[int], object]
-) -> None:
-    """One shard at a time into one buffer, so that every file is written once and whole."""
-    buffer = np.empty((min(shard, len(dataset)), *images.shape[1:]), images.dtype)
-    step = max(1, _READ_BYTES // dataset.image_bytes)
-    for first in range(0, len(dataset), shard):
-        last = min(first + shard, len(dataset))
-        for start in range(first, last, step):
-            rows = np.arange(start, min(start + step, last))
-            read = dataset.read(rows)
-            pixels = read if collate is None else collate.process_images(read)
-            if pixels.dtype == torch.float16 and (pixels.isinf().flatten(1).any(1) & read.float().isfinite().flatten(1).all(1)).any():
-                raise ExportError("Some pixels are larger than float16 can hold (65504); normalize them, or export float32.")
-            buffer[start - first : start - first + len(rows)] = pixels.numpy()
-            advance(len(rows))
-        images[first:last] = buffer[: last - first]
+def _group(attributes: dict[str, Any]) -> bytes:
+    """The metadata of a group."""
+    return json.dumps({"attributes": attributes, "zarr_format": 3, "node_type": "group"}, indent=1).encode()
 
 
-def _write_columns(dataset: ParticleDataset, root: zarr.Group) -> None:
-    particles = dataset.particles
-    columns = {name: column for name, column in particles.columns().items() if name not in ("box", "pixel_size", "file", "slice")}
-    columns |= {"source/file": particles.file, "source/image": particles.slice}
-    for name, column in columns.items():
-        rest = [_AXES.get(name, f"{Path(name).name}_term")] if column.ndim == 2 else []
-        array = root.create_array(
-            name,
-            shape=column.shape,
-            dtype=column.dtype,
-            chunks=(max(1, min(len(column), _COLUMN_ROWS)), *column.shape[1:]),
-            compressors=None,
-            filters=None,
-            dimension_names=("particle", *rest),
-            attributes={"units": _UNITS[name]} if name in _UNITS else {},
-            config={"write_empty_chunks": True},
-        )
-        array[:] = column
-    root["source"].attrs.update(
-        {"paths": list(particles.paths), "blob_paths": None if particles.blob_paths is None else list(particles.blob_paths)}
-    )
+def _compressor(compression: Compression | None, itemsize: int) -> Any:
+    if compression is None:
+        return None
+    from zarr.codecs import BloscCodec, ZstdCodec
+
+    return ZstdCodec(level=3) if compression == "zstd" else BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle", typesize=itemsize)
+
+
+def _rounded(pixels: np.ndarray, keep_bits: int) -> np.ndarray:
+    """Rounded as the bit rounding codec does, which readers need not know then."""
+    from numcodecs import BitRound
+
+    return np.frombuffer(BitRound(keep_bits).encode(pixels), pixels.dtype).reshape(pixels.shape)

@@ -1,0 +1,166 @@
+"""``cryolike-data export``: thin over ``plan_export``, ``run`` and ``finish``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .cryosparc.columns import CTF_FIELDS
+from .cryosparc.join import load_table
+from .dataset import ParticleDataset, human_bytes
+from .descriptor import ImageDescriptor
+from .errors import ArgumentError
+from .export import ExportReport, finish, plan_export, run, unit_range
+from .export.place import open_place
+from .export.plans import ExportFormat
+from .export.state import UnitRecord
+from .selection import choose
+from .transforms import Downsample
+from .zarr_dataset import ZarrDataset
+
+#: Options that say what is written, by the formats that know them and their names there.
+_SETTINGS = {
+    "dtype": ("zarr", "mrc"),
+    "shard_bytes": ("zarr",),
+    "compression": ("zarr",),
+    "keep_bits": ("zarr",),
+    "batch_size": ("cryolike", "mrc"),
+    "descriptor": ("cryolike",),
+    "n_stacks_max": ("cryolike",),
+    "plots": ("cryolike",),
+    "no_fourier": ("cryolike",),
+    "no_star": ("mrc",),
+}
+_TITLES = {"zarr": "a Zarr store", "cryolike": "CryoLike stacks", "mrc": "MRC stacks"}
+
+
+def add_arguments(export: argparse.ArgumentParser) -> None:
+    """The options of the command, after those that say where the particles are."""
+    export.add_argument("out", metavar="OUT", help="a name or URL ending in .zarr, or a folder")
+    export.add_argument("--format", choices=tuple(_TITLES), help="kind of output (default: zarr for a name in .zarr, else cryolike)")
+
+    images = export.add_argument_group("images")
+    images.add_argument("--box", type=int, help="downsample to this box size, pixels")
+    images.add_argument("--factor", type=int, help="downsample by this factor")
+    images.add_argument("--method", choices=("fourier", "mean", "max"), help="how to downsample (default: fourier)")
+    images.add_argument("--dtype", choices=("float16", "float32", "float64"), help="pixels of Zarr and MRC (default: as the files)")
+
+    particles = export.add_argument_group("which particles", "in this order: conditions, every, shuffle, limit")
+    particles.add_argument("--where", action="append", default=[], metavar="CONDITION", help="such as 'ctf/df1_A < 20000'; may be repeated")
+    particles.add_argument("--half", choices=("A", "B"), help="one half set")
+    particles.add_argument("--every", type=int, metavar="N", help="one of N particles")
+    particles.add_argument("--shuffle", type=int, metavar="SEED", help="write in a random order, so that reading in order is random")
+    particles.add_argument("--limit", type=int, metavar="N", help="at the most N particles")
+
+    layout = export.add_argument_group("files")
+    layout.add_argument("--shard-bytes", type=int, help="size of a file of a Zarr store (default: 268435456)")
+    layout.add_argument("--compression", choices=("zstd", "blosc"), help="of a Zarr store (default: none, which reads fastest)")
+    layout.add_argument("--keep-bits", type=int, help="round pixels of a Zarr store to so many bits of their mantissa")
+    layout.add_argument("--batch-size", type=int, help="images per CryoLike or MRC stack (default: 1024)")
+    layout.add_argument("--descriptor", type=Path, help="CryoLike params file (default: made for the images that are written)")
+    layout.add_argument("--n-stacks-max", type=int, help="stop after so many CryoLike stacks")
+    layout.add_argument("--plots", action="store_true", help="draw CryoLike's three pictures per stack")
+    layout.add_argument("--no-fourier", action="store_true", help="CryoLike's images without their transforms")
+    layout.add_argument("--no-star", action="store_true", help="MRC stacks with a .cs but no .star file")
+
+    running = export.add_argument_group("running", "The same command continues a run that was stopped.")
+    running.add_argument("--overwrite", action="store_true", help="replace another export")
+    running.add_argument("--unit-range", metavar="I/N", help="write part I (from 0) of N only; seal the result with --finish")
+    running.add_argument("--finish", action="store_true", help="seal what was written with --unit-range")
+    running.add_argument("--executor", metavar="ADDRESS", help="scheduler of a dask.distributed cluster whose workers do the work")
+    running.add_argument("--json", action="store_true", help="print a summary as JSON, and nothing else")
+
+
+def export_command(options: argparse.Namespace, open_dataset: Callable[[argparse.Namespace], ParticleDataset]) -> None:
+    """Run the command."""
+    _log_progress()
+    started = time.perf_counter()
+    dataset = _select(options, open_dataset(options))
+    resized = options.box is not None or options.factor is not None
+    if not resized:
+        refuse(options, ("method",), "images that keep their size; add --box or --factor")
+    downsample = Downsample(options.factor, options.box, options.method or "fourier") if resized else None
+    kind: ExportFormat = options.format or ("zarr" if options.out.rstrip("/").endswith(".zarr") else "cryolike")
+    plan = plan_export(dataset, options.out, format=kind, downsample=downsample, **_settings(options, kind, dataset, downsample))
+    units = None if options.unit_range is None else unit_range(options.unit_range, len(plan))
+    if options.finish:
+        refuse(options, ("unit_range", "overwrite", "executor"), "--finish, which writes no units")
+        finish(plan)
+        seconds = round(time.perf_counter() - started, 3)
+        manifest = plan.format.read_manifest(open_place(plan.target)) or {}
+        size = sum(UnitRecord.from_json(values).size for values in manifest["units"])
+        report = ExportReport(plan.target, kind, len(dataset), len(plan), 0, len(plan), size, seconds, 0.0, sealed=True)
+    else:
+        report = run(plan, units=units, overwrite=options.overwrite, executor=options.executor, progress=False if options.json else None)
+    if options.json:
+        print(json.dumps(report.to_dict()))
+        return
+    if kind == "zarr" and report.sealed:
+        print(repr(ZarrDataset(plan.target)))
+    print(_told(report, kind))
+
+
+def refuse(options: argparse.Namespace, names: Sequence[str], what: str) -> None:
+    """Raise an ``ArgumentError`` if one of these options was given."""
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) not in (None, False)]
+    if given:
+        raise ArgumentError(f"{', '.join(given)} has no meaning for {what}.")
+
+
+def _settings(options: argparse.Namespace, kind: str, dataset: ParticleDataset, downsample: Downsample | None) -> dict[str, Any]:
+    refuse(options, [name for name, kinds in _SETTINGS.items() if kind not in kinds], _TITLES[kind])
+    given = {name: getattr(options, name) for name, kinds in _SETTINGS.items() if kind in kinds}
+    if given.pop("no_fourier", False):
+        given["fourier"] = False
+    if given.pop("no_star", False):
+        given["star"] = False
+    if kind == "cryolike" and given["descriptor"] is None:
+        box = dataset.box if downsample is None else downsample.output_box(dataset.box)
+        given["descriptor"] = ImageDescriptor.from_individual_values(n_pixels=box, pixel_size=dataset.pixel_size * dataset.box / box)
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _select(options: argparse.Namespace, dataset: ParticleDataset) -> ParticleDataset:
+    asked = (options.where, options.half, options.every, options.limit, options.shuffle)
+    if all(option in (None, []) for option in asked):
+        return dataset
+    table = load_table(options.file, passthrough=options.passthrough) if options.file.is_file() else None
+
+    def column(name: str) -> np.ndarray:
+        if table is not None and name in table:
+            found: np.ndarray = table[name][dataset.particles.row]
+            return found
+        known = dataset.particles.columns()
+        known |= {field: known[f"ctf/{ours}"] for ours, field in CTF_FIELDS.items() if f"ctf/{ours}" in known}
+        if name not in known:
+            there = sorted({*known, *(() if table is None else table.fields)})
+            raise ArgumentError(f"There is no column {name!r} to choose by; there are {', '.join(there)}.")
+        return known[name]
+
+    return choose(
+        dataset, column=column, where=options.where, half=options.half, every=options.every, limit=options.limit, shuffle=options.shuffle
+    )
+
+
+def _told(report: ExportReport, kind: str) -> str:
+    lines = [
+        f"{report.written} of {report.units} units written, {report.kept} were there; {human_bytes(report.bytes)} in {report.seconds:.1f} s"
+        f" ({report.images_per_second:,.0f} images/s)"
+    ]
+    where = {"cryolike": f"stacks of CryoLike in {report.target}", "mrc": f"MRC stacks, particles.cs and particles.star in {report.target}"}
+    lines.append(f"Written to {report.target}" if kind == "zarr" else f"{report.units} {where[kind]}")
+    if not report.sealed:
+        lines.append("It is not sealed yet: when all parts are written, run the same command with --finish in place of --unit-range.")
+    return "\n".join(lines)
+
+
+def _log_progress() -> None:
+    """Where there is no terminal for a bar, its log lines are shown."""
+    logging.getLogger("cryolike_data.export").setLevel(logging.INFO)

@@ -1,0 +1,61 @@
+"""Units on the workers of a ``dask.distributed`` cluster: the cluster passes unit numbers around, and the workers write files."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ArgumentError, MissingDependencyError
+from .plan import ExportPlan
+from .state import UnitRecord
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+#: How often a unit is given out again after an error, such as a file system that was away for a moment.
+_RETRIES = 2
+
+
+def require_executor(executor: object) -> None:
+    """Raise an error unless this is something that can run units.
+
+    Raises
+    ------
+    ArgumentError
+        if it is neither a client nor text, which is taken for the address of a scheduler
+    MissingDependencyError
+        if ``distributed`` is not installed
+    """
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise MissingDependencyError('Running on a cluster needs dask: pip install "cryolike-data[distributed]".') from error
+    if not isinstance(executor, str | Client):
+        raise ArgumentError(f"executor is a dask.distributed.Client or the address of a scheduler, not a {type(executor).__name__}")
+
+
+def run_on_cluster(plan: ExportPlan, units: list[int], executor: Client | str) -> Iterator[UnitRecord]:
+    """Records of the units as they are finished, in any order. The units of a worker that dies are run by the others.
+
+    Parameters
+    ----------
+    plan : what to write; inputs and target are on a file system that the workers share
+    units : the numbers of the units
+    executor : a client, or the address of a scheduler
+    """
+    from distributed import Client, as_completed
+
+    from .run import run_unit
+
+    name = uuid.uuid4().hex
+    with closing(Client(executor)) if isinstance(executor, str) else nullcontext(executor) as client:
+        # On every worker, so that none has to ask another, which may die, for it.
+        everywhere: Any = client.scatter(plan, broadcast=True)
+        futures = [client.submit(run_unit, everywhere, unit, pure=False, retries=_RETRIES, key=f"unit-{unit}-{name}") for unit in units]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            client.cancel(futures)

@@ -1,0 +1,50 @@
+"""Exports into a folder that may hold other things too: which files are theirs, and the manifest that makes them whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import ExportError, ExportExistsError
+from .place import LocalPlace, Place
+from .state import UnitRecord, read_json, read_plan, write_json
+
+#: The last file of an export: what it was made of, and size and checksum of each of its files.
+MANIFEST = "export.json"
+#: Names, by the format, that belong to an export and to nobody else.
+_OWN = {
+    "cryolike": (
+        *("phys/particles_*_stack_*.*", "fft/particles_*_stack_*.*", "plots/*_stack_*.png"),
+        *("phys/image_descriptor.npz", "fft/image_descriptor.npz"),
+    ),
+    "mrc": ("particles/stack_*.mrcs", "particles.cs", "particles.star"),
+}
+
+
+def seal_folder(place: Place, manifest: dict[str, Any]) -> None:
+    """Write the manifest, after all other files."""
+    write_json(place, MANIFEST, manifest)
+
+
+def read_manifest(place: Place) -> dict[str, Any] | None:
+    """The manifest in a folder, or None."""
+    found = read_json(place, MANIFEST)
+    return found if isinstance(found, dict) and "format" in found and "units" in found else None
+
+
+def leftovers(place: Place, kind: str) -> list[str]:
+    """Files in a folder that belong to an export: those with names of the format that is to be written, or of the one that is there."""
+    if not isinstance(place, LocalPlace):
+        raise ExportError("Only Zarr stores can be written to a URL; choose a folder.")
+    root = place.root
+    if root.exists() and not root.is_dir():
+        raise ExportError(f"{root} is a file; choose a folder.")
+    manifest = read_manifest(place)
+    kinds = {kind, *(str(plan["format"]) for plan in (manifest, read_plan(place)) if plan is not None)}
+    if "zarr" in kinds or (root / "zarr.json").is_file():
+        raise ExportExistsError(f"{root} holds a Zarr store; choose another folder.")
+    own = [pattern for known in kinds for pattern in _OWN.get(known, ())]
+    found = {path.relative_to(root).as_posix() for pattern in own for path in root.glob(pattern) if path.is_file()}
+    if manifest is not None:
+        named = {file.name for values in manifest["units"] for file in UnitRecord.from_json(values).files}
+        found |= {MANIFEST} | {name for name in named if (root / name).is_file()}
+    return sorted(found)

@@ -1,0 +1,243 @@
+"""MRC stacks with a CryoSPARC table and a RELION star file that point at them, so that particles go back where they came from."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cryosparc.write import save_table, table_of
+from ..dataset import ParticleDataset
+from ..errors import ArgumentError, TableError
+from ..mrc import HEADER_BYTES
+from ..relion import require_optics, require_starfile, star_tables, write_star
+from ..transforms import Downsample
+from .folder import leftovers, read_manifest, seal_folder
+from .pixels import Pixels
+from .place import Place
+from .plan import Advance, ExportPlan, make_plan
+from .run import run
+from .state import UnitRecord
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+_MODES = {"int8": 0, "int16": 1, "float32": 2, "uint16": 6, "float16": 12}
+
+
+def export_mrc(
+    dataset: ParticleDataset,
+    folder: str | os.PathLike[str],
+    *,
+    downsample: Downsample | None = None,
+    dtype: str | torch.dtype | None = None,
+    batch_size: int = 1024,
+    star: bool = True,
+    overwrite: bool = False,
+    executor: Client | str | None = None,
+    progress: bool | None = None,
+) -> Path:
+    """Write the particles, in the order of the data set, as MRC stacks with the tables that point at them.
+
+    ``particles/stack_NNNNNN.mrcs`` are the images, ``particles.cs`` is a CryoSPARC table and ``particles.star`` one for RELION 3.1
+    and later. Uids, optics, poses and half sets are kept; box, pixel size, paths and shifts are those of the new images. Paths are
+    relative to the tables (with a leading ">" in the ``.cs``). ``export.json`` comes last: where it is, all is whole. Until then
+    the same call continues a run that was stopped.
+
+    A pose of a 2-D alignment is written as that of a 3-D one, a rotation about the viewing axis. Columns that this package makes
+    nothing of (``location/*``, ``pick_stats/*``) are not written.
+
+    Parameters
+    ----------
+    dataset : the particles
+    folder : where it all goes
+    downsample : how to make the images smaller
+    dtype : "float16" (MRC mode 12) or "float32"; by default that of the files, or float32 after downsampling
+    batch_size : images per stack
+    star : write ``particles.star`` (extra ``star``), for which the optics have to be known
+    overwrite : replace the export that is in ``folder``
+    executor : a ``dask.distributed.Client`` or the address of a scheduler, whose workers write the stacks
+    progress : show a progress bar; by default on a terminal only
+
+    Returns
+    -------
+    The path of ``particles.cs``.
+
+    Raises
+    ------
+    TableError
+        if a star file is asked for and the optics are not known
+    ExportExistsError
+        if another export, or files with such names, are in ``folder``
+    ExportError
+        if another run is at work there, the disk is too small, or a file cannot be written
+    """
+    plan = plan_mrc(dataset, folder, downsample=downsample, dtype=dtype, batch_size=batch_size, star=star)
+    run(plan, overwrite=overwrite, executor=executor, progress=progress)
+    return Path(plan.target) / "particles.cs"
+
+
+def plan_mrc(
+    dataset: ParticleDataset,
+    folder: str | os.PathLike[str],
+    *,
+    downsample: Downsample | None = None,
+    dtype: str | torch.dtype | None = None,
+    batch_size: int = 1024,
+    star: bool = True,
+) -> ExportPlan:
+    """A plan to write MRC stacks, see ``export_mrc``; what cannot be exported is found out here."""
+    if batch_size < 1:
+        raise ArgumentError(f"batch_size is at least 1, not {batch_size}")
+    pixels = Pixels.of(dataset, downsample=downsample, dtype=dtype)
+    if dtype is None and pixels.dtype not in _MODES:  # 8-bit pixels without a sign
+        pixels = Pixels.of(dataset, downsample=downsample, dtype="float32")
+    if pixels.dtype not in _MODES:
+        raise ArgumentError(f"MRC stacks hold float16 or float32 pixels, not {pixels.dtype}")
+    plan = make_plan(dataset, folder, MrcFormat(pixels, batch_size, star))
+    if star:
+        require_starfile()
+        try:
+            require_optics(dataset.particles)
+        except TableError as error:
+            raise TableError(f"{error} Or pass star=False (--no-star) to write no star file.") from error
+    return plan
+
+
+@dataclass(frozen=True)
+class MrcFormat:
+    """MRC stacks as the output of an export; a unit is a stack. See ``export_mrc``.
+
+    Attributes
+    ----------
+    pixels : the images
+    unit_images : images per stack
+    star : write a star file too
+    """
+
+    pixels: Pixels
+    unit_images: int
+    star: bool
+
+    kind = "mrc"
+    seal = "export.json"
+
+    def settings(self) -> dict[str, Any]:
+        """See ``Format``."""
+        return self.pixels.settings() | {"stack": self.unit_images, "star": self.star}
+
+    def needed_bytes(self, particles: int) -> int:
+        """See ``Format``."""
+        return particles * self.pixels.image_bytes
+
+    def files(self, unit: int) -> tuple[str, ...]:
+        """See ``Format``."""
+        return (f"particles/stack_{unit:06d}.mrcs",)
+
+    def write_unit(self, dataset: ParticleDataset, unit: int, rows: range, place: Place, advance: Advance) -> UnitRecord:
+        """See ``Format``."""
+        statistics = _Statistics()
+        with place.create(self.files(unit)[0], head_bytes=HEADER_BYTES) as file:
+            for images in self.pixels.pieces(dataset, rows):
+                statistics.add(images)
+                file.write(images.numpy())
+                advance(len(images), images.numpy().nbytes)
+            file.write_head(_header(self.pixels, len(rows), statistics))
+        return UnitRecord(unit, (file.written,), {})
+
+    def write_rest(self, dataset: ParticleDataset, records: list[UnitRecord], manifest: dict[str, Any], place: Place) -> None:
+        """See ``Format``."""
+        stack, image = np.divmod(np.arange(len(dataset)), self.unit_images)
+        names = [self.files(unit)[0] for unit in range(len(records))]
+        box, pixel_size = self.pixels.box, self.pixels.pixel_size
+        # With a leading ">" CryoSPARC takes a path from the folder of its table on.
+        table = table_of(dataset.particles, paths=[f">{name}" for name in names], file=stack, image=image, box=box, pixel_size=pixel_size)
+        content = io.BytesIO()
+        save_table(table, content)
+        place.write("particles.cs", content.getvalue())
+        if self.star:
+            images = [f"{z + 1:06d}@{names[k]}" for k, z in zip(stack.tolist(), image.tolist(), strict=True)]
+            content = io.BytesIO()
+            write_star(star_tables(dataset.particles, image_names=images, box=box, pixel_size=pixel_size), content)
+            place.write("particles.star", content.getvalue())
+        seal_folder(place, manifest)
+
+    def read_manifest(self, place: Place) -> dict[str, Any] | None:
+        """See ``Format``."""
+        return read_manifest(place)
+
+    def leftovers(self, place: Place) -> list[str]:
+        """See ``Format``."""
+        return leftovers(place, self.kind)
+
+
+class _Statistics:
+    """Smallest, largest and mean pixel and the deviation from the mean, over pieces."""
+
+    def __init__(self) -> None:
+        self.low, self.high = math.inf, -math.inf
+        self._middle: float | None = None  # near the mean: squares of the distance from it lose no digits
+        self._count, self._sum, self._squares = 0, 0.0, 0.0
+
+    def add(self, images: Tensor) -> None:
+        """Take in a piece."""
+        pixels = images.flatten(1).to(torch.float32)
+        low, high = pixels.amin(-1), pixels.amax(-1)
+        self.low, self.high = min(self.low, float(low.amin())), max(self.high, float(high.amax()))
+        if self._middle is None:
+            self._middle = float(pixels[0].mean())
+        away = pixels - self._middle
+        self._count += pixels.numel()
+        # In double precision, and not of ``away``: mrcfile.validate wants two digits even of a mean that is little but rounding.
+        self._sum += float(pixels.sum(dtype=torch.float64))
+        # In single precision within an image, double between images.
+        self._squares += float(torch.linalg.vecdot(away, away).double().sum())
+
+    @property
+    def mean(self) -> float:
+        """Mean pixel."""
+        return self._sum / self._count
+
+    @property
+    def rms(self) -> float:
+        """Root mean square deviation from the mean."""
+        away = self.mean - (self._middle or 0.0)
+        return math.sqrt(max(0.0, self._squares / self._count - away * away))
+
+
+_LABEL = b"cryolike_data"
+
+
+def _header(pixels: Pixels, count: int, statistics: _Statistics) -> bytes:
+    """The header of a stack of images (MRC2014: https://www.ccpem.ac.uk/mrc_format/mrc2014.php)."""
+    header = bytearray(HEADER_BYTES)
+    struct.pack_into("<4i", header, 0, pixels.box, pixels.box, count, _MODES[pixels.dtype])
+    # A stack of images, not a volume: one section in the cell, and space group 0.
+    struct.pack_into("<3i", header, 28, pixels.box, pixels.box, 1)
+    side = pixels.box * pixels.pixel_size
+    struct.pack_into("<6f", header, 40, side, side, pixels.pixel_size, 90, 90, 90)
+    struct.pack_into("<3i", header, 64, 1, 2, 3)
+    low, high, mean, rms = _told_statistics(pixels, statistics)
+    struct.pack_into("<3f", header, 76, low, high, mean)
+    struct.pack_into("<i", header, 108, 20141)
+    header[208:216] = b"MAP \x44\x44\0\0"
+    struct.pack_into("<fi", header, 216, rms, 1)
+    header[224 : 224 + len(_LABEL)] = _LABEL
+    return bytes(header)
+
+
+def _told_statistics(pixels: Pixels, statistics: _Statistics) -> tuple[float, float, float, float]:
+    """Smallest, largest and mean pixel and deviation as a header tells them; MRC2014 has values that mean "not determined"."""
+    found = statistics.low, statistics.high, statistics.mean, statistics.rms
+    if not all(map(math.isfinite, found)):
+        return 0, -1, -2, -1
+    # mrcfile.validate compares the deviation with one that it sums up in float16, which overflows.
+    return (*found[:3], -1) if pixels.dtype == "float16" else found

@@ -1,0 +1,124 @@
+"""What becomes of the images on their way out: box, pixel size and dtype, and the images themselves piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..collate import Collate
+from ..dataset import ParticleDataset
+from ..errors import ArgumentError, ExportError
+from ..transforms import Downsample
+
+#: Bytes that are read at a time: what is summed up and written next is still in the cache.
+_PIECE_BYTES = 1 << 20
+#: Bytes whose pages are asked for ahead of what is read.
+_AHEAD_BYTES = 16 << 20
+_DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Images as they are written.
+
+    Attributes
+    ----------
+    box : pixels
+    pixel_size : angstrom
+    dtype : NumPy's name of it
+    source_box, source_pixel_size : of the images that are read
+    downsample : how they become smaller
+    as_stored : nothing is done to them
+    """
+
+    box: int
+    pixel_size: float
+    dtype: str
+    source_box: int
+    source_pixel_size: float
+    downsample: Downsample | None
+    as_stored: bool
+
+    @classmethod
+    def of(cls, dataset: ParticleDataset, *, downsample: Downsample | None, dtype: str | torch.dtype | None) -> Pixels:
+        """The images of a data set, made smaller and converted.
+
+        Parameters
+        ----------
+        dataset : the particles
+        downsample : how to make the images smaller
+        dtype : "float16", "float32" or "float64"; by default that of the files, or float32 after downsampling
+
+        Raises
+        ------
+        ArgumentError
+            if the images cannot be made so
+        """
+        stored = np.dtype(dataset.source.dtype).newbyteorder("=").name
+        name = (stored if downsample is None else "float32") if dtype is None else str(dtype).removeprefix("torch.")
+        if dtype is not None and name not in _DTYPES:
+            raise ArgumentError(f"dtype is one of {', '.join(_DTYPES)}, or None for that of the files, not {dtype!r}")
+        if downsample is not None and not isinstance(downsample, Downsample):
+            raise ArgumentError(f"downsample is a Downsample, such as Downsample(box=128), not {downsample!r}")
+        box = dataset.box if downsample is None else downsample.output_box(dataset.box)
+        pixel_size = dataset.pixel_size * dataset.box / box
+        return cls(box, pixel_size, name, dataset.box, dataset.pixel_size, downsample, downsample is None and name == stored)
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of an image as it is written."""
+        return self.box * self.box * np.dtype(self.dtype).itemsize
+
+    def settings(self) -> dict[str, Any]:
+        """The same as plain values."""
+        return {
+            "box": self.box,
+            "pixel_size_A": self.pixel_size,
+            "dtype": self.dtype,
+            "downsample": None if self.downsample is None else asdict(self.downsample),
+        }
+
+    def pieces(self, dataset: ParticleDataset, rows: range, *, images: int | None = None) -> Iterator[Tensor]:
+        """The images of some rows piece by piece. A piece may be overwritten when the next one is asked for.
+
+        Parameters
+        ----------
+        dataset : the particles
+        rows : which, one after the other
+        images : in a piece; by default as many as stay in the cache of a CPU
+
+        Raises
+        ------
+        ExportError
+            if a pixel is too large for float16
+        """
+        computed = torch.float64 if self.dtype == "float64" else torch.float32
+        collate = None if self.as_stored else Collate(downsample=self.downsample, dtype=computed)
+        step = images or max(1, _PIECE_BYTES // dataset.image_bytes)
+        buffer: Tensor | None = None
+        ahead = max(step, _AHEAD_BYTES // dataset.image_bytes)
+        asked = rows.start
+        for start in range(rows.start, rows.stop, step):
+            if start >= asked:
+                # A whole stretch at a time, the next one while this one is read.
+                dataset.ask_ahead(np.arange(asked, min(rows.stop, asked + 2 * ahead)))
+                asked += ahead
+            chosen = np.arange(start, min(rows.stop, start + step))
+            read = dataset.view_rows(chosen)  # rows in order lie side by side, and need not be copied
+            if read is None:
+                buffer = dataset.read_rows(chosen) if buffer is None else dataset.read_rows(chosen, buffer[: len(chosen)])
+                read = buffer
+            done = read if collate is None else collate.process_images(read)
+            yield _as_float16(done) if self.dtype == "float16" and collate is not None else done
+
+
+def _as_float16(images: Tensor) -> Tensor:
+    half = images.to(torch.float16)
+    if (half.isinf() & ~images.isinf()).any():
+        raise ExportError("Some pixels are larger than float16 can hold (65504); normalize them, or export float32.")
+    return half

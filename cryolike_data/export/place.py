@@ -1,0 +1,335 @@
+"""Where an export goes: a local folder, or a store at a URL. Files appear in it whole or not at all, with their checksums."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import google_crc32c  # comes with zarr
+import numpy as np
+
+from ..errors import ExportError
+from ..files import make_folder
+from ..zarr_store import is_url, open_store
+
+#: Folder of an export that is at work: its plan, what is finished, who is at it, and files that are being written.
+STATE = ".export"
+_PARTIAL = f"{STATE}/partial"
+#: Bytes that are read at a time to check a file.
+_READ_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A file that an export wrote.
+
+    Attributes
+    ----------
+    name : below the target, with "/"
+    parts : (bytes, CRC32C) of each stretch of the file, one after the other
+    """
+
+    name: str
+    parts: tuple[tuple[int, int], ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return sum(size for size, _ in self.parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain values."""
+        return {"name": self.name, "parts": [list(part) for part in self.parts]}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> WrittenFile:
+        """What ``to_json`` gave."""
+        return cls(str(values["name"]), tuple((int(size), int(crc)) for size, crc in values["parts"]))
+
+
+class Output(Protocol):
+    """A file that is being written."""
+
+    def write(self, piece: np.ndarray) -> None:
+        """Add a piece, which may be changed as soon as this returns."""
+
+    def write_head(self, content: bytes) -> None:
+        """Fill the place that was left for it at the start; the last call."""
+
+    @property
+    def written(self) -> WrittenFile:
+        """What was written."""
+
+
+class Place(Protocol):
+    """Files by name, each written whole or not at all."""
+
+    def create(self, name: str, *, head_bytes: int = 0) -> AbstractContextManager[Output]:
+        """A file to be written, which is in its place when the context ends without an error; ``head_bytes`` are left for its head."""
+
+    def write(self, name: str, content: bytes) -> WrittenFile:
+        """Write a whole file."""
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a file, or None if there is none."""
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the files directly in a folder, without the folder."""
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a folder with all in it; nothing happens if it is not there."""
+
+    def remove_abandoned(self, seconds: float) -> None:
+        """Remove what was being written and has not grown for so long: whoever wrote it is dead."""
+
+    def holds(self, file: WrittenFile, *, checked: bool) -> bool:
+        """Whether a file is there with its size, and if ``checked`` with its checksums."""
+
+
+def open_place(target: str) -> Place:
+    """The place that a path or URL means."""
+    return StorePlace(target) if is_url(target) else LocalPlace(Path(target))
+
+
+class LocalPlace:
+    """A folder. Files are written below ``.export`` in it and renamed into their place."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    @contextmanager
+    def create(self, name: str, *, head_bytes: int = 0) -> Iterator[Output]:
+        """See ``Place``; an ``ExportError`` names the file that cannot be written, and no part of it stays behind."""
+        target, partial = self.root / name, self.root / _PARTIAL / uuid.uuid4().hex
+        make_folder(partial.parent)
+        make_folder(target.parent)
+        try:
+            with explained(target):
+                descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                yield _LocalOutput(name, target, descriptor, head_bytes)
+            finally:
+                with explained(target):  # a network file system may tell here that it is full
+                    os.close(descriptor)
+            with explained(target):
+                os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def write(self, name: str, content: bytes) -> WrittenFile:
+        """See ``Place``."""
+        return _write_whole(self, name, content)
+
+    def read(self, name: str) -> bytes | None:
+        """See ``Place``."""
+        try:
+            return (self.root / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def names(self, folder: str) -> list[str]:
+        """See ``Place``."""
+        try:
+            return sorted(entry.name for entry in os.scandir(self.root / folder) if entry.is_file())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def remove(self, name: str) -> None:
+        """See ``Place``."""
+        path = self.root / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def remove_abandoned(self, seconds: float) -> None:
+        """See ``Place``."""
+        for name in self.names(_PARTIAL):
+            path = self.root / _PARTIAL / name
+            with suppress(FileNotFoundError):  # it was finished just now
+                if time.time() - path.stat().st_mtime > seconds:
+                    path.unlink()
+
+    def holds(self, file: WrittenFile, *, checked: bool) -> bool:
+        """See ``Place``."""
+        path = self.root / file.name
+        if not path.is_file() or path.stat().st_size != file.size:
+            return False
+        if not checked:
+            return True
+        buffer = np.empty(min(file.size, _READ_BYTES), np.uint8)
+        with path.open("rb", buffering=0) as stream:
+            return all(_checksum_of(stream, size, buffer) == crc for size, crc in file.parts)
+
+
+class StorePlace:
+    """A store of zarr at a URL, in which an object appears as a whole."""
+
+    def __init__(self, url: str) -> None:
+        from zarr.storage import FsspecStore
+
+        self._url = url
+        store = open_store(url, read_only=False)
+        self._store: Any = FsspecStore.from_url(store) if isinstance(store, str) else store
+
+    def __str__(self) -> str:
+        return self._url
+
+    @contextmanager
+    def create(self, name: str, *, head_bytes: int = 0) -> Iterator[Output]:
+        """See ``Place``; the whole file is in memory until it is sent."""
+        from zarr.core.buffer import default_buffer_prototype
+
+        output = _StoreOutput(name, head_bytes)
+        yield output
+        buffer = default_buffer_prototype().buffer.from_bytes(bytes(output.content))
+        self._wait(self._store.set(name, buffer), name)
+
+    def write(self, name: str, content: bytes) -> WrittenFile:
+        """See ``Place``."""
+        return _write_whole(self, name, content)
+
+    def read(self, name: str) -> bytes | None:
+        """See ``Place``."""
+        from zarr.core.buffer import default_buffer_prototype
+
+        found = self._wait(self._store.get(name, default_buffer_prototype()), name)
+        return None if found is None else bytes(found.to_bytes())
+
+    def names(self, folder: str) -> list[str]:
+        """See ``Place``."""
+
+        async def listed() -> list[str]:
+            return [name async for name in self._store.list_dir(folder)]
+
+        return sorted(self._wait(listed(), folder))
+
+    def remove(self, name: str) -> None:
+        """See ``Place``."""
+
+        async def gone() -> None:
+            for found in [key async for key in self._store.list_prefix(name + "/")]:
+                await self._store.delete(found)
+            if await self._store.exists(name):
+                await self._store.delete(name)
+
+        self._wait(gone(), name)
+
+    def remove_abandoned(self, seconds: float) -> None:
+        """See ``Place``: nothing of a file is there before all of it is."""
+
+    def holds(self, file: WrittenFile, *, checked: bool) -> bool:
+        """See ``Place``."""
+        if not checked:
+            there = self._wait(self._store.exists(file.name), file.name)
+            return bool(there) and int(self._wait(self._store.getsize(file.name), file.name)) == file.size
+        content = self.read(file.name)
+        return content is not None and ((len(content), int(google_crc32c.value(content))),) == file.parts
+
+    def _wait(self, coroutine: Any, name: str) -> Any:
+        from zarr.core.sync import sync
+
+        try:
+            return sync(coroutine)
+        except Exception as error:  # whatever the library for this kind of URL raises
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ExportError(
+                f"{self._url.rstrip('/')}/{name} cannot be reached: {reason}. What is finished stays; run the same export again to "
+                "continue."
+            ) from error
+
+
+class _LocalOutput:
+    """A file with its checksums, written as the pieces come: whoever wants to overlap that with other work runs several."""
+
+    def __init__(self, name: str, target: Path, descriptor: int, head_bytes: int) -> None:
+        self._name, self._target, self._descriptor, self._head_bytes = name, target, descriptor, head_bytes
+        self._head_crc = self._crc = self._size = 0
+        if head_bytes:
+            os.lseek(descriptor, head_bytes, os.SEEK_SET)
+
+    def write(self, piece: np.ndarray) -> None:
+        """See ``Output``."""
+        flat = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+        # Right before it is written, while it is in the cache.
+        self._crc, self._size = google_crc32c.extend(self._crc, flat), self._size + len(flat)
+        _write_all(self._descriptor, flat, self._target)
+
+    def write_head(self, content: bytes) -> None:
+        """See ``Output``."""
+        os.lseek(self._descriptor, 0, os.SEEK_SET)
+        _write_all(self._descriptor, np.frombuffer(content, np.uint8), self._target)
+        self._head_crc = google_crc32c.value(content)
+
+    @property
+    def written(self) -> WrittenFile:
+        """See ``Output``."""
+        head = ((self._head_bytes, self._head_crc),) if self._head_bytes else ()
+        return WrittenFile(self._name, (*head, (self._size, self._crc)))
+
+
+class _StoreOutput:
+    """The same in memory."""
+
+    def __init__(self, name: str, head_bytes: int) -> None:
+        self._name, self._head_bytes = name, head_bytes
+        self.content = bytearray(head_bytes)
+
+    def write(self, piece: np.ndarray) -> None:
+        """See ``Output``."""
+        self.content += np.ascontiguousarray(piece).tobytes()
+
+    def write_head(self, content: bytes) -> None:
+        """See ``Output``."""
+        self.content[: self._head_bytes] = content
+
+    @property
+    def written(self) -> WrittenFile:
+        """See ``Output``."""
+        return WrittenFile(self._name, ((len(self.content), int(google_crc32c.value(bytes(self.content)))),))
+
+
+def _write_whole(place: Place, name: str, content: bytes) -> WrittenFile:
+    with place.create(name) as file:
+        file.write(np.frombuffer(content, np.uint8))
+    return file.written
+
+
+def _write_all(descriptor: int, flat: np.ndarray, target: Path) -> None:
+    """All of it: a system call may write less."""
+    left = memoryview(flat)  # type: ignore[arg-type]
+    with explained(target):
+        while len(left):
+            left = left[os.write(descriptor, left) :]
+
+
+def _checksum_of(stream: BinaryIO, size: int, buffer: np.ndarray) -> int:
+    """CRC32C of the next bytes of a file."""
+    crc = 0
+    while size:
+        got = stream.readinto(buffer[: min(size, len(buffer))])  # type: ignore[attr-defined]
+        if not got:
+            return -1
+        crc, size = google_crc32c.extend(crc, buffer[:got]), size - got
+    return crc
+
+
+@contextmanager
+def explained(target: Path | str) -> Iterator[None]:
+    """What the system says of a file that cannot be written, as an ``ExportError``."""
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(
+            f"{target} cannot be written: {error.strerror or error}. What is finished stays; run the same export again to continue."
+        ) from error

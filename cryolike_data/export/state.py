@@ -1,0 +1,213 @@
+"""What an export at work leaves in ``.export``: its plan, a record of each finished unit, and who is at work on which units."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from ..errors import ExportError
+from .place import STATE, Place, WrittenFile
+
+#: A run on another machine that has not been heard of for so long is taken for dead. The clocks of the machines may differ by less.
+_SILENCE_SECONDS = 120.0
+_HEARTBEAT_SECONDS = 15.0
+_PLAN = f"{STATE}/plan.json"
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """What a finished unit consists of.
+
+    Attributes
+    ----------
+    unit : its number
+    files : in the order in which they were written
+    notes : counts that are added up over the units, by what they count
+    """
+
+    unit: int
+    files: tuple[WrittenFile, ...]
+    notes: dict[str, int]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files."""
+        return sum(file.size for file in self.files)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain values."""
+        return {"unit": self.unit, "files": [file.to_json() for file in self.files], "notes": self.notes}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> UnitRecord:
+        """What ``to_json`` gave."""
+        return cls(int(values["unit"]), tuple(map(WrittenFile.from_json, values["files"])), dict(values["notes"]))
+
+
+def to_bytes(values: Any) -> bytes:
+    """Plain values as JSON, the same bytes for the same values."""
+    return json.dumps(values, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def write_json(place: Place, name: str, values: Any) -> None:
+    """Write plain values to a file."""
+    place.write(name, to_bytes(values))
+
+
+def read_json(place: Place, name: str) -> Any:
+    """The values in a file, or None if it is not there or damaged."""
+    content = place.read(name)
+    try:
+        return None if content is None else json.loads(content)
+    except ValueError:
+        return None
+
+
+def read_plan(place: Place) -> dict[str, Any] | None:
+    """The plan of the export at work, with ``clearing`` in it (see ``write_plan``) while that goes on; None if there is none."""
+    found = read_json(place, _PLAN)
+    return found if isinstance(found, dict) else None
+
+
+def write_plan(place: Place, plan: dict[str, Any], *, clearing: Sequence[str] | None = None) -> None:
+    """Note the plan of the export that is at work from now on, and what of earlier ones has to be removed before it begins."""
+    write_json(place, _PLAN, plan | ({} if clearing is None else {"clearing": list(clearing)}))
+
+
+def read_record(place: Place, unit: int) -> UnitRecord | None:
+    """The record of a finished unit, or None."""
+    found = read_json(place, _record_name(unit))
+    try:
+        return None if found is None else UnitRecord.from_json(found)
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def write_record(place: Place, record: UnitRecord) -> None:
+    """Note that a unit is finished."""
+    write_json(place, _record_name(record.unit), record.to_json())
+
+
+def recorded_units(place: Place) -> list[int]:
+    """The numbers of the units that have a record."""
+    numbers = (name.removesuffix(".json") for name in place.names(f"{STATE}/units"))
+    return [int(number) for number in numbers if number.isdecimal()]  # a network file system puts names of its own there
+
+
+def describe_unfinished(place: Place) -> str | None:
+    """What to say of an export that is at work or was stopped, or None if there is no trace of one."""
+    plan = read_plan(place)
+    if plan is None:
+        return None
+    return (
+        f"an export that is not finished ({len(recorded_units(place))} units are, of {plan['particles']:,} particles in all). "
+        "Run the same export again to continue it, or seal it with --finish where several runs share the work"
+    )
+
+
+@contextmanager
+def at_work_on(place: Place, units: range) -> Iterator[None]:
+    """Make known that this process works on some units, for as long as the context lasts.
+
+    Raises
+    ------
+    ExportError
+        if another living process works on some of them
+    """
+    name = f"{STATE}/runs/{uuid.uuid4().hex}.json"
+    about = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "began": _process_start(os.getpid())}
+    own = about | {"first": units.start, "stop": units.stop}
+
+    def make_known() -> None:
+        write_json(place, name, own | {"seen": time.time()})
+
+    # First known, then looking: of two that start at once, at least one sees the other.
+    make_known()
+    try:
+        others = living_runs(place, units, apart_from=name)
+        if others:
+            first = others[0]
+            raise ExportError(
+                f"Another run is at work on this target: process {first['pid']} on {first['host']}, units {first['first']} to "
+                f"{first['stop'] - 1}. Wait for it or stop it, then run the same export again."
+            )
+        place.remove_abandoned(_SILENCE_SECONDS)
+        ended = threading.Event()
+
+        def keep_known() -> None:
+            while not ended.wait(_HEARTBEAT_SECONDS):
+                with suppress(ExportError):  # the next one may be written
+                    make_known()
+
+        thread = threading.Thread(target=keep_known, name="cryolike-export", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+    finally:
+        place.remove(name)
+
+
+def living_runs(place: Place, units: range, *, apart_from: str = "") -> list[dict[str, Any]]:
+    """The other processes at work on some of these units; what dead ones left is removed."""
+    found = []
+    for name in place.names(f"{STATE}/runs"):
+        path = f"{STATE}/runs/{name}"
+        run = None if path == apart_from else read_json(place, path)
+        if run is None:
+            continue
+        if not _is_alive(run):
+            place.remove(path)
+        elif run["first"] < units.stop and units.start < run["stop"]:
+            found.append(run)
+    return found
+
+
+def _record_name(unit: int) -> str:
+    return f"{STATE}/units/{unit:06d}.json"
+
+
+def _is_alive(run: dict[str, Any]) -> bool:
+    if run["machine"] == _machine():
+        return bool(run["began"] == _process_start(run["pid"]))
+    return time.time() - float(run["seen"]) < _SILENCE_SECONDS
+
+
+@cache
+def _machine() -> str:
+    """What tells apart machines, and containers with process numbers of their own."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{socket.gethostname()} {uuid.getnode()}"
+
+
+def _process_start(pid: int) -> str:
+    """When a process began, on the clock of its machine; "" if there is no such process. Tells it from a later one of its number."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            state, *rest = file.read().rpartition(")")[2].split()
+            return "" if state in "ZX" else rest[18]
+    except FileNotFoundError:
+        if os.path.isdir("/proc/self"):
+            return ""
+    # A system without /proc.
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        pass
+    return "alive"
