@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from . import cold, consumer, downsampling, gpu, machine, memory, opening, reading
+from . import cold, consumer, downsampling, export, gpu, machine, memory, opening, reading
 from .measure import Figure, Settings
 
 FIGURES: dict[str, Callable[[Settings], Iterator[Figure]]] = {
@@ -22,6 +22,7 @@ FIGURES: dict[str, Callable[[Settings], Iterator[Figure]]] = {
     "downsample": downsampling.downsample,
     "open": opening.opening,
     "memory": memory.memory,
+    "export": export.export,
     "gpu": gpu.gpu,
 }
 _HERE = Path(__file__).parent
