@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 
-import google_crc32c  # comes with zarr
 import numpy as np
 
+from .checksum import crc32c
 from .errors import StackError
 
 _CRC_BYTES = 4
@@ -26,7 +26,7 @@ def index_size(n_chunks: int) -> int:
 def index_bytes(offsets: np.ndarray, lengths: np.ndarray) -> bytes:
     """The index of a shard whose chunks start at ``offsets`` and have ``lengths`` bytes; -1 in both for an absent one."""
     index = np.stack([offsets, lengths], axis=1).astype("<i8").tobytes()
-    return index + int(google_crc32c.value(index)).to_bytes(_CRC_BYTES, "little")
+    return index + crc32c(index).to_bytes(_CRC_BYTES, "little")
 
 
 def parse_index(raw: bytes, n_chunks: int, path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -52,7 +52,7 @@ def parse_index(raw: bytes, n_chunks: int, path: str | os.PathLike[str]) -> tupl
             f"{path} is cut short: the index of its {n_chunks} chunks has {len(raw)} of {index_size(n_chunks)} bytes. {REMEDY}"
         )
     index, checksum = raw[:-_CRC_BYTES], int.from_bytes(raw[-_CRC_BYTES:], "little")
-    if google_crc32c.value(index) != checksum:
+    if crc32c(index) != checksum:
         raise StackError(f"{path} is cut short or damaged: the index of its chunks does not match its checksum. {REMEDY}")
     offsets, lengths = np.frombuffer(index, "<i8").astype(np.int64).reshape(n_chunks, 2).T
     if ((offsets < 0) != (lengths < 0)).any() or min(offsets.min(initial=0), lengths.min(initial=0)) < -1:

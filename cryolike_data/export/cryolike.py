@@ -19,6 +19,7 @@ from ..dataset import ParticleDataset
 from ..descriptor import ImageDescriptor
 from ..errors import ArgumentError, MixedParticlesError, TableError
 from ..transforms import Downsample, Normalize, PolarTransform, normalize_polar
+from ..transforms.polar import require_finufft
 from .folder import leftovers, read_manifest, seal_folder
 from .pixels import Pixels
 from .place import Output, Place, WrittenFile
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
 #: Images that are transformed at a time.
-_CHUNK = 64
+_CHUNK = 16
 _SHARED_OPTICS = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast")
 
 
@@ -128,7 +129,7 @@ def plan_cryolike(
 
         require_matplotlib()
     if fourier or plots:
-        PolarTransform(grid.polar_grid, grid.n_pixels, eps=grid.eps)  # finufft is missing now, or not at all
+        require_finufft()
     return plan
 
 
@@ -175,7 +176,10 @@ class CryoLikeFormat:
         normalize, constant = Normalize("max"), 0
         shown: list[Tensor] = []
         drawn: list[Tensor] = []
-        transform = PolarTransform(polar, self.grid.n_pixels, eps=self.grid.eps) if self.fourier or self.plots else None
+        # With pairs of images in each transform, a chunk is one call of finufft, whose numbers stay in the cache.
+        transform = (
+            PolarTransform(polar, self.grid.n_pixels, eps=self.grid.eps, n_trans=_CHUNK // 2) if self.fourier or self.plots else None
+        )
         phys_shape = (len(rows), self.grid.n_pixels, self.grid.n_pixels)
         fourier_shape = (len(rows), polar.n_shells, polar.n_inplanes)
         buffer: Tensor | None = None

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-import google_crc32c  # comes with zarr
 import numpy as np
 
+from ..checksum import crc32c
 from ..errors import ExportError
 from ..files import make_folder
-from ..zarr_store import is_url, open_store
+from ..zarr_store import is_url
 
 #: Folder of an export that is at work: its plan, what is finished, who is at it, and files that are being written.
 STATE = ".export"
@@ -95,6 +95,8 @@ class Place(Protocol):
 
 def open_place(target: str) -> Place:
     """The place that a path or URL means."""
+    from .store_place import StorePlace
+
     return StorePlace(target) if is_url(target) else LocalPlace(Path(target))
 
 
@@ -114,21 +116,21 @@ class LocalPlace:
         make_folder(partial.parent)
         make_folder(target.parent)
         try:
-            with explained(target):
+            with _explained(target):
                 descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
                 yield _LocalOutput(name, target, descriptor, head_bytes)
             finally:
-                with explained(target):  # a network file system may tell here that it is full
+                with _explained(target):  # a network file system may tell here that it is full
                     os.close(descriptor)
-            with explained(target):
+            with _explained(target):
                 os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
 
     def write(self, name: str, content: bytes) -> WrittenFile:
         """See ``Place``."""
-        return _write_whole(self, name, content)
+        return write_whole(self, name, content)
 
     def read(self, name: str) -> bytes | None:
         """See ``Place``."""
@@ -172,83 +174,6 @@ class LocalPlace:
             return all(_checksum_of(stream, size, buffer) == crc for size, crc in file.parts)
 
 
-class StorePlace:
-    """A store of zarr at a URL, in which an object appears as a whole."""
-
-    def __init__(self, url: str) -> None:
-        from zarr.storage import FsspecStore
-
-        self._url = url
-        store = open_store(url, read_only=False)
-        self._store: Any = FsspecStore.from_url(store) if isinstance(store, str) else store
-
-    def __str__(self) -> str:
-        return self._url
-
-    @contextmanager
-    def create(self, name: str, *, head_bytes: int = 0) -> Iterator[Output]:
-        """See ``Place``; the whole file is in memory until it is sent."""
-        from zarr.core.buffer import default_buffer_prototype
-
-        output = _StoreOutput(name, head_bytes)
-        yield output
-        buffer = default_buffer_prototype().buffer.from_bytes(bytes(output.content))
-        self._wait(self._store.set(name, buffer), name)
-
-    def write(self, name: str, content: bytes) -> WrittenFile:
-        """See ``Place``."""
-        return _write_whole(self, name, content)
-
-    def read(self, name: str) -> bytes | None:
-        """See ``Place``."""
-        from zarr.core.buffer import default_buffer_prototype
-
-        found = self._wait(self._store.get(name, default_buffer_prototype()), name)
-        return None if found is None else bytes(found.to_bytes())
-
-    def names(self, folder: str) -> list[str]:
-        """See ``Place``."""
-
-        async def listed() -> list[str]:
-            return [name async for name in self._store.list_dir(folder)]
-
-        return sorted(self._wait(listed(), folder))
-
-    def remove(self, name: str) -> None:
-        """See ``Place``."""
-
-        async def gone() -> None:
-            for found in [key async for key in self._store.list_prefix(name + "/")]:
-                await self._store.delete(found)
-            if await self._store.exists(name):
-                await self._store.delete(name)
-
-        self._wait(gone(), name)
-
-    def remove_abandoned(self, seconds: float) -> None:
-        """See ``Place``: nothing of a file is there before all of it is."""
-
-    def holds(self, file: WrittenFile, *, checked: bool) -> bool:
-        """See ``Place``."""
-        if not checked:
-            there = self._wait(self._store.exists(file.name), file.name)
-            return bool(there) and int(self._wait(self._store.getsize(file.name), file.name)) == file.size
-        content = self.read(file.name)
-        return content is not None and ((len(content), int(google_crc32c.value(content))),) == file.parts
-
-    def _wait(self, coroutine: Any, name: str) -> Any:
-        from zarr.core.sync import sync
-
-        try:
-            return sync(coroutine)
-        except Exception as error:  # whatever the library for this kind of URL raises
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            raise ExportError(
-                f"{self._url.rstrip('/')}/{name} cannot be reached: {reason}. What is finished stays; run the same export again to "
-                "continue."
-            ) from error
-
-
 class _LocalOutput:
     """A file with its checksums, written as the pieces come: whoever wants to overlap that with other work runs several."""
 
@@ -262,14 +187,14 @@ class _LocalOutput:
         """See ``Output``."""
         flat = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
         # Right before it is written, while it is in the cache.
-        self._crc, self._size = google_crc32c.extend(self._crc, flat), self._size + len(flat)
+        self._crc, self._size = crc32c(flat, self._crc), self._size + len(flat)
         _write_all(self._descriptor, flat, self._target)
 
     def write_head(self, content: bytes) -> None:
         """See ``Output``."""
         os.lseek(self._descriptor, 0, os.SEEK_SET)
         _write_all(self._descriptor, np.frombuffer(content, np.uint8), self._target)
-        self._head_crc = google_crc32c.value(content)
+        self._head_crc = crc32c(content)
 
     @property
     def written(self) -> WrittenFile:
@@ -278,28 +203,8 @@ class _LocalOutput:
         return WrittenFile(self._name, (*head, (self._size, self._crc)))
 
 
-class _StoreOutput:
-    """The same in memory."""
-
-    def __init__(self, name: str, head_bytes: int) -> None:
-        self._name, self._head_bytes = name, head_bytes
-        self.content = bytearray(head_bytes)
-
-    def write(self, piece: np.ndarray) -> None:
-        """See ``Output``."""
-        self.content += np.ascontiguousarray(piece).tobytes()
-
-    def write_head(self, content: bytes) -> None:
-        """See ``Output``."""
-        self.content[: self._head_bytes] = content
-
-    @property
-    def written(self) -> WrittenFile:
-        """See ``Output``."""
-        return WrittenFile(self._name, ((len(self.content), int(google_crc32c.value(bytes(self.content)))),))
-
-
-def _write_whole(place: Place, name: str, content: bytes) -> WrittenFile:
+def write_whole(place: Place, name: str, content: bytes) -> WrittenFile:
+    """Write a file of a single piece."""
     with place.create(name) as file:
         file.write(np.frombuffer(content, np.uint8))
     return file.written
@@ -308,7 +213,7 @@ def _write_whole(place: Place, name: str, content: bytes) -> WrittenFile:
 def _write_all(descriptor: int, flat: np.ndarray, target: Path) -> None:
     """All of it: a system call may write less."""
     left = memoryview(flat)  # type: ignore[arg-type]
-    with explained(target):
+    with _explained(target):
         while len(left):
             left = left[os.write(descriptor, left) :]
 
@@ -320,12 +225,12 @@ def _checksum_of(stream: BinaryIO, size: int, buffer: np.ndarray) -> int:
         got = stream.readinto(buffer[: min(size, len(buffer))])  # type: ignore[attr-defined]
         if not got:
             return -1
-        crc, size = google_crc32c.extend(crc, buffer[:got]), size - got
+        crc, size = crc32c(buffer[:got], crc), size - got
     return crc
 
 
 @contextmanager
-def explained(target: Path | str) -> Iterator[None]:
+def _explained(target: Path | str) -> Iterator[None]:
     """What the system says of a file that cannot be written, as an ``ExportError``."""
     try:
         yield

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
 import threading
 import time
 import warnings
@@ -12,29 +9,24 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ..dataset import human_bytes
-from ..errors import ArgumentError, ExportError, ExportExistsError
+from ..errors import ArgumentError, ExportError
 from .cluster import require_executor, run_on_cluster
-from .place import STATE, LocalPlace, Place, open_place
-from .plan import Advance, ExportPlan, differences, fingerprint, input_files
+from .place import STATE, Place, open_place
+from .plan import Advance, ExportPlan, fingerprint
+from .prepare import is_sealed, known_records, look, prepare
 from .progress import Progress
-from .state import UnitRecord, at_work_on, living_runs, read_plan, read_record, recorded_units, write_plan, write_record
+from .state import UnitRecord, at_work_on, living_runs, read_record, write_record
 
 if TYPE_CHECKING:
     from distributed import Client
 
-log = logging.getLogger(__name__)
-
 #: Units that are told by number in a message.
 _TOLD = 8
-#: More units than any export has.
-_ANY_UNIT = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -104,18 +96,13 @@ def run(
         require_executor(executor)
     chosen = plan.units if units is None else units
     place = open_place(plan.target)
-    _prepare(plan, place, overwrite=overwrite, alone=units is None)
-    known = _known_records(plan, place, chosen)
+    prepare(plan, place, overwrite=overwrite, alone=units is None)
+    known = known_records(plan, place, chosen)
     written: list[UnitRecord] = []
-    with nullcontext() if _is_sealed(plan, place) else at_work_on(place, chosen), Progress(plan, chosen, show=progress) as bar:
-        left = []
-        for unit in chosen:
-            record = known.get(unit)
-            if record is not None and all(place.holds(file, checked=True) for file in record.files):
-                bar.skip(len(plan.rows(unit)))
-            else:
-                known.pop(unit, None)
-                left.append(unit)
+    with nullcontext() if is_sealed(plan, place) else at_work_on(place, chosen), Progress(plan, chosen, show=progress) as bar:
+        known = _whole(known, place)
+        bar.skip(sum(len(plan.rows(unit)) for unit in known))
+        left = [unit for unit in chosen if unit not in known]
         bar.start()
         written.extend(_run_units(plan, left, executor, bar.advance))
     records = [*known.values(), *written]
@@ -134,7 +121,7 @@ def run(
         bytes=sum(record.size for record in records),
         seconds=round(seconds, 3),
         images_per_second=round(images / seconds, 1),
-        sealed=_is_sealed(plan, place),
+        sealed=is_sealed(plan, place),
     )
 
 
@@ -151,9 +138,9 @@ def run_unit(plan: ExportPlan, unit: int, *, advance: Advance = lambda images, s
     """
     place = open_place(plan.target)
     rows = plan.rows(unit)
-    sealed = _is_sealed(plan, place)
+    sealed = is_sealed(plan, place)
     if not sealed:
-        _prepare(plan, place, overwrite=False, alone=False)
+        prepare(plan, place, overwrite=False, alone=False)
     with _one_thread():
         record = plan.format.write_unit(plan.dataset, unit, rows, place, advance)
     if not sealed:
@@ -170,11 +157,11 @@ def finish(plan: ExportPlan) -> None:
         if units are missing or a run is still at work; says which
     """
     place = open_place(plan.target)
-    if _is_sealed(plan, place):
+    if is_sealed(plan, place):
         place.remove(STATE)
         return
-    if _look(plan, place)[0] != "nothing":
-        _prepare(plan, place, overwrite=False, alone=False)
+    if look(plan, place)[0] != "nothing":
+        prepare(plan, place, overwrite=False, alone=False)
     if others := living_runs(place, plan.units):
         raise ExportError(f"{plan.target} cannot be sealed yet: process {others[0]['pid']} on {others[0]['host']} is at work on it.")
     found = {unit: read_record(place, unit) for unit in plan.units}
@@ -207,6 +194,17 @@ def unit_range(text: str, count: int) -> range:
         raise ArgumentError(f"A range of units is i/n, part i of n counted from 0, such as 0/4 to 3/4, not {text!r}.")
     i, n = int(part), int(parts)
     return range(i * count // n, (i + 1) * count // n)
+
+
+def _whole(records: dict[int, UnitRecord], place: Place) -> dict[int, UnitRecord]:
+    """The records whose files are all there, by their sizes and checksums."""
+
+    def is_whole(record: UnitRecord) -> bool:
+        return all(place.holds(file, checked=True) for file in record.files)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        checked = zip(records.items(), pool.map(is_whole, records.values()), strict=True)
+        return {unit: record for (unit, record), whole in checked if whole}
 
 
 def _run_units(plan: ExportPlan, units: list[int], executor: Client | str | None, advance: Advance) -> Iterator[UnitRecord]:
@@ -254,103 +252,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _look(plan: ExportPlan, place: Place) -> tuple[Literal["nothing", "clearing", "unfinished", "sealed"], list[str]]:
-    """What is in a place, and how its plan differs from this one."""
-    at_work, manifest = read_plan(place), plan.format.read_manifest(place)
-    # Both are there when a run was stopped between sealing and tidying up, or while it removed what was there before it.
-    if at_work is not None and (manifest is None or "clearing" in at_work):
-        return "clearing" if "clearing" in at_work else "unfinished", differences(at_work, plan.about)
-    if manifest is not None:
-        return "sealed", differences({name: value for name, value in manifest.items() if name != "units"}, plan.about)
-    return "nothing", []
-
-
-def _prepare(plan: ExportPlan, place: Place, *, overwrite: bool, alone: bool) -> None:
-    """Make sure that this plan may be at work in the place, and note that it is.
-
-    Raises
-    ------
-    ExportExistsError
-        if something else is there
-    """
-    there, unlike = _look(plan, place)
-    if overwrite and not alone:
-        raise ArgumentError("overwrite=True is for a run of all units: one of several would remove what others wrote.")
-    if overwrite and (there in ("nothing", "sealed") or unlike):
-        _clear(plan, place)
-    elif unlike:
-        what = "another export" if there == "sealed" else "another export that is not finished"
-        raise ExportExistsError(
-            f"{plan.target} holds {what}: {'; '.join(unlike)}. Choose another place, repeat the call that made it to continue it, or pass "
-            "overwrite=True to replace it."
-        )
-    elif there == "clearing":
-        _clear(plan, place)
-    elif there == "nothing":
-        if found := plan.format.leftovers(place):
-            if read_plan(place) is not None:  # others that share the work have begun between the two looks
-                _prepare(plan, place, overwrite=overwrite, alone=alone)
-                return
-            raise ExportExistsError(
-                f"{plan.target} holds {len(found)} files or folders that this export did not write ({found[0]}, ...). Choose another "
-                "place, or pass overwrite=True to replace them."
-            )
-        _require_room(plan, freed=0)
-        write_plan(place, plan.about)
-
-
-def _clear(plan: ExportPlan, place: Place) -> None:
-    """Remove what an earlier export left; until that is done, the place says what it is being cleared for."""
-    # What a run that was stopped while it cleared had still to remove: what told of it may be gone.
-    found = sorted({*plan.format.leftovers(place), *(read_plan(place) or {}).get("clearing", ())})
-    if isinstance(place, LocalPlace):
-        roots = [str(place.root / name) for name in found]
-        for path in map(os.path.realpath, input_files(plan.dataset)):  # the target is one without links too
-            if any(path == root or path.startswith(root + os.sep) for root in roots):
-                raise ExportError(f"{plan.target} holds the particles that are to be exported ({path}); choose another place.")
-        _require_room(plan, freed=sum(map(_size, map(Path, roots))))
-    with at_work_on(place, range(_ANY_UNIT)):
-        write_plan(place, plan.about, clearing=found)
-        # What makes an export whole goes first, so that what is left of it never looks like one.
-        for name in sorted(found, key=lambda name: name != plan.format.seal):
-            place.remove(name)
-        place.remove(f"{STATE}/units")
-        write_plan(place, plan.about)
-
-
-def _is_sealed(plan: ExportPlan, place: Place) -> bool:
-    return _look(plan, place) == ("sealed", [])
-
-
-def _known_records(plan: ExportPlan, place: Place, units: range) -> dict[int, UnitRecord]:
-    """The records of the units that were finished before."""
-    if _is_sealed(plan, place):
-        manifest = plan.format.read_manifest(place) or {}
-        records = [UnitRecord.from_json(values) for values in manifest["units"]]
-        return {record.unit: record for record in records if record.unit in units}
-    found = {unit: read_record(place, unit) for unit in recorded_units(place) if unit in units}
-    return {unit: record for unit, record in found.items() if record is not None}
-
-
-def _require_room(plan: ExportPlan, *, freed: int) -> None:
-    """Raise an ``ExportError`` if the disk cannot hold the images."""
-    if "://" in plan.target:
-        return
-    folder = next(path for path in (Path(plan.target), *Path(plan.target).parents) if path.is_dir())
-    free = shutil.disk_usage(folder).free + freed
-    if plan.needed_bytes > free:
-        raise ExportError(
-            f"{plan.target} needs {human_bytes(plan.needed_bytes)} and the disk has {human_bytes(free)} free. Make room, choose another "
-            "disk, or write fewer or smaller images."
-        )
-
-
-def _size(path: Path) -> int:
-    if path.is_dir():
-        return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
-    return path.stat().st_size if path.exists() else 0
 
 
 def _warn_of_notes(records: list[UnitRecord], plan: ExportPlan) -> None:

@@ -22,6 +22,7 @@ from .place import STATE, LocalPlace, Place
 from .plan import Advance, ExportPlan, make_plan
 from .run import run
 from .state import UnitRecord, read_plan
+from .zarr_arrays import column_array, encode, group_metadata
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -31,27 +32,9 @@ _CHUNK_BYTES = 2 << 20
 #: Dask makes a task of each, and its schedulers are made for some ten thousand of them.
 _CHUNK_IMAGES = 24
 SHARD_BYTES = 256 << 20
-_COLUMN_ROWS = 1 << 20
 
 Compression = Literal["zstd", "blosc"]
 _COMPRESSIONS = ("zstd", "blosc")
-
-_UNITS = {
-    "pose": "radian",
-    "shift_A": "angstrom",
-    "ctf/voltage_kv": "kilovolt",
-    "ctf/spherical_aberration_mm": "millimeter",
-    "ctf/defocus_u": "angstrom",
-    "ctf/defocus_v": "angstrom",
-    "ctf/astigmatism_angle_rad": "radian",
-    "ctf/phase_shift_rad": "radian",
-    "ctf/bfactor_A2": "angstrom^2",
-    "ctf/beam_shift_A": "angstrom",
-    "ctf/tilt_A": "angstrom",
-    "ctf/trefoil_A": "angstrom",
-    "ctf/tetrafoil_A": "angstrom",
-}
-_AXES = {"pose": "rotation_vector", "shift_A": "xy", "ctf/beam_shift_A": "xy", "ctf/tilt_A": "xy", "ctf/trefoil_A": "xy"}
 
 
 def export_zarr(
@@ -173,19 +156,19 @@ class ZarrFormat:
 
     def write_rest(self, dataset: ParticleDataset, records: list[UnitRecord], manifest: dict[str, Any], place: Place) -> None:
         """See ``Format``."""
-        for name, content in _encode("images", self._array(self.particles) | {"attributes": {"pixel_size_A": self.pixels.pixel_size}}):
+        for name, content in encode("images", self._array(self.particles) | {"attributes": {"pixel_size_A": self.pixels.pixel_size}}):
             place.write(name, content)
         particles = dataset.particles
         columns = {name: column for name, column in particles.columns().items() if name not in ("box", "pixel_size", "file", "slice")}
         columns |= {"source/file": particles.file, "source/image": particles.slice}
         for name, column in columns.items():
-            for key, content in _encode(name, _column_array(name, column), column):
+            for key, content in encode(name, column_array(name, column), column):
                 place.write(key, content)
         names = {"paths": list(particles.paths), "blob_paths": None if particles.blob_paths is None else list(particles.blob_paths)}
         groups = {"source": names | {"export": manifest}} | ({} if particles.ctf is None else {"ctf": {}})
         for name, attributes in groups.items():
-            place.write(f"{name}/zarr.json", _group(attributes))
-        place.write("zarr.json", _group(self._attributes(dataset)))
+            place.write(f"{name}/zarr.json", group_metadata(attributes))
+        place.write("zarr.json", group_metadata(self._attributes(dataset)))
 
     def read_manifest(self, place: Place) -> dict[str, Any] | None:
         """See ``Format``."""
@@ -236,7 +219,7 @@ class ZarrFormat:
     def _encoded(self, images: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
         """A shard through the codecs of zarr."""
         pixels = np.concatenate([piece.copy() for piece in images])
-        for name, content in _encode("images", self._array(count), pixels):
+        for name, content in encode("images", self._array(count), pixels):
             if name != "images/zarr.json":
                 yield np.frombuffer(content, np.uint8)
 
@@ -284,36 +267,11 @@ def _sizes(n: int, image_bytes: int, shard_bytes: int) -> tuple[int, int]:
     return chunk, chunk * chunks
 
 
-def _encode(name: str, array: dict[str, Any], data: np.ndarray | None = None) -> Iterator[tuple[str, bytes]]:
-    """What zarr stores of an array, in memory: (key, bytes), the metadata last."""
-    import zarr
+def _rounded(pixels: np.ndarray, keep_bits: int) -> np.ndarray:
+    """Rounded as the bit rounding codec does, which readers need not know then."""
+    from numcodecs import BitRound
 
-    kept: dict[str, Any] = {}
-    made = zarr.create_array(
-        zarr.storage.MemoryStore(kept), name=name, zarr_format=3, config={"write_empty_chunks": True}, filters=None, **array
-    )
-    if data is not None:
-        made[:] = data
-    for key in sorted(kept, key=lambda key: key.endswith("zarr.json")):
-        if key.startswith(f"{name}/"):
-            yield key, kept[key].to_bytes()
-
-
-def _column_array(name: str, column: np.ndarray) -> dict[str, Any]:
-    rest = [_AXES.get(name, f"{Path(name).name}_term")] if column.ndim == 2 else []
-    return {
-        "shape": column.shape,
-        "dtype": column.dtype,
-        "chunks": (max(1, min(len(column), _COLUMN_ROWS)), *column.shape[1:]),
-        "compressors": None,
-        "dimension_names": ("particle", *rest),
-        "attributes": {"units": _UNITS[name]} if name in _UNITS else {},
-    }
-
-
-def _group(attributes: dict[str, Any]) -> bytes:
-    """The metadata of a group."""
-    return json.dumps({"attributes": attributes, "zarr_format": 3, "node_type": "group"}, indent=1).encode()
+    return np.frombuffer(BitRound(keep_bits).encode(pixels), pixels.dtype).reshape(pixels.shape)
 
 
 def _compressor(compression: Compression | None, itemsize: int) -> Any:
@@ -322,10 +280,3 @@ def _compressor(compression: Compression | None, itemsize: int) -> Any:
     from zarr.codecs import BloscCodec, ZstdCodec
 
     return ZstdCodec(level=3) if compression == "zstd" else BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle", typesize=itemsize)
-
-
-def _rounded(pixels: np.ndarray, keep_bits: int) -> np.ndarray:
-    """Rounded as the bit rounding codec does, which readers need not know then."""
-    from numcodecs import BitRound
-
-    return np.frombuffer(BitRound(keep_bits).encode(pixels), pixels.dtype).reshape(pixels.shape)

@@ -207,10 +207,13 @@ def normalize_polar(fourier: Tensor, grid: PolarGrid) -> Tensor:
     shape = (grid.n_shells, grid.n_inplanes)
     if tuple(fourier.shape[-2:]) != shape:
         raise ArgumentError(f"The transform is {tuple(fourier.shape)}, but the grid has {shape[0]} shells x {shape[1]} angles.")
-    weights = torch.as_tensor(grid.integration_weights, device=fourier.device)
-    power = (fourier.abs().to(torch.float64).square() * weights).sum((-2, -1), keepdim=True)
-    norm = torch.where(power == 0, 1, power).sqrt()
-    return fourier / norm.to(fourier.abs().dtype)
+    numbers = torch.view_as_real(fourier.resolve_conj())
+    weights = torch.as_tensor(grid.integration_weights[:, 0], device=fourier.device)  # the same at all angles
+    # As real numbers, on which a norm and a product cost a tenth of what they do on complex ones.
+    of_shells = torch.linalg.vector_norm(numbers.flatten(-2), dim=-1, dtype=torch.float64)
+    power = (of_shells.square() * weights).sum(-1)[..., None, None, None]
+    scale = torch.where(power == 0, 1, power).rsqrt().to(numbers.dtype)
+    return torch.view_as_complex(numbers * scale)
 
 
 @lru_cache(maxsize=8)
@@ -230,14 +233,22 @@ def _jacobi_rule(count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return nodes, weights
 
 
-def _finufft_plan(grid: PolarGrid, box: int, eps: float, n_trans: int) -> Any:
+def require_finufft() -> Any:
+    """The package finufft, or a ``MissingDependencyError`` that says how to get it."""
     try:
         import finufft
     except ImportError as error:
         raise MissingDependencyError('The polar transform needs finufft: pip install "cryolike-data[fourier]".') from error
+    return finufft
+
+
+def _finufft_plan(grid: PolarGrid, box: int, eps: float, n_trans: int) -> Any:
+    finufft = require_finufft()
     radial = (4 * math.pi / box) * grid.radii[:, None]
-    # As many threads as torch may use, so that the worker processes of a DataLoader keep to one each.
-    plan = finufft.Plan(2, (box, box), n_trans=n_trans, eps=eps, isign=-1, dtype="complex128", nthreads=torch.get_num_threads())
+    # As many threads as torch may use, so that the worker processes of a DataLoader keep to one each. Two transforms at a time for each
+    # share the work on the points, which makes them nearly twice as fast; by default finufft takes one.
+    threads = torch.get_num_threads()
+    plan = finufft.Plan(2, (box, box), n_trans, eps, -1, "complex128", nthreads=threads, maxbatchsize=2 * threads)
     plan.setpts((radial * np.cos(grid.angles)).ravel(), (radial * np.sin(grid.angles)).ravel())
     return plan
 

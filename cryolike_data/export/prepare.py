@@ -1,0 +1,115 @@
+"""Before a plan runs: what is in its place already, whether that may be continued or replaced, and whether there is room."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from ..dataset import human_bytes
+from ..errors import ArgumentError, ExportError, ExportExistsError
+from .place import STATE, LocalPlace, Place
+from .plan import ExportPlan, differences, input_files
+from .state import UnitRecord, at_work_on, read_plan, read_record, recorded_units, write_plan
+
+#: More units than any export has.
+_ANY_UNIT = 1 << 62
+
+
+def look(plan: ExportPlan, place: Place) -> tuple[Literal["nothing", "clearing", "unfinished", "sealed"], list[str]]:
+    """What is in a place, and how its plan differs from this one."""
+    at_work, manifest = read_plan(place), plan.format.read_manifest(place)
+    # Both are there when a run was stopped between sealing and tidying up, or while it removed what was there before it.
+    if at_work is not None and (manifest is None or "clearing" in at_work):
+        return "clearing" if "clearing" in at_work else "unfinished", differences(at_work, plan.about)
+    if manifest is not None:
+        return "sealed", differences({name: value for name, value in manifest.items() if name != "units"}, plan.about)
+    return "nothing", []
+
+
+def prepare(plan: ExportPlan, place: Place, *, overwrite: bool, alone: bool) -> None:
+    """Make sure that this plan may be at work in the place, and note that it is.
+
+    Raises
+    ------
+    ExportExistsError
+        if something else is there
+    """
+    there, unlike = look(plan, place)
+    if overwrite and not alone:
+        raise ArgumentError("overwrite=True is for a run of all units: one of several would remove what others wrote.")
+    if overwrite and (there in ("nothing", "sealed") or unlike):
+        _clear(plan, place)
+    elif unlike:
+        what = "another export" if there == "sealed" else "another export that is not finished"
+        raise ExportExistsError(
+            f"{plan.target} holds {what}: {'; '.join(unlike)}. Choose another place, repeat the call that made it to continue it, or pass "
+            "overwrite=True to replace it."
+        )
+    elif there == "clearing":
+        _clear(plan, place)
+    elif there == "nothing":
+        if found := plan.format.leftovers(place):
+            if read_plan(place) is not None:  # others that share the work have begun between the two looks
+                prepare(plan, place, overwrite=overwrite, alone=alone)
+                return
+            raise ExportExistsError(
+                f"{plan.target} holds {len(found)} files or folders that this export did not write ({found[0]}, ...). Choose another "
+                "place, or pass overwrite=True to replace them."
+            )
+        _require_room(plan, freed=0)
+        write_plan(place, plan.about)
+
+
+def _clear(plan: ExportPlan, place: Place) -> None:
+    """Remove what an earlier export left; until that is done, the place says what it is being cleared for."""
+    # What a run that was stopped while it cleared had still to remove: what told of it may be gone.
+    found = sorted({*plan.format.leftovers(place), *(read_plan(place) or {}).get("clearing", ())})
+    if isinstance(place, LocalPlace):
+        roots = [str(place.root / name) for name in found]
+        for path in map(os.path.realpath, input_files(plan.dataset)):  # the target is one without links too
+            if any(path == root or path.startswith(root + os.sep) for root in roots):
+                raise ExportError(f"{plan.target} holds the particles that are to be exported ({path}); choose another place.")
+        _require_room(plan, freed=sum(map(_size, map(Path, roots))))
+    with at_work_on(place, range(_ANY_UNIT)):
+        write_plan(place, plan.about, clearing=found)
+        # What makes an export whole goes first, so that what is left of it never looks like one.
+        for name in sorted(found, key=lambda name: name != plan.format.seal):
+            place.remove(name)
+        place.remove(f"{STATE}/units")
+        write_plan(place, plan.about)
+
+
+def is_sealed(plan: ExportPlan, place: Place) -> bool:
+    """Whether this very export is in the place, and whole."""
+    return look(plan, place) == ("sealed", [])
+
+
+def known_records(plan: ExportPlan, place: Place, units: range) -> dict[int, UnitRecord]:
+    """The records of the units that were finished before."""
+    if is_sealed(plan, place):
+        manifest = plan.format.read_manifest(place) or {}
+        records = [UnitRecord.from_json(values) for values in manifest["units"]]
+        return {record.unit: record for record in records if record.unit in units}
+    found = {unit: read_record(place, unit) for unit in recorded_units(place) if unit in units}
+    return {unit: record for unit, record in found.items() if record is not None}
+
+
+def _require_room(plan: ExportPlan, *, freed: int) -> None:
+    """Raise an ``ExportError`` if the disk cannot hold the images."""
+    if "://" in plan.target:
+        return
+    folder = next(path for path in (Path(plan.target), *Path(plan.target).parents) if path.is_dir())
+    free = shutil.disk_usage(folder).free + freed
+    if plan.needed_bytes > free:
+        raise ExportError(
+            f"{plan.target} needs {human_bytes(plan.needed_bytes)} and the disk has {human_bytes(free)} free. Make room, choose another "
+            "disk, or write fewer or smaller images."
+        )
+
+
+def _size(path: Path) -> int:
+    if path.is_dir():
+        return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
+    return path.stat().st_size if path.exists() else 0
