@@ -14,12 +14,14 @@ demo: $(STAMP)
 	$(BIN)/cryolike-data info $(DEMO)/project --job 4
 	$(BIN)/cryolike-data show $(DEMO)/project/J3/J3_particles.cs $(DEMO)/montage.png --box 32
 	$(BIN)/cryolike-data export $(DEMO)/project/J3/J3_particles.cs $(DEMO)/particles.zarr --box 32 --overwrite
+	$(BIN)/cryolike-data export $(DEMO)/project/J3/J3_particles.cs $(DEMO)/for_cryosparc --format mrc --box 32 --overwrite
 	$(BIN)/cryolike-data export $(DEMO)/project --job 4 $(DEMO)/cryolike --factor 2 --batch-size 60 --group 0 --plots --overwrite
 	@echo
 	@echo "All of it lies in $(DEMO)/:"
 	@echo "  project/         a synthetic CryoSPARC project, its truth in truth.npz"
 	@echo "  montage.png      some of its particles"
 	@echo "  particles.zarr   all of them at half the box, as a Zarr store"
+	@echo "  for_cryosparc/   the same as MRC stacks, with particles.cs and particles.star"
 	@echo "  cryolike/        one exposure group of job J4 as CryoLike stacks, with pictures in plots/"
 
 test: lint
