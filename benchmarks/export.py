@@ -112,7 +112,8 @@ def _fourier(settings: Settings, out: Path) -> Iterator[Figure]:
             finufft.nufft2d2(x, y, image.astype(np.complex128), eps=grid.eps, isign=-1)
         return len(images) / (time.perf_counter() - start)
 
-    rates = in_turn([one_by_one, partial(_rate, dataset, out, _to_cryolike)], settings.repetitions)
+    transform = 8 * polar.n_shells * polar.n_inplanes
+    rates = in_turn([one_by_one, partial(_rate, dataset, out, _to_cryolike, more=transform)], settings.repetitions)
     yield rate_figure("export", f"CryoLike, {project.box}px / finufft per image", rates, "img/s", bound=FOURIER_BOUND)
 
 
@@ -221,9 +222,9 @@ def _bytes(size: int) -> memoryview:
     return memoryview(np.random.default_rng(0).bytes(size))
 
 
-def _rate(dataset: ParticleDataset, out: Path, write: Callable[[ParticleDataset, Path], object]) -> float:
-    """Images a second of an export."""
-    _fill_in(out, _payload(dataset))
+def _rate(dataset: ParticleDataset, out: Path, write: Callable[[ParticleDataset, Path], object], *, more: int = 0) -> float:
+    """Images a second of an export, which writes as many bytes as the images have, and so many more for each."""
+    _fill_in(out, _payload(dataset) + more * len(dataset))
     start = time.perf_counter()
     write(dataset, out)
     taken = time.perf_counter() - start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -111,10 +112,16 @@ class Pixels:
             chosen = np.arange(start, min(rows.stop, start + step))
             read = dataset.view_rows(chosen)  # rows in order lie side by side, and need not be copied
             if read is None:
-                buffer = dataset.read_rows(chosen) if buffer is None else dataset.read_rows(chosen, buffer[: len(chosen)])
-                read = buffer
+                buffer = _new_buffer(dataset, min(step, len(rows))) if buffer is None else buffer
+                read = dataset.read_rows(chosen, buffer[: len(chosen)])
             done = read if collate is None else collate.process_images(read)
             yield _as_float16(done) if self.dtype == "float16" and collate is not None else done
+
+
+def _new_buffer(dataset: ParticleDataset, images: int) -> Tensor:
+    """Room for so many images, straight from the system: what the allocator keeps of buffers of many threads adds up."""
+    room = mmap.mmap(-1, images * dataset.image_bytes)
+    return torch.frombuffer(room, dtype=dataset.dtype).view(images, dataset.box, dataset.box)
 
 
 def _as_float16(images: Tensor) -> Tensor:
