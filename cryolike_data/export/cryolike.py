@@ -210,9 +210,12 @@ class CryoLikeFormat:
         files.append(place.write(names[-1], _npz(metadata)))
         return UnitRecord(unit, tuple(files), {"constant": constant})
 
-    def write_rest(self, dataset: ParticleDataset, records: list[UnitRecord], manifest: dict[str, Any], place: Place) -> None:
+    def write_rest(self, dataset: ParticleDataset, place: Place) -> list[WrittenFile]:
         """See ``Format``."""
-        place.write(f"{'fft' if self.fourier else 'phys'}/image_descriptor.npz", _npz(self.grid.to_npz_dict()))
+        return [place.write(f"{'fft' if self.fourier else 'phys'}/image_descriptor.npz", _npz(self.grid.to_npz_dict()))]
+
+    def write_seal(self, dataset: ParticleDataset, manifest: dict[str, Any], place: Place) -> None:
+        """See ``Format``."""
         seal_folder(place, manifest)
 
     def read_manifest(self, place: Place) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from ..relion import require_optics, require_starfile, star_tables, write_star
 from ..transforms import Downsample
 from .folder import leftovers, read_manifest, seal_folder
 from .pixels import Pixels
-from .place import Place
+from .place import Place, WrittenFile
 from .plan import Advance, ExportPlan, make_plan
 from .run import run
 from .state import UnitRecord
@@ -153,21 +153,25 @@ class MrcFormat:
             file.write_head(_header(self.pixels, len(rows), statistics))
         return UnitRecord(unit, (file.written,), {})
 
-    def write_rest(self, dataset: ParticleDataset, records: list[UnitRecord], manifest: dict[str, Any], place: Place) -> None:
+    def write_rest(self, dataset: ParticleDataset, place: Place) -> list[WrittenFile]:
         """See ``Format``."""
         stack, image = np.divmod(np.arange(len(dataset)), self.unit_images)
-        names = [self.files(unit)[0] for unit in range(len(records))]
+        names = [self.files(unit)[0] for unit in range(-(-len(dataset) // self.unit_images))]
         box, pixel_size = self.pixels.box, self.pixels.pixel_size
         # With a leading ">" CryoSPARC takes a path from the folder of its table on.
         table = table_of(dataset.particles, paths=[f">{name}" for name in names], file=stack, image=image, box=box, pixel_size=pixel_size)
         content = io.BytesIO()
         save_table(table, content)
-        place.write("particles.cs", content.getvalue())
+        files = [place.write("particles.cs", content.getvalue())]
         if self.star:
             images = [f"{z + 1:06d}@{names[k]}" for k, z in zip(stack.tolist(), image.tolist(), strict=True)]
             content = io.BytesIO()
             write_star(star_tables(dataset.particles, image_names=images, box=box, pixel_size=pixel_size), content)
-            place.write("particles.star", content.getvalue())
+            files.append(place.write("particles.star", content.getvalue()))
+        return files
+
+    def write_seal(self, dataset: ParticleDataset, manifest: dict[str, Any], place: Place) -> None:
+        """See ``Format``."""
         seal_folder(place, manifest)
 
     def read_manifest(self, place: Place) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +69,14 @@ class Output(Protocol):
 
 
 class Place(Protocol):
-    """Files by name, each written whole or not at all."""
+    """Files by name, each written whole or not at all.
+
+    Attributes
+    ----------
+    before_placing : called when a file is whole and before it is put into its place, which an error prevents
+    """
+
+    before_placing: Callable[[], None] | None
 
     def create(self, name: str, *, head_bytes: int = 0) -> AbstractContextManager[Output]:
         """A file to be written, which is in its place when the context ends without an error; ``head_bytes`` are left for its head."""
@@ -105,6 +112,7 @@ class LocalPlace:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.before_placing: Callable[[], None] | None = None
 
     def __str__(self) -> str:
         return str(self.root)
@@ -123,6 +131,8 @@ class LocalPlace:
             finally:
                 with _explained(target):  # a network file system may tell here that it is full
                     os.close(descriptor)
+            if self.before_placing is not None:
+                self.before_placing()
             with _explained(target):
                 os.replace(partial, target)
         finally:

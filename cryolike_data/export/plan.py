@@ -14,7 +14,7 @@ import numpy as np
 from ..dataset import ParticleDataset
 from ..errors import ArgumentError, MissingStackError
 from ..zarr_store import is_url
-from .place import Place
+from .place import Place, WrittenFile
 from .state import UnitRecord
 
 #: Rows of a column that are hashed at a time.
@@ -53,8 +53,11 @@ class Format(Protocol):
     def write_unit(self, dataset: ParticleDataset, unit: int, rows: range, place: Place, advance: Advance) -> UnitRecord:
         """Write the files of one unit."""
 
-    def write_rest(self, dataset: ParticleDataset, records: list[UnitRecord], manifest: dict[str, Any], place: Place) -> None:
-        """Write what belongs to no unit, the file that makes the export whole last; ``read_manifest`` finds the manifest in it."""
+    def write_rest(self, dataset: ParticleDataset, place: Place) -> list[WrittenFile]:
+        """Write what belongs to no unit, but for the seal."""
+
+    def write_seal(self, dataset: ParticleDataset, manifest: dict[str, Any], place: Place) -> None:
+        """Write the manifest, for ``read_manifest``, and the file that makes the export whole last."""
 
     def read_manifest(self, place: Place) -> dict[str, Any] | None:
         """The manifest of a whole export of this kind, or None if there is none."""

@@ -24,7 +24,7 @@ def look(plan: ExportPlan, place: Place) -> tuple[Literal["nothing", "clearing",
     if at_work is not None and (manifest is None or "clearing" in at_work):
         return "clearing" if "clearing" in at_work else "unfinished", differences(at_work, plan.about)
     if manifest is not None:
-        return "sealed", differences({name: value for name, value in manifest.items() if name != "units"}, plan.about)
+        return "sealed", differences({name: value for name, value in manifest.items() if name not in ("units", "rest")}, plan.about)
     return "nothing", []
 
 

@@ -16,7 +16,7 @@ import torch
 
 from ..errors import ArgumentError, ExportError
 from .cluster import require_executor, run_on_cluster
-from .place import STATE, Place, open_place
+from .place import STATE, Place, WrittenFile, open_place
 from .plan import Advance, ExportPlan, fingerprint
 from .prepare import is_sealed, known_records, look, prepare
 from .progress import Progress
@@ -136,11 +136,18 @@ def run_unit(plan: ExportPlan, unit: int, *, advance: Advance = lambda images, s
     unit : its number
     advance : called with the images and bytes that were written since the last call
     """
+
+    def require_ours() -> None:
+        there, unlike = look(plan, place)
+        if unlike or there not in ("unfinished", "sealed"):
+            raise ExportError(f"{plan.target} was given to another export while unit {unit} was written for this one.")
+
     place = open_place(plan.target)
     rows = plan.rows(unit)
     sealed = is_sealed(plan, place)
     if not sealed:
         prepare(plan, place, overwrite=False, alone=False)
+    place.before_placing = require_ours
     with _one_thread():
         record = plan.format.write_unit(plan.dataset, unit, rows, place, advance)
     if not sealed:
@@ -158,6 +165,9 @@ def finish(plan: ExportPlan) -> None:
     """
     place = open_place(plan.target)
     if is_sealed(plan, place):
+        rest = [WrittenFile.from_json(values) for values in (plan.format.read_manifest(place) or {})["rest"]]
+        if not all(place.holds(file, checked=True) for file in rest):
+            plan.format.write_rest(plan.dataset, place)
         place.remove(STATE)
         return
     if look(plan, place)[0] != "nothing":
@@ -176,8 +186,9 @@ def finish(plan: ExportPlan) -> None:
         raise ExportError(
             f"The input stacks of {plan.target} have changed while they were exported; export them again with overwrite=True."
         )
-    manifest = plan.about | {"units": [record.to_json() for record in records]}
-    plan.format.write_rest(plan.dataset, records, manifest, place)
+    rest = plan.format.write_rest(plan.dataset, place)
+    about_files = {"units": [record.to_json() for record in records], "rest": [file.to_json() for file in rest]}
+    plan.format.write_seal(plan.dataset, plan.about | about_files, place)
     place.remove(STATE)
 
 

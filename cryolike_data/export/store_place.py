@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ class StorePlace:
 
     def __init__(self, url: str) -> None:
         self._url = url
+        self.before_placing: Callable[[], None] | None = None
         self._store: Any = open_store(url, read_only=False)
 
     def __str__(self) -> str:
@@ -31,6 +32,8 @@ class StorePlace:
 
         output = _StoreOutput(name, head_bytes)
         yield output
+        if self.before_placing is not None:
+            self.before_placing()
         buffer = default_buffer_prototype().buffer.from_bytes(bytes(output.content))
         self._wait(self._store.set(name, buffer), name)
 

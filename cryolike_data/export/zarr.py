@@ -18,7 +18,7 @@ from ..shard import index_bytes
 from ..transforms import Downsample
 from ..zarr_store import FORMAT, is_url
 from .pixels import Pixels
-from .place import STATE, LocalPlace, Place
+from .place import STATE, LocalPlace, Place, WrittenFile
 from .plan import Advance, ExportPlan, make_plan
 from .run import run
 from .state import UnitRecord, read_plan
@@ -154,20 +154,24 @@ class ZarrFormat:
                 file.write(part)
         return UnitRecord(unit, (file.written,), {})
 
-    def write_rest(self, dataset: ParticleDataset, records: list[UnitRecord], manifest: dict[str, Any], place: Place) -> None:
+    def write_rest(self, dataset: ParticleDataset, place: Place) -> list[WrittenFile]:
         """See ``Format``."""
-        for name, content in encode("images", self._array(self.particles) | {"attributes": {"pixel_size_A": self.pixels.pixel_size}}):
-            place.write(name, content)
+        made = self._array(self.particles) | {"attributes": {"pixel_size_A": self.pixels.pixel_size}}
+        files = [place.write(name, content) for name, content in encode("images", made)]
         particles = dataset.particles
         columns = {name: column for name, column in particles.columns().items() if name not in ("box", "pixel_size", "file", "slice")}
         columns |= {"source/file": particles.file, "source/image": particles.slice}
         for name, column in columns.items():
-            for key, content in encode(name, column_array(name, column), column):
-                place.write(key, content)
+            files += [place.write(key, content) for key, content in encode(name, column_array(name, column), column)]
+        if particles.ctf is not None:
+            files.append(place.write("ctf/zarr.json", group_metadata({})))
+        return files
+
+    def write_seal(self, dataset: ParticleDataset, manifest: dict[str, Any], place: Place) -> None:
+        """See ``Format``."""
+        particles = dataset.particles
         names = {"paths": list(particles.paths), "blob_paths": None if particles.blob_paths is None else list(particles.blob_paths)}
-        groups = {"source": names | {"export": manifest}} | ({} if particles.ctf is None else {"ctf": {}})
-        for name, attributes in groups.items():
-            place.write(f"{name}/zarr.json", group_metadata(attributes))
+        place.write("source/zarr.json", group_metadata(names | {"export": manifest}))
         place.write("zarr.json", group_metadata(self._attributes(dataset)))
 
     def read_manifest(self, place: Place) -> dict[str, Any] | None:
