@@ -20,7 +20,7 @@ from ..descriptor import ImageDescriptor
 from ..errors import ArgumentError, MixedParticlesError, TableError
 from ..transforms import Downsample, Normalize, PolarTransform, normalize_polar
 from ..transforms.polar import require_finufft
-from .folder import leftovers, read_manifest, seal_folder
+from .folder import FolderFormat
 from .pixels import Pixels
 from .place import Output, Place, WrittenFile
 from .plan import Advance, ExportPlan, make_plan
@@ -134,7 +134,7 @@ def plan_cryolike(
 
 
 @dataclass(frozen=True)
-class CryoLikeFormat:
+class CryoLikeFormat(FolderFormat):
     """CryoLike stacks as the output of an export; a unit is a stack. See ``export_cryolike``.
 
     Attributes
@@ -152,7 +152,6 @@ class CryoLikeFormat:
     plots: bool
 
     kind = "cryolike"
-    seal = "export.json"
 
     def settings(self) -> dict[str, Any]:
         """See ``Format``."""
@@ -213,18 +212,6 @@ class CryoLikeFormat:
     def write_rest(self, dataset: ParticleDataset, place: Place) -> list[WrittenFile]:
         """See ``Format``."""
         return [place.write(f"{'fft' if self.fourier else 'phys'}/image_descriptor.npz", _npz(self.grid.to_npz_dict()))]
-
-    def write_seal(self, dataset: ParticleDataset, manifest: dict[str, Any], place: Place) -> None:
-        """See ``Format``."""
-        seal_folder(place, manifest)
-
-    def read_manifest(self, place: Place) -> dict[str, Any] | None:
-        """See ``Format``."""
-        return read_manifest(place)
-
-    def leftovers(self, place: Place) -> list[str]:
-        """See ``Format``."""
-        return leftovers(place, self.kind)
 
     def _draw(self, images: Tensor, transforms: Tensor, unit: int, place: Place) -> Iterator[WrittenFile]:
         from .. import plots

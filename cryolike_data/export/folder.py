@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..dataset import ParticleDataset
 from ..errors import ExportError, ExportExistsError
 from .place import LocalPlace, Place
 from .state import UnitRecord, read_json, read_plan, write_json
@@ -20,31 +21,35 @@ _OWN = {
 }
 
 
-def seal_folder(place: Place, manifest: dict[str, Any]) -> None:
-    """Write the manifest, after all other files."""
-    write_json(place, MANIFEST, manifest)
+class FolderFormat:
+    """What formats share whose files lie in a folder beside those of others: how they are sealed, found and told apart. See ``Format``."""
 
+    kind: str
+    seal = MANIFEST
 
-def read_manifest(place: Place) -> dict[str, Any] | None:
-    """The manifest in a folder, or None."""
-    found = read_json(place, MANIFEST)
-    return found if isinstance(found, dict) and "format" in found and "units" in found else None
+    def write_seal(self, dataset: ParticleDataset, manifest: dict[str, Any], place: Place) -> None:
+        """See ``Format``."""
+        write_json(place, MANIFEST, manifest)
 
+    def read_manifest(self, place: Place) -> dict[str, Any] | None:
+        """See ``Format``."""
+        found = read_json(place, MANIFEST)
+        return found if isinstance(found, dict) and "format" in found and "units" in found else None
 
-def leftovers(place: Place, kind: str) -> list[str]:
-    """Files in a folder that belong to an export: those with names of the format that is to be written, or of the one that is there."""
-    if not isinstance(place, LocalPlace):
-        raise ExportError("Only Zarr stores can be written to a URL; choose a folder.")
-    root = place.root
-    if root.exists() and not root.is_dir():
-        raise ExportError(f"{root} is a file; choose a folder.")
-    manifest = read_manifest(place)
-    kinds = {kind, *(str(plan["format"]) for plan in (manifest, read_plan(place)) if plan is not None)}
-    if "zarr" in kinds or (root / "zarr.json").is_file():
-        raise ExportExistsError(f"{root} holds a Zarr store; choose another folder.")
-    own = [pattern for known in kinds for pattern in _OWN.get(known, ())]
-    found = {path.relative_to(root).as_posix() for pattern in own for path in root.glob(pattern) if path.is_file()}
-    if manifest is not None:
-        named = {file.name for values in manifest["units"] for file in UnitRecord.from_json(values).files}
-        found |= {MANIFEST} | {name for name in named if (root / name).is_file()}
-    return sorted(found)
+    def leftovers(self, place: Place) -> list[str]:
+        """See ``Format``: files with names of the kind that is to be written, or of the one that is there."""
+        if not isinstance(place, LocalPlace):
+            raise ExportError("Only Zarr stores can be written to a URL; choose a folder.")
+        root = place.root
+        if root.exists() and not root.is_dir():
+            raise ExportError(f"{root} is a file; choose a folder.")
+        manifest = self.read_manifest(place)
+        kinds = {self.kind, *(str(plan["format"]) for plan in (manifest, read_plan(place)) if plan is not None)}
+        if "zarr" in kinds or (root / "zarr.json").is_file():
+            raise ExportExistsError(f"{root} holds a Zarr store; choose another folder.")
+        own = [pattern for known in kinds for pattern in _OWN.get(known, ())]
+        found = {path.relative_to(root).as_posix() for pattern in own for path in root.glob(pattern) if path.is_file()}
+        if manifest is not None:
+            named = {file.name for values in manifest["units"] for file in UnitRecord.from_json(values).files}
+            found |= {MANIFEST} | {name for name in named if (root / name).is_file()}
+        return sorted(found)

@@ -20,7 +20,7 @@ from ..errors import ArgumentError, TableError
 from ..mrc import HEADER_BYTES
 from ..relion import require_optics, require_starfile, star_tables, write_star
 from ..transforms import Downsample
-from .folder import leftovers, read_manifest, seal_folder
+from .folder import FolderFormat
 from .pixels import Pixels
 from .place import Place, WrittenFile
 from .plan import Advance, ExportPlan, make_plan
@@ -113,7 +113,7 @@ def plan_mrc(
 
 
 @dataclass(frozen=True)
-class MrcFormat:
+class MrcFormat(FolderFormat):
     """MRC stacks as the output of an export; a unit is a stack. See ``export_mrc``.
 
     Attributes
@@ -128,7 +128,6 @@ class MrcFormat:
     star: bool
 
     kind = "mrc"
-    seal = "export.json"
 
     def settings(self) -> dict[str, Any]:
         """See ``Format``."""
@@ -169,18 +168,6 @@ class MrcFormat:
             write_star(star_tables(dataset.particles, image_names=images, box=box, pixel_size=pixel_size), content)
             files.append(place.write("particles.star", content.getvalue()))
         return files
-
-    def write_seal(self, dataset: ParticleDataset, manifest: dict[str, Any], place: Place) -> None:
-        """See ``Format``."""
-        seal_folder(place, manifest)
-
-    def read_manifest(self, place: Place) -> dict[str, Any] | None:
-        """See ``Format``."""
-        return read_manifest(place)
-
-    def leftovers(self, place: Place) -> list[str]:
-        """See ``Format``."""
-        return leftovers(place, self.kind)
 
 
 class _Statistics:
