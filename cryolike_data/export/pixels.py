@@ -16,8 +16,8 @@ from ..dataset import ParticleDataset
 from ..errors import ArgumentError, ExportError
 from ..transforms import Downsample
 
-#: Bytes that are worked on at a time: little enough for the cache, and enough that threads seldom wait for the interpreter lock.
-_PIECE_BYTES = 4 << 20
+#: Bytes that are worked on at a time: so many that threads seldom wait for the interpreter lock, and little memory.
+_PIECE_BYTES = 8 << 20
 #: Bytes whose pages are asked for ahead of what is read.
 _AHEAD_BYTES = 16 << 20
 _DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
