@@ -284,5 +284,5 @@ def _identity(dataset: ParticleDataset, rows: range) -> dict[str, Any]:
 
 def _npz(arrays: dict[str, Any]) -> bytes:
     content = io.BytesIO()
-    np.savez(content, **arrays)  # compressing takes a tenth of the time of an export without transforms
+    np.savez(content, **arrays)  # not compressed, which would save little beside the images and take long
     return content.getvalue()

@@ -79,7 +79,7 @@ class Normalize:
 def _standardize(pixels: Tensor, out: Tensor, chosen: Tensor | None, *, by_peak: bool) -> int:
     """Fill ``out`` with (B, P) pixels shifted and scaled by the statistics of the ``chosen`` ones; the number of images that have none."""
     measured = _part(pixels, chosen)
-    low, high = measured.amin(-1, keepdim=True), measured.amax(-1, keepdim=True)  # ten times as fast as torch.aminmax along an axis
+    low, high = measured.amin(-1, keepdim=True), measured.amax(-1, keepdim=True)  # torch.aminmax is slow along an axis
     constant = low == high  # of the values as they came: the rounded mean of a constant need not equal it
     # From the middle first, because a mean of the values as they came carries the rounding of their offset: 1e-3 where that is 1e4.
     middle = low + (high - low) / 2

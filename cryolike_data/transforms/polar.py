@@ -209,7 +209,7 @@ def normalize_polar(fourier: Tensor, grid: PolarGrid) -> Tensor:
         raise ArgumentError(f"The transform is {tuple(fourier.shape)}, but the grid has {shape[0]} shells x {shape[1]} angles.")
     numbers = torch.view_as_real(fourier.resolve_conj())
     weights = torch.as_tensor(grid.integration_weights[:, 0], device=fourier.device)  # the same at all angles
-    # As real numbers, on which a norm and a product cost a tenth of what they do on complex ones.
+    # As real numbers: norms and products of complex ones are slow.
     of_shells = torch.linalg.vector_norm(numbers.flatten(-2), dim=-1, dtype=torch.float64)
     power = (of_shells.square() * weights).sum(-1)[..., None, None, None]
     scale = torch.where(power == 0, 1, power).rsqrt().to(numbers.dtype)
@@ -245,8 +245,8 @@ def require_finufft() -> Any:
 def _finufft_plan(grid: PolarGrid, box: int, eps: float, n_trans: int) -> Any:
     finufft = require_finufft()
     radial = (4 * math.pi / box) * grid.radii[:, None]
-    # As many threads as torch may use, so that the worker processes of a DataLoader keep to one each. Two transforms at a time for each
-    # share the work on the points, which makes them nearly twice as fast; by default finufft takes one.
+    # As many threads as torch may use, so that the worker processes of a DataLoader keep to one each; two transforms at a time for each,
+    # which share the work on the points. By default finufft takes one.
     threads = torch.get_num_threads()
     plan = finufft.Plan(2, (box, box), n_trans, eps, -1, "complex128", nthreads=threads, maxbatchsize=2 * threads)
     plan.setpts((radial * np.cos(grid.angles)).ravel(), (radial * np.sin(grid.angles)).ravel())
