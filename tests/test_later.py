@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import mapped_files, open_files, run_python, uids, write_particles
+from support import ctf_columns, mapped_files, open_files, run_python, uids, write_particles, write_stack, write_table
 
 from cryolike_data import IndexedDataset, Particles, stream
 from cryolike_data.cryosparc.table import Table
@@ -163,3 +163,17 @@ def test_a_fork_goes_on_where_a_table_cannot_be_loaded(cs: Path) -> None:
     run: Any = run_python(script, cs)
     assert run.returncode == 0
     assert "cannot be read any more" in run.stderr
+
+
+def test_columns_that_were_read_do_not_travel_in_a_pickle(tmp_path: Path) -> None:
+    n = 3000
+    write_stack(tmp_path / "a.mrc", np.zeros((n, 2, 2), "f4"))
+    columns = {"blob__path": ["a.mrc"] * n, "blob__idx": np.arange(n, dtype="u4"), "blob__psize_A": np.full(n, 1.5, "f4"), **ctf_columns(n)}
+    dataset = IndexedDataset(write_table(tmp_path / "a.cs", uid=uids(n), **columns))
+    before = dataset.particles.columns()
+    pickled = pickle.dumps(dataset)
+    assert len(pickled) < 16 * n  # where each image lies, and nothing else
+    after = pickle.loads(pickled).particles.columns()
+    assert after.keys() == before.keys()
+    for name, column in before.items():
+        np.testing.assert_array_equal(after[name], column)
