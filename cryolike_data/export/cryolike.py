@@ -251,8 +251,10 @@ def _stack_optics(dataset: ParticleDataset, number: int, rows: range) -> dict[st
     # CryoLike takes |U - V|: with U < V its astigmatism would be turned by 90 degrees. Swapped and turned, the CTF is the same.
     swap = u < v
     phase = np.zeros_like(u) if ctf.phase_shift_rad is None else ctf.phase_shift_rad
-    indexed = particles.blob_paths is not None
-    names = np.array([name.encode("utf-8", "surrogateescape") for name in particles.blob_paths or ()])
+    paths = particles.blob_paths
+    indexed = paths is not None
+    used, file = np.unique(particles.file, return_inverse=True)
+    names = np.array([] if paths is None else [paths[number].encode("utf-8", "surrogateescape") for number in used.tolist()])
     return {
         "defocusU": np.where(swap, v, u),
         "defocusV": np.where(swap, u, v),
@@ -265,7 +267,7 @@ def _stack_optics(dataset: ParticleDataset, number: int, rows: range) -> dict[st
         "angleTilt": _NONE,
         "anglePsi": _NONE,
         "ref_pixel_size": np.full(2, particles.pixel_size[0], np.float64) if indexed else _NONE,
-        "files": names[particles.file] if indexed else _NONE,
+        "files": names[file] if indexed else _NONE,
         "idxs": particles.slice.astype(np.uint32) if indexed else _NONE,
         "ctfBfactor": _NONE,
         "ctfScalefactor": _NONE,
