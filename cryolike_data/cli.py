@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE", help=".cs, .csg or .zarr; with --job the project folder")
+    parser.add_argument("file", type=_location, metavar="FILE", help=".cs, .csg or .zarr (or its URL); with --job the project folder")
     parser.add_argument("--job", type=int, metavar="N", help="read the job directory FILE/JN")
     parser.add_argument("--folder", type=Path, help="where the stacks lie, by file name")
     parser.add_argument("--passthrough", type=Path, action="append", help="a table with further columns, joined by uid; may be repeated")
@@ -85,6 +85,11 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairing", choices=("sequence", "uid"), help="how rows of a job find their images (default: sequence)")
     parser.add_argument("--pixel-size", type=float, help="angstrom (default: from the table or the MRC headers)")
     parser.add_argument("--group", type=int, help="take the particles of this exposure group only")
+
+
+def _location(text: str) -> Path | str:
+    """A path, or a URL as it is."""
+    return text if "://" in text else Path(text)
 
 
 def _open(options: argparse.Namespace) -> ParticleDataset:
@@ -98,6 +103,9 @@ def _open(options: argparse.Namespace) -> ParticleDataset:
 
 
 def _open_whole(options: argparse.Namespace) -> ParticleDataset:
+    if isinstance(options.file, str):
+        refuse(options, ("job", "folder", "index_base", "passthrough", "pixel_size", "pairing"), "a Zarr store")
+        return ZarrDataset(options.file)
     if options.job is not None:
         refuse(options, ("folder", "index_base", "passthrough"), "a job directory")
         return JobDirectoryDataset(options.file, options.job, pairing=options.pairing or "sequence", pixel_size=options.pixel_size)
@@ -117,7 +125,7 @@ def _open_whole(options: argparse.Namespace) -> ParticleDataset:
 
 
 def _info(options: argparse.Namespace) -> None:
-    if options.file.is_file():
+    if isinstance(options.file, Path) and options.file.is_file():
         # Before the stacks are looked for, so that a table without its stacks still tells what it holds.
         table = load_table(options.file, passthrough=options.passthrough)
         print(f"{options.file}\n  rows       {len(table):,}\n  fields     {len(table.fields)} in {table.describe_slots()}")

@@ -131,7 +131,7 @@ def _select(options: argparse.Namespace, dataset: ParticleDataset) -> ParticleDa
     asked = (options.where, options.half, options.every, options.limit, options.shuffle)
     if all(option in (None, []) for option in asked):
         return dataset
-    table = load_table(options.file, passthrough=options.passthrough) if options.file.is_file() else None
+    table = load_table(options.file, passthrough=options.passthrough) if isinstance(options.file, Path) and options.file.is_file() else None
 
     def column(name: str) -> np.ndarray:
         if table is not None and name in table:
