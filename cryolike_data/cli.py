@@ -18,6 +18,7 @@ from .cryosparc import IndexedDataset, JobDirectoryDataset
 from .cryosparc.join import load_table
 from .dataset import ParticleDataset, human_bytes
 from .errors import ArgumentError, CryolikeDataError
+from .stacks import Stacks
 from .transforms import Downsample
 from .zarr_dataset import ZarrDataset
 
@@ -165,7 +166,7 @@ def _bench(options: argparse.Namespace) -> None:
     if options.batch_size < 1 or not options.gigabytes > 0:
         raise ArgumentError(f"--batch-size and --gigabytes are positive, not {options.batch_size} and {options.gigabytes}")
     print(repr(dataset))
-    cold = not options.no_cold and not isinstance(dataset, ZarrDataset)
+    cold = not options.no_cold and isinstance(dataset.source, Stacks)
     figures, sentence = diagnose(dataset, batch_size=options.batch_size, max_bytes=int(options.gigabytes * 1e9), cold=cold)
     print(*figures, sentence, sep="\n")
 
