@@ -26,6 +26,7 @@ from cryolike_data import (
 )
 
 from .data import Project
+from .machine import anonymous_bytes
 from .measure import Bound, Figure, Rounds, Settings, in_turn, rate_figure
 
 PLAIN_BOUND: Bound = ("at least", 0.80)
@@ -250,7 +251,7 @@ def peak(table: str, out: str) -> int:
     def watch() -> None:
         nonlocal highest
         while not done.wait(0.005):
-            highest = max(highest, _anonymous())
+            highest = max(highest, anonymous_bytes())
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -258,11 +259,6 @@ def peak(table: str, out: str) -> int:
     done.set()
     thread.join()
     return highest
-
-
-def _anonymous() -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 
 
 if __name__ == "__main__":

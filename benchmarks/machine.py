@@ -62,3 +62,9 @@ def _cpu_model() -> str:
 def _cache() -> str:
     size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
     return size.read_text().strip() if size.exists() else "unknown"
+
+
+def anonymous_bytes() -> int:
+    """Anonymous memory of this process."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))

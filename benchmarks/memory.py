@@ -11,6 +11,7 @@ from cryolike_data import IndexedDataset
 from cryolike_data.stream import stream
 
 from .data import Project
+from .machine import anonymous_bytes
 from .measure import Figure, Settings
 
 _BATCH, _PREFETCH = 256, 3
@@ -35,16 +36,11 @@ def growth(table: str) -> int:
     """Bytes of anonymous memory at the peak of an epoch beyond those before it."""
     dataset = IndexedDataset(table)
     dataset.particles.columns()  # the table is read when it is first asked for; the epoch is what comes after it
-    start = peak = _anonymous()
+    start = peak = anonymous_bytes()
     for batch in stream(dataset, batch_size=_BATCH, shuffle=True, prefetch=_PREFETCH):
         _ = batch.uid, batch.ctf, batch.pose  # columns are gathered when they are asked for
-        peak = max(peak, _anonymous())
+        peak = max(peak, anonymous_bytes())
     return peak - start
-
-
-def _anonymous() -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,7 @@ from .dataset import ParticleDataset, human_bytes
 from .descriptor import ImageDescriptor
 from .errors import ArgumentError
 from .export import ExportReport, finish, plan_export, run, unit_range
-from .export.place import open_place
 from .export.plans import ExportFormat
-from .export.state import UnitRecord
 from .selection import choose
 from .transforms import Downsample
 from .zarr_dataset import ZarrDataset
@@ -81,7 +78,6 @@ def add_arguments(export: argparse.ArgumentParser) -> None:
 def export_command(options: argparse.Namespace, open_dataset: Callable[[argparse.Namespace], ParticleDataset]) -> None:
     """Run the command."""
     _log_progress()
-    started = time.perf_counter()
     dataset = _select(options, open_dataset(options))
     resized = options.box is not None or options.factor is not None
     if not resized:
@@ -92,11 +88,7 @@ def export_command(options: argparse.Namespace, open_dataset: Callable[[argparse
     units = None if options.unit_range is None else unit_range(options.unit_range, len(plan))
     if options.finish:
         refuse(options, ("unit_range", "overwrite", "executor"), "--finish, which writes no units")
-        finish(plan)
-        seconds = round(time.perf_counter() - started, 3)
-        manifest = plan.format.read_manifest(open_place(plan.target)) or {}
-        size = sum(UnitRecord.from_json(values).size for values in manifest["units"])
-        report = ExportReport(plan.target, kind, len(dataset), len(plan), 0, len(plan), size, seconds, 0.0, sealed=True)
+        report = finish(plan)
     else:
         report = run(plan, units=units, overwrite=options.overwrite, executor=options.executor, progress=False if options.json else None)
     if options.json:

@@ -109,20 +109,7 @@ def run(
     if units is None:
         finish(plan)
     _warn_of_notes(records, plan)
-    seconds = time.perf_counter() - started
-    images = sum(len(plan.rows(record.unit)) for record in written)
-    return ExportReport(
-        target=plan.target,
-        format=plan.format.kind,
-        particles=len(plan.dataset),
-        units=len(plan),
-        written=len(written),
-        kept=len(records) - len(written),
-        bytes=sum(record.size for record in records),
-        seconds=round(seconds, 3),
-        images_per_second=round(images / seconds, 1),
-        sealed=is_sealed(plan, place),
-    )
+    return _report(plan, place, records, written, started)
 
 
 def run_unit(plan: ExportPlan, unit: int, *, advance: Advance = lambda images, size: None) -> UnitRecord:
@@ -155,21 +142,26 @@ def run_unit(plan: ExportPlan, unit: int, *, advance: Advance = lambda images, s
     return record
 
 
-def finish(plan: ExportPlan) -> None:
+def finish(plan: ExportPlan) -> ExportReport:
     """Make sure that all units are there, write what belongs to none, and seal the result.
+
+    Returns
+    -------
+    What is there; no unit is written.
 
     Raises
     ------
     ExportError
         if units are missing or a run is still at work; says which
     """
+    started = time.perf_counter()
     place = open_place(plan.target)
     if is_sealed(plan, place):
         rest = [WrittenFile.from_json(values) for values in (plan.format.read_manifest(place) or {})["rest"]]
         if not all(place.holds(file, checked=True) for file in rest):
             plan.format.write_rest(plan.dataset, place)
         place.remove(STATE)
-        return
+        return _report(plan, place, [*known_records(plan, place, plan.units).values()], [], started)
     if look(plan, place)[0] != "nothing":
         prepare(plan, place, overwrite=False, alone=False)
     if others := living_runs(place, plan.units):
@@ -190,6 +182,7 @@ def finish(plan: ExportPlan) -> None:
     about_files = {"units": [record.to_json() for record in records], "rest": [file.to_json() for file in rest]}
     plan.format.write_seal(plan.dataset, plan.about | about_files, place)
     place.remove(STATE)
+    return _report(plan, place, records, [], started)
 
 
 def unit_range(text: str, count: int) -> range:
@@ -205,6 +198,24 @@ def unit_range(text: str, count: int) -> range:
         raise ArgumentError(f"A range of units is i/n, part i of n counted from 0, such as 0/4 to 3/4, not {text!r}.")
     i, n = int(part), int(parts)
     return range(i * count // n, (i + 1) * count // n)
+
+
+def _report(plan: ExportPlan, place: Place, records: list[UnitRecord], written: list[UnitRecord], started: float) -> ExportReport:
+    """What was done since ``started``, by the records of the units that are there and of those that were written."""
+    seconds = time.perf_counter() - started
+    images = sum(len(plan.rows(record.unit)) for record in written)
+    return ExportReport(
+        target=plan.target,
+        format=plan.format.kind,
+        particles=len(plan.dataset),
+        units=len(plan),
+        written=len(written),
+        kept=len(records) - len(written),
+        bytes=sum(record.size for record in records),
+        seconds=round(seconds, 3),
+        images_per_second=round(images / seconds, 1),
+        sealed=is_sealed(plan, place),
+    )
 
 
 def _whole(records: dict[int, UnitRecord], place: Place) -> dict[int, UnitRecord]:
