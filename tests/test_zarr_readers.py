@@ -14,6 +14,7 @@ import pytest
 import tensorstore
 import xarray
 import zarr
+import zarrs  # noqa: F401 - the pipeline that is named below; missing, it is an error and hides no other reader
 from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
@@ -23,8 +24,6 @@ from support import CTF_FIELDS, ctf_columns, numbered_images, uids, write_partic
 from cryolike_data import IndexedDataset, ZarrDataset, export_zarr
 from cryolike_data.errors import ArgumentError
 from cryolike_data.export import plan_export
-
-zarrs = pytest.importorskip("zarrs")
 
 #: Seven chunks of 118 images, two to a shard: the last shard lacks a chunk, and the last chunk is not full.
 N, BOX, SHARD_BYTES = 820, 64, 4_300_000
