@@ -7,9 +7,9 @@ and the astigmatism angle runs from x (the fast axis, columns) towards y (rows).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,20 @@ from .errors import ArgumentError, TableError
 ArrayT = TypeVar("ArrayT")
 OtherT = TypeVar("OtherT")
 NumberT = TypeVar("NumberT", float, NDArray[np.float64], Tensor)
+
+#: The higher-order terms that ``ctf_values`` can apply.
+CtfTerm = Literal["bfactor", "beam_tilt", "trefoil", "tetrafoil", "anisomag"]
+
+_OPTICS = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast", "defocus_u", "defocus_v", "astigmatism_angle_rad")
+_TERM_FIELD: dict[CtfTerm, str] = {
+    "bfactor": "bfactor_A2",
+    "beam_tilt": "tilt_A",
+    "trefoil": "trefoil_A",
+    "tetrafoil": "tetrafoil_A",
+    "anisomag": "anisomag",
+}
+#: Order of the harmonic of an odd term, and its phase in units of lambda^2 k^3.
+_ODD: dict[CtfTerm, tuple[int, float]] = {"beam_tilt": (1, -2 * math.pi), "trefoil": (3, -2 * math.pi / 3)}
 
 # CODATA 2018, SI units.
 _PLANCK = 6.62607015e-34
@@ -97,32 +111,56 @@ def electron_wavelength_A(voltage_kv: NumberT) -> NumberT:
     return compton_A / root
 
 
-def ctf_values(ctf: Ctf[Tensor], frequency: Tensor, angle_rad: Tensor) -> Tensor:
+def ctf_values(ctf: Ctf[Tensor], frequency: Tensor, angle_rad: Tensor, *, terms: Collection[CtfTerm] = ()) -> Tensor:
     """Contrast transfer function of each particle on a grid of spatial frequencies.
 
     With dz = (U + V) / 2 + (U - V) / 2 cos(2 (angle - angle0)), signed (U < V is legal), and
-    gamma = -pi lambda dz k^2 + pi / 2 Cs lambda^3 k^4 - phase, the value is -sqrt(1 - w^2) sin(gamma) + w cos(gamma):
-    RELION's -sin(gamma - asin(w)). The B-factor, the scale and the higher-order terms are not applied.
+    gamma = -pi lambda dz k^2 + pi / 2 Cs lambda^3 k^4 - phase, the value is RELION's -sin(gamma - asin(w)).
+    The scale and the beam shift are not applied; the other higher-order terms only where ``terms`` asks for them.
 
     Parameters
     ----------
     ctf : optics, (B,) tensors; a missing phase shift counts as none, every other term above is required
     frequency : (*grid) magnitude of the spatial frequency k, 1/angstrom
     angle_rad : tensor that broadcasts with ``frequency``: direction of k from x (columns) towards y (rows), radian
+    terms : higher-order terms to apply; a column of zeros changes nothing but, for the odd terms, the dtype
 
     Returns
     -------
-    (B, *grid) tensor on the device of ``frequency``: float64, or float32 for a float32 grid on an accelerator
+    (B, *grid) tensor on the device of ``frequency``: float64, or float32 for a float32 grid on an accelerator. With an odd
+    term (beam_tilt, trefoil) it is complex, of the same precision. It is the factor between the transforms, in the sense of
+    sum I exp(-2 pi i k x), of the ideal projection and of the image.
 
     Raises
     ------
+    ArgumentError
+        if ``terms`` holds an unknown name
     TableError
-        if the table did not hold the optics
+        if the table did not hold the optics, or the column of a term
+
+    Notes
+    -----
+    With a the angle and k the frequency:
+
+    - bfactor: the value times exp(-B k^2 / 4).
+    - beam_tilt, odd: the value times exp(i p), p = -2 pi lambda^2 k^3 (t0 cos a + t1 sin a), t being ``tilt_A``.
+    - trefoil, odd: the same with p = -2 pi / 3 lambda^2 k^3 (t0 cos 3a + t1 sin 3a), t being ``trefoil_A``.
+    - tetrafoil, even: gamma grows by lambda^3 k^4 (2 pi (t0 cos 2a + t1 sin 2a) + pi / 2 (t2 cos 4a + t3 sin 4a)). Our gamma has
+      the sign of RELION's and of the wave aberration chi in exp(-i chi), so that Cs and even terms enter with plus.
+    - anisomag: everything is evaluated at M (kx, ky), M = I + ``anisomag``. The projection belongs at M (kx, ky) as well; that is
+      left to the caller.
+
+    How well this is attested: bfactor and anisomag are RELION's (``ctf.h``, ``obs_model.cpp``). So is beam_tilt with its sign
+    (``tilt_helper.cpp``; ``selfApplyBeamTilt`` takes the same phase out of images), if ``tilt_A`` is Cs sin(tilt) with the
+    sign of rlnBeamTilt, as pyem and specter convert it. CryoSPARC has not published its own formulas. Trefoil and tetrafoil are
+    what the package specter reports from CryoSPARC's ``newctf.py``, with specter's angle, which runs from y to x, turned into ours.
+    The signs of trefoil and beam tilt relative to each other are specter's too, but specter uses both in exp(-i p), against RELION.
+    So the common sign of the odd terms is RELION's and not confirmed for CryoSPARC's tables; ``.conj()`` of the result has the other.
     """
-    kv, cs_mm, contrast, u, v, axis = ctf.require(
-        "voltage_kv", "spherical_aberration_mm", "amplitude_contrast", "defocus_u", "defocus_v", "astigmatism_angle_rad"
-    )
-    phase = torch.zeros_like(u) if ctf.phase_shift_rad is None else ctf.phase_shift_rad
+    if isinstance(terms, str) or not set(terms) <= set(_TERM_FIELD):
+        raise ArgumentError(f"terms={terms!r} must be a tuple, list or set of names out of {', '.join(_TERM_FIELD)}.")
+    asked = [term for term in _TERM_FIELD if term in terms]
+    columns = ctf.require(*_OPTICS, *(_TERM_FIELD[term] for term in asked))
     single = frequency.device.type != "cpu" and frequency.dtype == torch.float32
     dtype = torch.float32 if single else torch.float64
     k, angle = frequency.to(dtype), angle_rad.to(frequency.device, dtype)
@@ -131,12 +169,45 @@ def ctf_values(ctf: Ctf[Tensor], frequency: Tensor, angle_rad: Tensor) -> Tensor
     def column(values: Tensor) -> Tensor:
         return values.to(frequency.device, dtype).reshape(-1, *(1,) * axes)
 
-    kv, cs_mm, contrast, u, v, axis, phase = map(column, (kv, cs_mm, contrast, u, v, axis, phase))
+    kv, cs_mm, contrast, u, v, axis = map(column, columns[: len(_OPTICS)])
+    extra = {
+        term: [column(part) for part in (values[:, None] if values.ndim == 1 else values).unbind(1)]
+        for term, values in zip(asked, columns[len(_OPTICS) :], strict=True)
+    }
+    if "anisomag" in extra:
+        k, angle = _magnified(k, angle, extra["anisomag"])
     wavelength = electron_wavelength_A(kv)
     defocus = (u + v) / 2 + (u - v) / 2 * torch.cos(2 * (angle - axis))
     k2 = k**2
-    gamma = -math.pi * wavelength * defocus * k2 + (math.pi / 2 * 1e7) * cs_mm * wavelength**3 * k2**2 - phase
-    return -torch.sqrt(1 - contrast**2) * torch.sin(gamma) + contrast * torch.cos(gamma)
+    gamma = -math.pi * wavelength * defocus * k2 + (math.pi / 2 * 1e7) * cs_mm * wavelength**3 * k2**2
+    constant = torch.asin(contrast)
+    if ctf.phase_shift_rad is not None:
+        constant = constant + column(ctf.phase_shift_rad)
+    if "tetrafoil" in extra:
+        two, four = extra["tetrafoil"][:2], extra["tetrafoil"][2:]
+        fold = 2 * math.pi * _harmonic(2, angle, two) + math.pi / 2 * _harmonic(4, angle, four)
+        gamma = gamma + wavelength**3 * fold * k2**2
+    value = -torch.sin(gamma - constant)
+    if "bfactor" in extra:
+        value = value * torch.exp(-extra["bfactor"][0] / 4 * k2)
+    odd = [factor * _harmonic(order, angle, extra[term]) for term, (order, factor) in _ODD.items() if term in extra]
+    if not odd:
+        return value
+    phase = wavelength**2 * sum(odd[1:], start=odd[0]) * k**3
+    return torch.complex(value * torch.cos(phase), value * torch.sin(phase))
+
+
+def _harmonic(order: int, angle: Tensor, pair: list[Tensor]) -> Tensor:
+    """The sum c cos(order angle) + s sin(order angle) for the pair (c, s)."""
+    return pair[0] * torch.cos(order * angle) + pair[1] * torch.sin(order * angle)
+
+
+def _magnified(k: Tensor, angle: Tensor, anisomag: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Magnitude and angle, (B, *grid), of M (kx, ky) with M - I given row by row."""
+    kx, ky = k * torch.cos(angle), k * torch.sin(angle)
+    xx, xy, yx, yy = anisomag
+    kx, ky = kx + (xx * kx + xy * ky), ky + (yx * kx + yy * ky)
+    return torch.hypot(kx, ky), torch.atan2(ky, kx)
 
 
 def half_plane(box: int, pixel_size: float, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:

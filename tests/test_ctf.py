@@ -1,6 +1,8 @@
 """The CTF against closed forms and RELION's formula."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cryolike_data.ctf import Ctf, ctf_values, electron_wavelength_A, half_plane
+from cryolike_data.ctf import Ctf, CtfTerm, ctf_values, electron_wavelength_A, half_plane
 from cryolike_data.errors import ArgumentError, TableError
 from cryolike_data.transforms import PolarGrid
 
@@ -139,6 +141,213 @@ def test_it_is_computed_in_double_precision_on_a_cpu():
 def test_missing_optics_are_named():
     with pytest.raises(TableError, match="amplitude_contrast, defocus_u"):
         ctf_values(Ctf(voltage_kv=torch.ones(1), spherical_aberration_mm=torch.ones(1)), *half_plane(4, 1.0))
+
+
+LAMBDA = 0.01968749  # angstrom, 300 kV
+TERM_FIELDS = {"bfactor": "bfactor_A2", "beam_tilt": "tilt_A", "trefoil": "trefoil_A", "tetrafoil": "tetrafoil_A", "anisomag": "anisomag"}
+# For one particle: large enough that every term turns the CTF by more than the tests' tolerance.
+EXAMPLE = {
+    "bfactor": [60.0],
+    "beam_tilt": [[9e3, -4e3]],
+    "trefoil": [[8e3, 5e3]],
+    "tetrafoil": [[2e5, -3e5, 5e5, 4e5]],
+    "anisomag": [[0.02, -0.01, 0.005, -0.03]],
+}
+
+
+def with_terms(ctf, **columns):
+    return replace(ctf, **{TERM_FIELDS[term]: torch.tensor(values, dtype=torch.float64) for term, values in columns.items()})
+
+
+def gathered(*ctfs):
+    """One Ctf with the rows of several."""
+    return Ctf(**{name: torch.cat([getattr(ctf, name) for ctf in ctfs]) for name, _ in ctfs[0].items()})
+
+
+def plane(box=15, pixel_size=1.2):
+    """Frequency and angle of every coefficient of fft2."""
+    k = np.fft.fftfreq(box, pixel_size)
+    return torch.from_numpy(np.hypot(k[:, None], k)), torch.from_numpy(np.arctan2(k[:, None], k))
+
+
+def odd_phase(term, coefficients, k, angle):
+    """Phase by which the term turns the value at one (k, angle)."""
+    ctf = with_terms(optics(w=1.0, u=0.0, v=0.0, cs=0.0), **{term: [coefficients]})  # the value without the term is 1
+    value = ctf_values(ctf, torch.tensor(k, dtype=torch.float64), torch.tensor(angle, dtype=torch.float64), terms=(term,))
+    return float(value.angle())
+
+
+def even_phase(coefficients, k, angle):
+    """The growth of gamma that the tetrafoil column makes at one (k, angle); small, so that -sin gives it back."""
+    ctf = with_terms(optics(w=0.0, u=0.0, v=0.0, cs=0.0), tetrafoil=[coefficients])
+    value = ctf_values(ctf, torch.tensor(k, dtype=torch.float64), torch.tensor(angle, dtype=torch.float64), terms=("tetrafoil",))
+    return -float(torch.asin(value))
+
+
+def test_every_term_has_a_name():
+    assert set(get_args(CtfTerm)) == set(TERM_FIELDS)
+
+
+@pytest.mark.parametrize("term", TERM_FIELDS)
+def test_a_term_is_applied_only_where_asked_for(term):
+    plain, ctf = optics(), with_terms(optics(), **{term: EXAMPLE[term]})
+    grid = plane()
+    assert torch.equal(ctf_values(ctf, *grid), ctf_values(plain, *grid))
+    assert float((ctf_values(ctf, *grid, terms=(term,)) - ctf_values(plain, *grid)).abs().max()) > 0.05
+
+
+@pytest.mark.parametrize("term", TERM_FIELDS)
+def test_a_column_of_zeros_changes_nothing(term):
+    ctf = with_terms(optics(), **{term: (0 * np.array(EXAMPLE[term])).tolist()})
+    values = ctf_values(ctf, *plane(), terms=(term,))
+    torch.testing.assert_close(values, ctf_values(optics(), *plane()).to(values.dtype), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("term", TERM_FIELDS)
+def test_only_odd_terms_make_the_values_complex(term):
+    values = ctf_values(with_terms(optics(), **{term: EXAMPLE[term]}), *plane(), terms={term})
+    assert values.dtype == (torch.complex128 if term in ("beam_tilt", "trefoil") else torch.float64)
+
+
+def test_rows_with_terms_do_not_depend_on_each_other():
+    second = {term: (-0.7 * np.array(values)).tolist() for term, values in EXAMPLE.items()}
+    rows = with_terms(optics(), **EXAMPLE), with_terms(optics(2e4, 3e4, 0.2, 0.2, 0.01, 200.0), **second)
+    both = ctf_values(gathered(*rows), *plane(), terms=get_args(CtfTerm))
+    assert both.shape == (2, 15, 15)
+    for row, ctf in zip(both, rows, strict=True):
+        torch.testing.assert_close(row, ctf_values(ctf, *plane(), terms=get_args(CtfTerm))[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("terms", [("bfactor", "tetrafoil", "anisomag"), get_args(CtfTerm)])
+def test_a_single_precision_grid_on_an_accelerator_keeps_its_precision(terms):
+    k, angle = (values.to("meta", torch.float32) for values in plane())  # no numbers, but device and dtype as on an accelerator
+    values = ctf_values(with_terms(optics(), **EXAMPLE), k, angle, terms=terms)
+    assert values.device.type == "meta"
+    assert values.dtype == (torch.complex64 if "trefoil" in terms else torch.float32)
+
+
+def test_no_particles_give_no_values():
+    ctf = with_terms(optics(), **EXAMPLE).map(lambda values: values[:0])
+    assert ctf_values(ctf, *plane(), terms=get_args(CtfTerm)).shape == (0, 15, 15)
+
+
+@pytest.mark.parametrize("term", TERM_FIELDS)
+def test_terms_take_frequency_and_angle_that_broadcast(term):
+    ctf = gathered(*(with_terms(optics(u), **{term: EXAMPLE[term]}) for u in (1e4, 2e4)))
+    k, angle = torch.linspace(0, 0.3, 5, dtype=torch.float64), torch.linspace(0, 6, 7, dtype=torch.float64)
+    values = ctf_values(ctf, k[:, None], angle, terms=[term])
+    assert values.shape == (2, 5, 7)
+    full = ctf_values(ctf, k[:, None].expand(5, 7).reshape(35), angle.expand(5, 7).reshape(35), terms=[term])
+    torch.testing.assert_close(values.reshape(2, 35), full, rtol=0, atol=1e-12)
+
+
+def test_the_b_factor_halves_the_value_where_b_k2_is_4_ln_2():
+    k = torch.tensor([np.sqrt(4 * np.log(2) / 60.0)], dtype=torch.float64)
+    damped = ctf_values(with_terms(optics(), bfactor=[60.0]), k, torch.zeros(1), terms=("bfactor",))
+    np.testing.assert_allclose(damped.numpy(), 0.5 * ctf_values(optics(), k, torch.zeros(1)).numpy(), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("x", "y"), [(0.7, 0.0), (0.0, -0.4), (0.5, 0.3)])
+def test_beam_tilt_is_relions_formula_in_milliradian(x, y):
+    # RELION adds 0.360 Cs lambda^2 k^2 (k . tilt) degrees to the phase of an image in order to take the tilt out of it.
+    cs_A = 2.7e7
+    tilt_A = [cs_A * np.sin(x * 1e-3), cs_A * np.sin(y * 1e-3)]
+    for kx, ky in ((0.08, 0.0), (0.02, 0.1), (-0.05, 0.06)):
+        removed = np.radians(0.360 * cs_A * LAMBDA**2 * (kx**2 + ky**2) * (kx * x + ky * y))
+        assert odd_phase("beam_tilt", tilt_A, np.hypot(kx, ky), np.arctan2(ky, kx)) == pytest.approx(-removed, rel=1e-6, abs=1e-12)
+
+
+def test_trefoil_has_its_closed_form():
+    unit = 2 * np.pi / 3 * LAMBDA**2 * 0.1**3
+    assert odd_phase("trefoil", [1e6, 0], 0.1, 0.0) == pytest.approx(-1e6 * unit, rel=1e-6)
+    assert odd_phase("trefoil", [0, 1e6], 0.1, np.pi / 6) == pytest.approx(-1e6 * unit, rel=1e-6)
+    expected = -unit * (7e5 * np.cos(1.2) + 3e5 * np.sin(1.2))
+    assert odd_phase("trefoil", [7e5, 3e5], 0.1, 0.4) == pytest.approx(expected, rel=1e-6)
+
+
+def test_tetrafoil_has_its_closed_form():
+    two, four = 2 * np.pi * LAMBDA**3 * 0.1**4, np.pi / 2 * LAMBDA**3 * 0.1**4
+    assert even_phase([1e6, 0, 0, 0], 0.1, 0.0) == pytest.approx(1e6 * two, rel=1e-6)
+    assert even_phase([0, 1e6, 0, 0], 0.1, np.pi / 4) == pytest.approx(1e6 * two, rel=1e-6)
+    assert even_phase([0, 0, 1e6, 0], 0.1, 0.0) == pytest.approx(1e6 * four, rel=1e-6)
+    assert even_phase([0, 0, 0, 1e6], 0.1, np.pi / 8) == pytest.approx(1e6 * four, rel=1e-6)
+    expected = two * (2e6 * np.cos(0.6) - 1e6 * np.sin(0.6)) + four * (3e6 * np.cos(1.2) + 4e6 * np.sin(1.2))
+    assert even_phase([2e6, -1e6, 3e6, 4e6], 0.1, 0.3) == pytest.approx(expected, rel=1e-6)
+
+
+def test_even_terms_have_the_sign_of_the_spherical_aberration():
+    # On the x axis a quarter of Cs in tetra_A[0] is Cs itself: pi / 2 Cs = 2 pi (Cs / 4).
+    k, angle = torch.linspace(0, 0.4, 9, dtype=torch.float64), torch.zeros(9)
+    with_tetra = ctf_values(with_terms(optics(cs=0.0), tetrafoil=[[2.7e7 / 4, 0, 0, 0]]), k, angle, terms=("tetrafoil",))
+    torch.testing.assert_close(with_tetra, ctf_values(optics(cs=2.7), k, angle), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("term", "coefficients", "turns"), [("trefoil", [4e4, -7e4], 3), ("tetrafoil", [0, 0, 5e5, -4e5], 4)])
+def test_foils_have_their_symmetry_and_no_higher_one(term, coefficients, turns):
+    ctf = with_terms(optics(u=1e4, v=1e4), **{term: [coefficients]})
+    k, angle = torch.full((8,), 0.3, dtype=torch.float64), torch.linspace(0, 2, 8, dtype=torch.float64)
+    values = ctf_values(ctf, k, angle, terms=(term,))
+    torch.testing.assert_close(ctf_values(ctf, k, angle + 2 * np.pi / turns, terms=(term,)), values, rtol=0, atol=1e-9)
+    assert float((ctf_values(ctf, k, angle + np.pi / turns, terms=(term,)) - values).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("term", ["beam_tilt", "trefoil"])
+def test_an_odd_term_gives_the_conjugate_at_minus_k(term):
+    ctf = with_terms(optics(), **{term: EXAMPLE[term]})
+    k, angle = plane()
+    values = ctf_values(ctf, k, angle, terms=(term,))
+    torch.testing.assert_close(ctf_values(ctf, k, angle + np.pi, terms=(term,)), values.conj().resolve_conj(), rtol=0, atol=1e-11)
+    torch.testing.assert_close(values.abs(), ctf_values(optics(), k, angle).abs(), rtol=0, atol=1e-12)
+
+
+def test_odd_terms_leave_an_image_real_and_add_their_phases():
+    ctf = with_terms(optics(), beam_tilt=EXAMPLE["beam_tilt"], trefoil=EXAMPLE["trefoil"])
+    image = torch.randn(15, 15, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    both = ctf_values(ctf, *plane(), terms=("trefoil", "beam_tilt"))[0]
+    full = torch.fft.ifft2(torch.fft.fft2(image) * both)
+    assert float(full.imag.abs().max()) < 1e-12
+    half = torch.fft.irfft2(torch.fft.rfft2(image) * ctf_values(ctf, *half_plane(15, 1.2), terms=("beam_tilt", "trefoil"))[0], (15, 15))
+    torch.testing.assert_close(half, full.real, rtol=0, atol=1e-12)
+    tilt, trefoil = (ctf_values(ctf, *plane(), terms=(term,))[0] for term in ("beam_tilt", "trefoil"))
+    torch.testing.assert_close(both * ctf_values(ctf, *plane())[0], tilt * trefoil, rtol=0, atol=1e-12)
+
+
+def test_beam_tilt_moves_a_plane_wave_along_the_tilt():
+    # exp(-2 pi i k s) moves an image by s, and RELION's factor is exp(-2 pi i lambda^2 k^2 k . tilt): s = lambda^2 k^2 tilt.
+    wave = torch.cos(2 * np.pi / 16 * 2 * torch.arange(16, dtype=torch.float64)).expand(16, 16)
+    k = 2 / 16
+    ctf = with_terms(optics(w=1.0, u=0.0, v=0.0, cs=0.0), beam_tilt=[[1 / (LAMBDA * k) ** 2, 0.0]])  # one pixel along x
+    moved = torch.fft.irfft2(torch.fft.rfft2(wave) * ctf_values(ctf, *half_plane(16, 1.0), terms=("beam_tilt",))[0], (16, 16))
+    torch.testing.assert_close(moved, wave.roll(1, dims=1), rtol=0, atol=1e-5)
+
+
+def test_anisotropic_magnification_stretches_the_frequencies():
+    stretched = with_terms(optics(), anisomag=[[0.05, 0.0, 0.0, -0.02]])
+    kx, ky = torch.tensor([0.1, 0.0, -0.07], dtype=torch.float64), torch.tensor([0.0, 0.1, 0.05], dtype=torch.float64)
+    values = ctf_values(stretched, torch.hypot(kx, ky), torch.atan2(ky, kx), terms=("anisomag",))
+    expected = ctf_values(optics(), torch.hypot(1.05 * kx, 0.98 * ky), torch.atan2(0.98 * ky, 1.05 * kx))
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-11)
+
+
+def test_anisotropic_magnification_acts_row_by_row_on_x_and_y_and_on_every_term():
+    columns = {term: values for term, values in EXAMPLE.items() if term != "anisomag"}
+    k, angle = plane()
+    kx, ky = k * torch.cos(angle), k * torch.sin(angle)
+    values = ctf_values(with_terms(optics(), **EXAMPLE), k, angle, terms=get_args(CtfTerm))
+    x, y = 1.02 * kx - 0.01 * ky, 0.005 * kx + 0.97 * ky
+    expected = ctf_values(with_terms(optics(), **columns), torch.hypot(x, y), torch.atan2(y, x), terms=list(columns))
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("terms", [("coma",), ("bfactor", "shift"), "bfactor"])
+def test_unknown_terms_are_refused_and_the_known_ones_listed(terms):
+    with pytest.raises(ArgumentError, match="bfactor, beam_tilt, trefoil, tetrafoil, anisomag"):
+        ctf_values(with_terms(optics(), **EXAMPLE), *plane(), terms=terms)
+
+
+def test_the_columns_that_terms_lack_are_named():
+    with pytest.raises(TableError, match="tilt_A, tetrafoil_A"):
+        ctf_values(with_terms(optics(), bfactor=[60.0]), *plane(), terms=("bfactor", "tetrafoil", "beam_tilt"))
 
 
 @pytest.mark.parametrize("box", [6, 7])
