@@ -34,6 +34,7 @@ from ._demo_files import (
 )
 from .ctf import Ctf, ctf_values, half_plane
 from .errors import ArgumentError, ExportExistsError, RowIndexError
+from .rotations import rotation_matrices
 from .transforms.downsample import crop_fourier
 
 _CTF_COLUMNS = {  # field of Ctf: column of the table
@@ -138,9 +139,8 @@ def project_model(truth: Mapping[str, Any], rotvecs: Any, shifts_A: Any, box: in
     v, shifts, centres, amplitudes = (
         torch.as_tensor(np.asarray(a, np.float64)) for a in (rotvecs, shifts_A, truth["centres_A"], truth["amplitudes"])
     )
-    sigma, zero = float(truth["sigma_A"]), torch.zeros_like(v[:, 0])
-    skew = torch.stack([zero, -v[:, 2], v[:, 1], v[:, 2], zero, -v[:, 0], -v[:, 1], v[:, 0], zero], dim=-1).reshape(-1, 3, 3)
-    seen = torch.einsum("kj,bji->bki", centres, torch.linalg.matrix_exp(skew))[..., :2] - shifts[:, None]
+    sigma = float(truth["sigma_A"])
+    seen = torch.einsum("kj,bji->bki", centres, rotation_matrices(v))[..., :2] - shifts[:, None]
     x, y = (_bells(seen[..., axis], sigma, box, pixel_size) for axis in (0, 1))
     along_z = amplitudes * math.sqrt(2 * math.pi) * sigma
     return torch.einsum("bky,bkx->byx", y * along_z[:, None], x).float()
