@@ -155,4 +155,4 @@ def _told(report: ExportReport, kind: str) -> str:
 
 def _log_progress() -> None:
     """Where there is no terminal for a bar, its log lines are shown."""
-    logging.getLogger("cryolike_data.export").setLevel(logging.INFO)
+    logging.getLogger("cryolike_data").setLevel(logging.INFO)

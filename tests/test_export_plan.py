@@ -743,8 +743,8 @@ def test_a_part_without_units_does_nothing_and_is_no_error(dataset, tmp_path, un
 
 
 def test_without_a_terminal_lines_are_logged_every_so_often(dataset, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("cryolike_data.export.progress._EVERY", 0)
-    caplog.set_level(logging.INFO, "cryolike_data.export")
+    monkeypatch.setattr("cryolike_data.progress._EVERY", 0)
+    caplog.set_level(logging.INFO, "cryolike_data")
     plan = plan_of("zarr", dataset, tmp_path / "particles.zarr")
     run(plan, units=range(1))
     caplog.clear()
@@ -759,14 +759,14 @@ def test_without_a_terminal_lines_are_logged_every_so_often(dataset, tmp_path, m
 
 
 def test_few_lines_are_logged_of_a_short_run(dataset, tmp_path, caplog, capsys):
-    caplog.set_level(logging.INFO, "cryolike_data.export")
+    caplog.set_level(logging.INFO, "cryolike_data")
     run(plan_of("zarr", dataset, tmp_path / "out"))
     assert caplog.records == []
     assert capsys.readouterr() == ("", "")
 
 
 def test_a_bar_is_shown_when_asked_for(dataset, tmp_path, capsys, caplog):
-    caplog.set_level(logging.INFO, "cryolike_data.export")
+    caplog.set_level(logging.INFO, "cryolike_data")
     plan = plan_of("zarr", dataset, tmp_path / "particles.zarr")
     run(plan, progress=True)
     shown = capsys.readouterr().err.split("\r")[-1]
@@ -776,8 +776,8 @@ def test_a_bar_is_shown_when_asked_for(dataset, tmp_path, capsys, caplog):
 
 
 def test_nothing_is_shown_when_not_wanted(dataset, tmp_path, monkeypatch, caplog, capsys):
-    monkeypatch.setattr("cryolike_data.export.progress._EVERY", 0)
-    caplog.set_level(logging.INFO, "cryolike_data.export.progress")
+    monkeypatch.setattr("cryolike_data.progress._EVERY", 0)
+    caplog.set_level(logging.INFO, "cryolike_data")
     run(plan_of("zarr", dataset, tmp_path / "out"), progress=False)
     assert [record for record in caplog.records if "images/s" in record.getMessage()] == []
     assert capsys.readouterr() == ("", "")

@@ -9,8 +9,9 @@ from typing import Literal
 
 from ..dataset import human_bytes
 from ..errors import ArgumentError, ExportError, ExportExistsError
+from ..fingerprint import differences, input_files
 from .place import STATE, LocalPlace, Place
-from .plan import ExportPlan, differences, input_files
+from .plan import ExportPlan
 from .state import UnitRecord, at_work_on, read_plan, read_record, recorded_units, write_plan
 
 #: More units than any export has.

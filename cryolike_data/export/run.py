@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from ..errors import ArgumentError, ExportError
+from ..fingerprint import fingerprint
+from ..progress import Progress
 from .cluster import require_executor, run_on_cluster
 from .place import STATE, Place, WrittenFile, open_place
-from .plan import Advance, ExportPlan, fingerprint
+from .plan import Advance, ExportPlan
 from .prepare import is_sealed, known_records, look, prepare
-from .progress import Progress
 from .state import UnitRecord, at_work_on, living_runs, read_record, write_record
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ def run(
     prepare(plan, place, overwrite=overwrite, alone=units is None)
     known = known_records(plan, place, chosen)
     written: list[UnitRecord] = []
-    with nullcontext() if is_sealed(plan, place) else at_work_on(place, chosen), Progress(plan, chosen, show=progress) as bar:
+    bar = Progress(plan.target.rstrip("/").rpartition("/")[2], sum(len(plan.rows(unit)) for unit in chosen), show=progress)
+    with nullcontext() if is_sealed(plan, place) else at_work_on(place, chosen), bar:
         known = _whole(known, place)
         bar.skip(sum(len(plan.rows(unit)) for unit in known))
         left = [unit for unit in chosen if unit not in known]

@@ -1,4 +1,4 @@
-"""Progress of an export: a bar on a terminal, a line in the log every so often elsewhere."""
+"""Progress of long work over images: a bar on a terminal, a line in the log every so often elsewhere."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Self
 
 from tqdm import tqdm
 
-from ..dataset import human_bytes
-from .plan import ExportPlan
+from .dataset import human_bytes
 
 log = logging.getLogger(__name__)
 
@@ -20,23 +19,22 @@ _EVERY = 30.0
 
 
 class Progress:
-    """Images and bytes of some units, and how long the rest will take.
+    """Images and bytes that are done, and how long the rest will take.
 
     Parameters
     ----------
-    plan : what is written
-    units : of it, those that are waited for
+    name : of the work
+    total : images
     show : show a bar; by default if the error stream is a terminal, and else lines in the log
     """
 
-    def __init__(self, plan: ExportPlan, units: range, *, show: bool | None) -> None:
-        self._total = sum(len(plan.rows(unit)) for unit in units)
-        self._name = plan.target.rstrip("/").rpartition("/")[2]
-        self._bar = tqdm(total=self._total, unit="image", desc=self._name, disable=None if show is None else not show)
+    def __init__(self, name: str, total: int, *, show: bool | None) -> None:
+        self._name, self._total = name, total
+        self._bar = tqdm(total=total, unit="image", desc=name, disable=None if show is None else not show)
         self._log = self._bar.disable and show is None
         self._done = self._skipped = self._bytes = 0
         self._began = self._told = time.monotonic()
-        self._lock = threading.Lock()  # units are written by several threads
+        self._lock = threading.Lock()  # several threads may be at work
 
     def __enter__(self) -> Self:
         return self
@@ -50,15 +48,15 @@ class Progress:
         self._bar.update(images)
 
     def start(self) -> None:
-        """Begin to measure: from now on images are written."""
+        """Begin to measure: from now on images are worked on."""
         self._began = self._told = time.monotonic()
         if self._skipped:
             log.info("%s: %d of %d images are there already.", self._name, self._skipped, self._total)
-            self._bar.initial = self._skipped  # the rate is that of the images that are written
+            self._bar.initial = self._skipped  # the rate is that of the images that are worked on
             self._bar.start_t = time.time()
 
-    def advance(self, images: int, size: int) -> None:
-        """Count images, and the bytes of them, that were written."""
+    def advance(self, images: int, size: int = 0) -> None:
+        """Count images that are done, and the bytes of them that were written."""
         with self._lock:
             self._advance(images, size)
 
@@ -66,13 +64,13 @@ class Progress:
         self._done, self._bytes = self._done + images, self._bytes + size
         now = time.monotonic()
         seconds = max(now - self._began, 1e-9)
-        self._bar.set_postfix_str(f"{human_bytes(self._bytes / seconds)}/s", refresh=False)
+        written = f", {human_bytes(self._bytes / seconds)}/s" if self._bytes else ""
+        self._bar.set_postfix_str(written.removeprefix(", "), refresh=False)
         self._bar.update(images)
         if self._log and now - self._told >= _EVERY:
             self._told = now
             there, rate = self._skipped + self._done, self._done / seconds
             log.info(
-                "%s: %d of %d images (%.0f %%), %.0f images/s, %s/s, %.0f s left",
-                *(self._name, there, self._total, 100 * there / self._total, rate, human_bytes(self._bytes / seconds)),
-                (self._total - there) / max(rate, 1e-9),
+                "%s: %d of %d images (%.0f %%), %.0f images/s%s, %.0f s left",
+                *(self._name, there, self._total, 100 * there / self._total, rate, written, (self._total - there) / max(rate, 1e-9)),
             )

@@ -1,0 +1,77 @@
+"""What tells one set of inputs from another, so that work is continued only on the same ones."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Any
+
+import numpy as np
+
+from .dataset import ParticleDataset
+from .errors import MissingStackError
+from .zarr_store import is_url
+
+#: Rows of a column that are hashed at a time.
+_HASHED = 1 << 16
+
+
+def fingerprint(dataset: ParticleDataset) -> dict[str, Any]:
+    """What tells one set of inputs from another: paths, sizes and modification times of the files, and the columns of the table."""
+    particles = dataset.particles
+    files = input_files(dataset)
+    columns = hashlib.blake2b(digest_size=16)
+    for name, column in sorted(particles.columns().items()):
+        columns.update(f"{name} {column.dtype} {column.shape}".encode())
+        for start in range(0, len(column), _HASHED):
+            columns.update(np.ascontiguousarray(column[start : start + _HASHED]).view(np.uint8).data)
+    state = hashlib.blake2b(digest_size=16)
+    gone = []
+    for path in files:
+        try:
+            status = None if is_url(path) else os.stat(path)
+        except FileNotFoundError:
+            gone.append(path)
+            continue
+        seen = "" if status is None else f"{status.st_size} {status.st_mtime_ns}"
+        state.update(os.fsencode(f"{path}\0{seen}\n"))
+    if gone:
+        raise MissingStackError("\n".join([f"{len(gone)} of {len(files)} stacks are gone:", *(f"  {path}" for path in gone)]))
+    kind = type(dataset).__name__
+    return {
+        "kind": kind,
+        "files": len(files),
+        "table": columns.hexdigest(),
+        "stacks": state.hexdigest(),
+        "pixel_size_A": dataset.pixel_size,
+    }
+
+
+def input_files(dataset: ParticleDataset) -> list[str]:
+    """The files that hold the images of a data set."""
+    particles = dataset.particles
+    return [particles.paths[number] for number in np.flatnonzero(np.bincount(particles.file)).tolist()]
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """What differs between what is said of a result that is there (its inputs under "inputs") and of another one, in words."""
+    meaning = {
+        "inputs.table": "the particles or their order, optics or poses",
+        "inputs.stacks": "the input stacks (their paths, sizes or modification times)",
+        "templates.numbers": "the templates",
+        "displacements_A": "the displacements",
+    }
+    told = []
+    # The program's version is told, but another one that writes the same layout may go on.
+    for name in sorted({*_flat(there), *_flat(here)} - {"version", "clearing"}):
+        old, new = _flat(there).get(name), _flat(here).get(name)
+        if old != new:
+            told.append(f"{meaning[name]} differ" if name in meaning else f"{name} is {old!r} there and {new!r} here")
+    return told
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
