@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -97,11 +97,11 @@ class ParticleBatch:
         """The same as ``batch``; a data set has this to give columns without reading images."""
         return self.batch(rows)
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> ParticleBatch:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """A batch with ``function`` applied to every tensor in it."""
         return replace(self, images=function(self.images), columns=self.columns.map(function))
 
-    def to(self, device: torch.device | str | None = None, *, non_blocking: bool = False) -> ParticleBatch:
+    def to(self, device: torch.device | str | None = None, *, non_blocking: bool = False) -> Self:
         """The batch on another device; dtypes stay as they are."""
         if device is None or torch.device(device) == self.device:
             return self

@@ -63,7 +63,8 @@ class Collate:
 
     def process_images(self, images: Tensor) -> Tensor:
         """(B, H, W) images of any dtype through conversion, downsampling and normalisation, on the device where they are."""
-        work = images if images.dtype in (torch.float32, torch.float64) else images.to(torch.float32)
+        double = torch.float64 in (images.dtype, self.dtype)
+        work = images.to(torch.float64 if double else torch.float32)
         if self.downsample is not None:
             work = self.downsample(work)
         if self.normalize is not None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from .errors import ArgumentError, ExportError, ExportExistsError, MissingStackError
 from .files import whole_file
-from .transforms.polar import PolarGrid
+from .transforms.polar_grid import PolarGrid
 
 Precision = Literal["single", "double"]
 AtomShape = Literal["gaussian", "hard-sphere"]
@@ -97,15 +97,14 @@ class ImageDescriptor:
         atom_shape: AtomShape = "gaussian",
     ) -> ImageDescriptor:
         """A descriptor with CryoLike's defaults: ``resolution_factor`` 1 reaches Nyquist, 0.5 half of it."""
-        if not 0 < resolution_factor < math.inf:
-            raise ArgumentError(f"resolution_factor={resolution_factor} must be positive; 1 reaches the Nyquist frequency.")
         n_pixels = int(_one_of_two("n_pixels", n_pixels))
+        grid = PolarGrid.of_box(n_pixels, resolution_factor=resolution_factor, n_inplanes=n_inplanes)
         return cls(
             n_pixels=n_pixels,
             pixel_size=pixel_size,
-            radius_max=resolution_factor * n_pixels / 4,
-            dist_radii=0.25,
-            n_inplanes=2 * n_pixels if n_inplanes is None else n_inplanes,
+            radius_max=grid.radius_max,
+            dist_radii=grid.dist_radii,
+            n_inplanes=grid.n_inplanes,
             precision=precision,
             viewing_distance=1 / (4 * math.pi) / resolution_factor if viewing_distance is None else viewing_distance,
             atom_radii=atom_radii,

@@ -62,7 +62,7 @@ class ParticleSampler(Sampler[list[int]]):
             raise ArgumentError(f"batch_size is at least 1 and lookahead at least 0, not {batch_size} and {lookahead}")
         if not (isinstance(shuffle, bool) or shuffle == "blocks"):
             raise ArgumentError(f'shuffle is True, False or "blocks", not {shuffle!r}')
-        self.rank, self.world_size = _place_among_ranks(rank, world_size)
+        self.rank, self.world_size = place_among_ranks(rank, world_size)
         self.dataset, self.batch_size, self.shuffle, self.seed, self.drop_last = dataset, batch_size, shuffle, seed, drop_last
         self.lookahead = lookahead
         self.epoch = 0
@@ -145,7 +145,8 @@ class ParticleSampler(Sampler[list[int]]):
             yield n, self.rows(np.arange(first, last), epoch)
 
 
-def _place_among_ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
+def place_among_ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Rank and number of ranks, by default as ``torch.distributed`` says."""
     distributed: Any = torch.distributed
     if rank is None and world_size is None and distributed.is_available() and distributed.is_initialized():
         return int(distributed.get_rank()), int(distributed.get_world_size())

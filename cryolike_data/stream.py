@@ -11,12 +11,14 @@ import torch
 
 from .batch import ParticleBatch
 from .collate import Collate
+from .ctf import CtfTerm
 from .dataset import ParticleDataset
 from .errors import ArgumentError
+from .polar_batch import PolarCollate
 from .reader import Placed, Reader
 from .ring import BufferRing
 from .sampler import ParticleSampler, Shuffle
-from .transforms import Downsample, Normalize
+from .transforms import Downsample, Normalize, PolarGrid
 from .transforms.normalize import NormalizeMethod
 
 #: Batches that are on the device before the consumer asks for them.
@@ -34,6 +36,9 @@ def stream(
     normalize: NormalizeMethod | Normalize | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    polar: PolarGrid | None = None,
+    unit_power: bool = False,
+    ctf_terms: tuple[CtfTerm, ...] = (),
     prefetch: int = 3,
 ) -> ParticleStream:
     """Batches of a data set, read, copied and transformed while the consumer works on earlier ones.
@@ -47,6 +52,8 @@ def stream(
     downsample, normalize : see ``Collate``
     device : where batches go; pixels travel in the dtype of the file
     dtype : floating dtype of the images; by default the file's where nothing is done to them, else float32
+    polar : also transform the images onto this grid: batches are ``PolarBatch``
+    unit_power, ctf_terms : for the transforms and the CTF, see ``PolarCollate``
     prefetch : batches that are read ahead of the consumer
 
     Returns
@@ -63,8 +70,17 @@ def stream(
         raise ArgumentError("batch_size, shuffle and seed are the sampler's; pass either them or sampler")
     if prefetch < 1:
         raise ArgumentError(f"prefetch is at least 1, not {prefetch}")
+    if polar is None and (unit_power or ctf_terms):
+        raise ArgumentError("unit_power and ctf_terms are for polar transforms; pass polar=PolarGrid.of_box(...) too")
     as_stored = dtype is None and downsample is None and normalize is None
-    collate = None if as_stored else Collate(downsample, normalize, None, torch.float32 if dtype is None else dtype)
+    computed = torch.float32 if dtype is None else dtype
+    collate: Collate | None
+    if polar is None:
+        collate = None if as_stored else Collate(downsample, normalize, None, computed)
+    else:
+        collate = PolarCollate(
+            polar, downsample=downsample, normalize=normalize, dtype=computed, unit_power=unit_power, ctf_terms=ctf_terms
+        )
     return ParticleStream(dataset, sampler, collate, None if device is None else torch.device(device), prefetch)
 
 

@@ -2,7 +2,8 @@
 
 from .downsample import Downsample, crop_fourier, pool
 from .normalize import Normalize
-from .polar import PolarGrid, PolarTransform, normalize_polar, to_polar, to_polar_exact
+from .polar import PolarTransform, normalize_polar, to_polar, to_polar_exact
+from .polar_grid import PolarGrid
 
 __all__ = [
     "Downsample",

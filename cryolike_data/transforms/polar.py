@@ -1,87 +1,36 @@
-"""The polar Fourier transform of images as CryoLike defines it: grid, quadrature weights, transform and normalisation.
+"""The polar Fourier transform of images as CryoLike defines it, and its normalisation.
 
 Axes are CryoLike's: the first coordinate r cos(theta) belongs to the first image axis (rows, y) and r sin(theta) to the second
-(columns, x). Units are CryoLike's too: the box is [-1, 1], so that a radius r is the spatial frequency 2 r / box and r = box / 4,
-with the box in pixels, is Nyquist. A grid that goes beyond r = box / 4 sees the periodic aliases of the image, not its detail.
+(columns, x). Units are those of ``PolarGrid``.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import lru_cache
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import ArgumentError, MissingDependencyError
 from .downsample import square_box
+from .polar_grid import PolarGrid
 
+#: Transforms that one call of finufft takes: on a CPU (False) so few that the numbers of a call stay in the cache.
+_N_TRANS = {False: 8, True: 64}
 
-@dataclass(frozen=True)
-class PolarGrid:
-    """Gauss-Jacobi shells times equally spaced angles, shells first.
-
-    Parameters
-    ----------
-    radius_max : outer radius, units of 1 / (half box)
-    dist_radii : largest mean distance of two shells, the same units
-    n_inplanes : number of angles on each shell
-
-    Raises
-    ------
-    ArgumentError
-        if one of them is not positive and finite, or ``n_inplanes`` is not an integer
-    """
-
-    radius_max: float
-    dist_radii: float
-    n_inplanes: int
-
-    def __post_init__(self) -> None:
-        for name in ("radius_max", "dist_radii"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ArgumentError(f"{name}={getattr(self, name)!r} must be positive and finite (units of 1 / half box).")
-        if self.n_inplanes != int(self.n_inplanes) or self.n_inplanes < 1:
-            raise ArgumentError(f"n_inplanes={self.n_inplanes!r} must be a positive integer; CryoLike's default is twice the box.")
-        object.__setattr__(self, "n_inplanes", int(self.n_inplanes))
-
-    @property
-    def n_shells(self) -> int:
-        """Number of shells."""
-        return 1 + math.ceil(self.radius_max / self.dist_radii)
-
-    @property
-    def radii(self) -> NDArray[np.float64]:
-        """(n_shells,) radii, ascending, units of 1 / (half box)."""
-        return (_jacobi_rule(self.n_shells)[0] + 1) * (self.radius_max / 2)
-
-    @property
-    def weights(self) -> NDArray[np.float64]:
-        """(n_shells,) weight of a whole shell, CryoLike's ``weight_shells``: they sum to pi radius_max^2 / (2 pi)^2."""
-        return _jacobi_rule(self.n_shells)[1] * (2 * math.pi * (self.radius_max / 2) ** 2 / (2 * math.pi) ** 2)
-
-    @property
-    def angles(self) -> NDArray[np.float64]:
-        """(n_inplanes,) angles, radian, from the first image axis towards the second, 2 pi excluded."""
-        return np.linspace(0, 2 * math.pi, self.n_inplanes, endpoint=False)
-
-    @property
-    def integration_weights(self) -> NDArray[np.float64]:
-        """(n_shells, n_inplanes) weight of each point in an integral over the disk; they sum to pi radius_max^2."""
-        shell = self.weights * ((2 * math.pi) ** 2 / self.n_inplanes)
-        return np.repeat(shell[:, None], self.n_inplanes, axis=1)
+#: The last transform of each thread, and what it is for: a plan costs as much as the transforms of some images.
+_KEPT = threading.local()
 
 
 class PolarTransform:
-    """The polar Fourier transform of images of one box, through one finufft plan that every call reuses.
+    """The polar Fourier transform of images of one box, through one plan of finufft (CPU) or cufinufft (CUDA) that every call reuses.
 
-    F(r, theta) = 4 pi / D * sum over (j, l) of I[j, l] exp(-i 4 pi / D * (r cos(theta) (j - D//2) + r sin(theta) (l - D//2))), always
-    in double precision on the CPU: single precision coordinates would cost three digits. Not thread safe, because finufft plans
-    are not: make one for each thread.
+    F(r, theta) = 4 pi / D * sum over (j, l) of I[j, l] exp(-i 4 pi / D * (r cos(theta) (j - D//2) + r sin(theta) (l - D//2))).
+    Not thread safe, because finufft plans are not: make one for each thread.
 
     Parameters
     ----------
@@ -89,36 +38,53 @@ class PolarTransform:
     box : D, box of the images, pixels
     eps : relative accuracy asked of finufft, for each image in relation to its own largest pixel (1e-6 or 1e-12 in CryoLike)
     n_trans : transforms a finufft call; with an even ``grid.n_inplanes`` each takes two images. Smaller batches are padded to it.
+    dtype : complex128, or complex64, which is faster and whose rounded coordinates limit the accuracy to 3e-5 of the largest
+        coefficient (1e-5 in the root mean square), whatever ``eps`` is
+    device : where the transform is done. On CUDA all calls must be made on the torch stream that is current here.
 
     Raises
     ------
+    ArgumentError
+        if an argument is out of range
     MissingDependencyError
-        if finufft is not installed
+        if finufft (on CUDA: cufinufft) is not installed
     """
 
-    def __init__(self, grid: PolarGrid, box: int, *, eps: float, n_trans: int = 32) -> None:
+    def __init__(
+        self,
+        grid: PolarGrid,
+        box: int,
+        *,
+        eps: float,
+        n_trans: int = 32,
+        dtype: torch.dtype = torch.complex128,
+        device: torch.device | str = "cpu",
+    ) -> None:
         if box < 1 or n_trans < 1 or not eps > 0:
             raise ArgumentError(f"box={box}, n_trans={n_trans} and eps={eps} must all be positive.")
-        self.grid, self.box, self.eps, self.n_trans = grid, box, eps, n_trans
-        self._plan = _finufft_plan(grid, box, eps, n_trans)
-        self._spectra = torch.empty(n_trans, grid.n_shells * grid.n_inplanes, dtype=torch.complex128)  # overwritten by every call
+        if dtype not in (torch.complex64, torch.complex128):
+            raise ArgumentError(f"dtype of a transform is torch.complex64 or torch.complex128, not {dtype}")
+        self.grid, self.box, self.eps, self.n_trans, self.dtype, self.device = grid, box, eps, n_trans, dtype, torch.device(device)
+        self._execute = _plan(grid, box, eps, n_trans, dtype, self.device)
+        # Overwritten by every call.
+        self._spectra = torch.empty(n_trans, grid.n_shells * grid.n_inplanes, dtype=dtype, device=self.device)
         # A real image has F(-k) = conj F(k), and with an even number of angles -k is on the grid, half a turn on: the transforms
         # of a pair a, b can then be told apart in the one of a + i b.
         self._paired = grid.n_inplanes % 2 == 0
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, n_shells, n_inplanes) complex128 on the device of the images, for any number of (B, box, box) real images.
+        """(B, n_shells, n_inplanes) complex on the device of the images, for any number of (B, box, box) real images.
 
         An image with a NaN or an infinity gives NaN, and leaves the others alone.
         """
         _check_batch(images, self.box)
-        pixels = images.detach().to("cpu", torch.float64)
+        pixels = images.detach().to(self.device, self.dtype.to_real())
         # Pairing images of very different scale would leave the fainter one with the error of the brighter one.
         scale = pixels.abs().amax((-2, -1), keepdim=True)
         usable = scale.isfinite() & (scale > 0)
         unit = torch.where(usable, pixels / torch.where(usable, scale, 1), 0)
         scale = scale * (4 * math.pi / self.box)
-        result = torch.empty(len(images), self.grid.n_shells, self.grid.n_inplanes, dtype=torch.complex128)
+        result = torch.empty(len(images), self.grid.n_shells, self.grid.n_inplanes, dtype=self.dtype, device=self.device)
         step = self.n_trans * (2 if self._paired else 1)
         for start in range(0, len(images), step):
             group = slice(start, start + step)
@@ -126,12 +92,12 @@ class PolarTransform:
         return result.to(images.device)
 
     def _transform_group(self, images: Tensor, scale: Tensor, result: Tensor) -> None:
-        """Fill (b, n_shells, n_inplanes) ``result`` from (b, box, box) float64 images, b at most what one finufft call takes."""
+        """Fill (b, n_shells, n_inplanes) ``result`` from (b, box, box) real images, b at most what one finufft call takes."""
         count = -(-len(images) // 2) if self._paired else len(images)
-        packed = torch.zeros(self.n_trans, self.box, self.box, dtype=torch.complex128)
+        packed = torch.zeros(self.n_trans, self.box, self.box, dtype=self.dtype, device=self.device)
         packed.real[:count] = images[:count]
         packed.imag[: len(images) - count] = images[count:]
-        self._plan.execute(packed.numpy(), out=self._spectra.numpy())
+        self._execute(packed, self._spectra)
         spectra = self._spectra[:count].view(count, self.grid.n_shells, self.grid.n_inplanes)
         if not self._paired:
             torch.mul(spectra, scale, out=result)
@@ -145,17 +111,25 @@ class PolarTransform:
             rows[..., half:] = part.conj()
 
     def __repr__(self) -> str:
-        return f"PolarTransform({self.grid!r}, box={self.box}, eps={self.eps:g}, n_trans={self.n_trans})"
+        kind = f"{str(self.dtype).removeprefix('torch.')}, {self.device}"
+        return f"PolarTransform({self.grid!r}, box={self.box}, eps={self.eps:g}, n_trans={self.n_trans}, {kind})"
 
 
-def to_polar(images: Tensor, grid: PolarGrid, *, eps: float) -> Tensor:
-    """Polar Fourier transform of (B, D, D) real images: (B, n_shells, n_inplanes) complex128, to a relative accuracy of ``eps``.
+def to_polar(images: Tensor, grid: PolarGrid, *, eps: float, dtype: torch.dtype = torch.complex128) -> Tensor:
+    """Polar Fourier transform of (B, D, D) real images: (B, n_shells, n_inplanes) complex, to a relative accuracy of ``eps``.
 
-    A ``PolarTransform`` made for one call; where there are many batches, make it once. See there for the formula and the errors.
+    Done on the device of the images, through a plan that is kept for the next call of the same thread with the same arguments and
+    box. See ``PolarTransform`` for the formula, the accuracy of each ``dtype`` and the errors.
     """
-    box = square_box(images)
+    box, device = square_box(images), images.device
     a_transform = 2 if grid.n_inplanes % 2 == 0 else 1
-    return PolarTransform(grid, box, eps=eps, n_trans=max(1, min(32, -(-len(images) // a_transform))))(images)
+    n_trans = max(1, min(_N_TRANS[images.is_cuda], -(-len(images) // a_transform)))
+    key = (grid, box, eps, n_trans, dtype, device, torch.get_num_threads(), _stream_of(device))
+    if _KEPT.__dict__.get("key") != key:
+        _KEPT.transform = PolarTransform(grid, box, eps=eps, n_trans=n_trans, dtype=dtype, device=device)
+        _KEPT.key = key
+    transform: PolarTransform = _KEPT.transform
+    return transform(images)
 
 
 def to_polar_exact(images: Tensor, grid: PolarGrid) -> Tensor:
@@ -216,23 +190,6 @@ def normalize_polar(fourier: Tensor, grid: PolarGrid) -> Tensor:
     return torch.view_as_complex(numbers * scale)
 
 
-@lru_cache(maxsize=8)
-def _jacobi_rule(count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Nodes and weights of Gauss-Jacobi quadrature with alpha = 0, beta = 1: the weight function is 1 + x on [-1, 1].
-
-    Golub and Welsch (Math. Comp. 23, 1969): the nodes are the eigenvalues of the symmetric tridiagonal matrix of the three-term
-    recurrence, the weights the integral of the weight function (2) times the squared first components of its eigenvectors.
-    """
-    k = np.arange(count, dtype=np.float64)
-    diagonal = 1 / ((2 * k + 1) * (2 * k + 3))
-    beside = np.sqrt(k[1:] * (k[1:] + 1)) / (2 * k[1:] + 1)
-    nodes, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1))
-    weights = 2 * vectors[0] ** 2
-    for array in (nodes, weights):
-        array.setflags(write=False)  # shared by every grid with this many shells
-    return nodes, weights
-
-
 def require_finufft() -> Any:
     """The package finufft, or a ``MissingDependencyError`` that says how to get it."""
     try:
@@ -242,15 +199,41 @@ def require_finufft() -> Any:
     return finufft
 
 
-def _finufft_plan(grid: PolarGrid, box: int, eps: float, n_trans: int) -> Any:
-    finufft = require_finufft()
+def _plan(
+    grid: PolarGrid, box: int, eps: float, n_trans: int, dtype: torch.dtype, device: torch.device
+) -> Callable[[Tensor, Tensor], object]:
+    """A function that transforms (n_trans, box, box) complex images into (n_trans, points) without the factor 4 pi / D."""
     radial = (4 * math.pi / box) * grid.radii[:, None]
+    down, across = ((radial * part(grid.angles)).ravel() for part in (np.cos, np.sin))
+    name = str(dtype).removeprefix("torch.")
+    if device.type == "cuda":
+        points = [torch.from_numpy(values).to(device, dtype.to_real()) for values in (down, across)]
+        index = torch.cuda.current_device() if device.index is None else device.index
+        plan = _require_cufinufft().Plan(2, (box, box), n_trans, eps, -1, name, gpu_device_id=index, gpu_stream=_stream_of(device))
+        plan.setpts(*points)
+        return lambda images, spectra: plan.execute(images, out=spectra)
     # As many threads as torch may use, so that the worker processes of a DataLoader keep to one each; two transforms at a time for each,
     # which share the work on the points. By default finufft takes one.
     threads = torch.get_num_threads()
-    plan = finufft.Plan(2, (box, box), n_trans, eps, -1, "complex128", nthreads=threads, maxbatchsize=2 * threads)
-    plan.setpts((radial * np.cos(grid.angles)).ravel(), (radial * np.sin(grid.angles)).ravel())
-    return plan
+    plan = require_finufft().Plan(2, (box, box), n_trans, eps, -1, name, nthreads=threads, maxbatchsize=2 * threads)
+    real = np.float32 if dtype == torch.complex64 else np.float64
+    plan.setpts(down.astype(real), across.astype(real))
+    return lambda images, spectra: plan.execute(images.numpy(), out=spectra.numpy())
+
+
+def _require_cufinufft() -> Any:
+    try:
+        import cufinufft
+    except ImportError as error:
+        raise MissingDependencyError(
+            'The polar transform on CUDA needs cufinufft: pip install "cryolike-data[cuda]". Without it, transform on the CPU.'
+        ) from error
+    return cufinufft
+
+
+def _stream_of(device: torch.device) -> int:
+    """What tells the current CUDA stream from others; 0 for other devices."""
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
 def _check_batch(images: Tensor, box: int) -> None:
