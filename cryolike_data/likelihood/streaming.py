@@ -1,0 +1,143 @@
+"""``stream_likelihood``: a whole data set against templates, straight from its stacks, with results that are on disk as they come."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..ctf import CtfTerm
+from ..dataset import ParticleDataset
+from ..errors import ArgumentError
+from ..fingerprint import fingerprint
+from ..progress import Progress
+from ..sampler import ParticleSampler, place_among_ranks
+from ..stream import stream
+from ..transforms import Downsample, Normalize
+from ..transforms.normalize import NormalizeMethod
+from .integrated import integrated_log_likelihood
+from .results import Results
+from .templates import Templates
+
+log = logging.getLogger(__name__)
+
+
+def stream_likelihood(
+    dataset: ParticleDataset,
+    templates: Templates,
+    displacements_A: Any,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    batch_size: int = 256,
+    downsample: Downsample | None = None,
+    normalize: NormalizeMethod | Normalize | None = "max",
+    unit_power: bool = True,
+    ctf_terms: tuple[CtfTerm, ...] = (),
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    by_template: bool = False,
+    memory_bytes: int | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> np.ndarray:
+    """Log-likelihood and most likely pose of every particle of a data set, see ``integrated_log_likelihood``.
+
+    Each batch is read, transformed and compared while the next ones are read; no image is written. With ``output``, the results of
+    a batch are on disk before the next one's, and the same call continues a run that was stopped. A batch holds the same rows
+    whatever the number of ranks, and in whichever run it is done, so that the results are the same too.
+
+    Parameters
+    ----------
+    dataset : the particles
+    templates : on the grid of the transforms; their box is that of the images, in angstrom
+    displacements_A : (n, 2) displacements (x, y) that are tried, angstrom
+    output : folder for ``likelihood.npy`` (a record for each particle, in the order of the data set), ``likelihood.json`` (what it was
+        made from) and, with ``by_template``, ``by_template.npy``. Ranks on several machines need a file system that they share.
+    batch_size : particles that are compared at a time
+    downsample, normalize, unit_power, ctf_terms : what is done to images and CTF, see ``PolarCollate``. By default images are scaled
+        as CryoLike does; the scale adds a constant to the log-likelihood of each image.
+    device : where the work is done; by default that of the templates
+    dtype : float32 or float64
+    by_template : also write the (N, S) float64 matrix of log-likelihoods given each template
+    memory_bytes : see ``integrated_log_likelihood``; neither it nor ``device`` is part of what a run can be continued with
+    rank, world_size : this process among those that share the work; by default as ``torch.distributed`` says
+    overwrite : begin anew where other results are in ``output``
+    progress : show a progress bar; by default on a terminal only, elsewhere a line is logged every so often
+
+    Returns
+    -------
+    (N,) records with the fields ``row``, ``uid``, those of ``ImageLikelihood``, and ``done``, which is 1 where a particle has been
+        compared: other ranks may still be at work. With ``output`` it is a read-only map of the file.
+
+    Raises
+    ------
+    ExportExistsError
+        if other results are in ``output``; says what differs
+    ExportError
+        if a result cannot be written
+    ArgumentError, TableError
+        if images and templates do not fit each other, or the table has no optics
+    """
+    if batch_size < 1:
+        raise ArgumentError(f"batch_size is at least 1, not {batch_size}")
+    if dtype not in (torch.float32, torch.float64):
+        raise ArgumentError(f"dtype is torch.float32 or torch.float64, not {dtype}")
+    if by_template and output is None:
+        raise ArgumentError("by_template needs output=: the matrix of all particles by all templates is written there")
+    rank, world_size = place_among_ranks(rank, world_size)
+    chosen = templates.to(templates.device if device is None else device, dtype.to_complex())
+    tried = torch.as_tensor(displacements_A)
+    about = {
+        "particles": len(dataset),
+        "inputs": fingerprint(dataset),
+        "templates": chosen.about(),
+        "displacements_A": tried.tolist(),
+        "settings": {
+            "batch_size": batch_size,
+            "downsample": repr(downsample),
+            "normalize": repr(Normalize(normalize) if isinstance(normalize, str) else normalize),
+            "unit_power": unit_power,
+            "ctf_terms": sorted(ctf_terms),
+            "dtype": str(dtype).removeprefix("torch."),
+            "by_template": by_template,
+        },
+    }
+    folder = None if output is None else Path(output).expanduser().resolve()
+    with closing(Results(folder, len(dataset), len(templates) if by_template else 0, about, overwrite=overwrite)) as results:
+        mine = [range(start, min(start + batch_size, len(dataset))) for start in range(0, len(dataset), batch_size)][rank::world_size]
+        left = [rows for rows in mine if not results.has(rows)]
+        name = "likelihood" if folder is None else folder.name
+        with Progress(name, sum(map(len, mine)), show=progress) as bar:
+            bar.skip(sum(map(len, mine)) - sum(map(len, left)))
+            bar.start()
+            # Batches that are left are whole, but for the very last one of all: a stream over their rows cuts them out again.
+            rows_left = np.concatenate([np.asarray(rows) for rows in left]) if left else np.empty(0, np.int64)
+            part = dataset if len(rows_left) == len(dataset) else dataset.select(rows_left)
+            batches = stream(
+                part,
+                sampler=ParticleSampler(part, batch_size, shuffle=False, rank=0, world_size=1),
+                downsample=downsample,
+                normalize=normalize,
+                device=chosen.device,
+                dtype=dtype,
+                polar=chosen.grid,
+                unit_power=unit_power,
+                ctf_terms=ctf_terms,
+            )
+            with batches:
+                for rows, batch in zip(left, batches, strict=True):
+                    found = integrated_log_likelihood(batch, chosen, tried, by_template=by_template, memory_bytes=memory_bytes)
+                    results.write(rows, dataset.particles.row[rows.start : rows.stop], batch.uid.cpu().numpy().view(np.uint64), found)
+                    bar.advance(len(rows))
+        records = results.records()
+        unknown = int((np.isnan(records["log_likelihood"]) & (records["done"] == 1)).sum())
+        if unknown:
+            log.warning("%d of %d images are constant or not finite; their results are NaN.", unknown, len(dataset))
+        return records

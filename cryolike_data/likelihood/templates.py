@@ -1,0 +1,162 @@
+"""``Templates``: what images are compared with, and the displacements that are tried."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+from ..transforms import PolarGrid
+from .projection import project_volume, read_volume, viewing_directions
+
+#: Projections that are made at a time, because they are made in double precision.
+_AT_ONCE = 512
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Templates:
+    """Polar Fourier templates without CTF, each with its orientation and its share of the prior.
+
+    Templates are compared at every in-plane rotation of the grid, so that they differ in viewing direction only. Their scale
+    does not matter.
+
+    Parameters
+    ----------
+    fourier : (S, n_shells, n_inplanes) complex transforms on the grid, as ``to_polar`` makes them from images
+    grid : the points, with an even number of angles
+    box_A : side of the box, angstrom; that of the images
+    rotvecs : (S, 3) pose of an image that looks like the template as it is: rotation vector taking the particle frame to the volume
+        frame, radian
+    log_weights : (S,) logarithm of the prior of each; by default all have 1 / S
+
+    Raises
+    ------
+    ArgumentError
+        if shapes do not fit each other, the number of angles is odd, or a template is zero or not finite
+    """
+
+    fourier: Tensor
+    grid: PolarGrid
+    box_A: float
+    rotvecs: Tensor
+    log_weights: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.fourier)
+        shape = (count, self.grid.n_shells, self.grid.n_inplanes)
+        if count == 0 or tuple(self.fourier.shape) != shape or not self.fourier.is_complex():
+            kind = f"{tuple(self.fourier.shape)} {self.fourier.dtype}"
+            raise ArgumentError(
+                f"Templates are complex and of shape (S, {shape[1]}, {shape[2]}) on this grid, with S > 0; these are {kind}."
+            )
+        require_even(self.grid)
+        if not 0 < self.box_A < math.inf:
+            raise ArgumentError(f"box_A={self.box_A} (angstrom) must be positive.")
+        weights = torch.full((count,), -math.log(count), dtype=torch.float64) if self.log_weights is None else self.log_weights
+        # Small, and looked into for single particles: they stay on the CPU.
+        object.__setattr__(self, "log_weights", torch.as_tensor(weights).to("cpu", torch.float64))
+        object.__setattr__(self, "rotvecs", torch.as_tensor(self.rotvecs).to("cpu", torch.float64))
+        for name, wanted in (("rotvecs", (count, 3)), ("log_weights", (count,))):
+            value = getattr(self, name)
+            if tuple(value.shape) != wanted or value.isnan().any() or value.max() == math.inf:
+                raise ArgumentError(f"{name} of {count} templates has shape {wanted} and only numbers in it, not {tuple(value.shape)}.")
+        largest = self.fourier.abs().amax((-2, -1))
+        bad = torch.nonzero(~(largest.isfinite() & (largest > 0))).flatten().tolist()
+        if bad:
+            raise ArgumentError(f"{len(bad)} of {count} templates are zero or not finite, the first is number {bad[0]}.")
+
+    @classmethod
+    def from_volume(
+        cls,
+        volume: str | os.PathLike[str] | Tensor,
+        grid: PolarGrid,
+        *,
+        step_deg: float | None = None,
+        rotvecs: Any = None,
+        pixel_size: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.complex64,
+    ) -> Templates:
+        """Projections of a volume, by slices through its 3-D transform.
+
+        Parameters
+        ----------
+        volume : an MRC map, or a (D, D, D) tensor with axes (z, y, x) whose origin is voxel D // 2. Its box must be as large as
+            that of the images, in angstrom; the number of voxels may differ.
+        grid : points of the templates
+        step_deg : templates look from directions that are so many degrees apart, all over the sphere
+        rotvecs : (S, 3) orientations, in place of ``step_deg``
+        pixel_size : voxel size, angstrom; of an MRC map by default what its header says
+        device, dtype : where the templates go, and their complex dtype
+        """
+        if (step_deg is None) == (rotvecs is None):
+            raise ArgumentError("pass either step_deg= (directions all over the sphere) or rotvecs= (orientations of your own)")
+        if isinstance(volume, Tensor):
+            density = volume
+        else:
+            density, in_header = read_volume(Path(volume))
+            pixel_size = in_header if pixel_size is None else pixel_size
+        if pixel_size is None:
+            raise ArgumentError("a volume that is a tensor needs pixel_size= (angstrom)")
+        weights = None
+        if step_deg is not None:
+            rotvecs, weights = viewing_directions(step_deg)
+        poses = torch.as_tensor(rotvecs, dtype=torch.float64)
+        parts = [project_volume(density, some, grid).to(device, dtype) for some in torch.split(poses, _AT_ONCE)]
+        return cls(torch.cat(parts), grid, density.shape[-1] * pixel_size, poses, weights)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Templates:
+        """The templates on another device, or as another complex dtype."""
+        return replace(self, fourier=self.fourier.to(device=device, dtype=dtype))
+
+    def about(self) -> dict[str, Any]:
+        """What tells these templates from others, as plain values."""
+        digest = hashlib.blake2b(digest_size=16)
+        for tensor in (self.fourier, self.rotvecs, torch.as_tensor(self.log_weights)):
+            for part in tensor:
+                digest.update(part.cpu().numpy().tobytes())
+        about = {"count": len(self), "box_A": self.box_A, "numbers": digest.hexdigest()}
+        return about | {name: getattr(self.grid, name) for name in ("radius_max", "dist_radii", "n_inplanes")}
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the templates."""
+        return self.fourier.device
+
+    def __len__(self) -> int:
+        return len(self.fourier)
+
+    def __repr__(self) -> str:
+        size = f"{self.grid.n_shells} shells x {self.grid.n_inplanes} angles"
+        return (
+            f"Templates({len(self)} of {size}, box {self.box_A:.4g} A, {str(self.fourier.dtype).removeprefix('torch.')} on {self.device})"
+        )
+
+
+def displacement_grid(radius_A: float, step_A: float) -> Tensor:
+    """(n, 2) float64 displacements (x, y) in angstrom: a square lattice of ``step_A`` within a disk, the one of zero among them.
+
+    Raises
+    ------
+    ArgumentError
+        if the step is not positive, or the radius is negative
+    """
+    if not 0 < step_A < math.inf or not 0 <= radius_A < math.inf:
+        raise ArgumentError(f"radius_A={radius_A} must not be negative, and step_A={step_A} must be positive (both angstrom).")
+    count = int(radius_A / step_A * (1 + 1e-9))
+    along = torch.arange(-count, count + 1, dtype=torch.float64) * step_A
+    grid = torch.cartesian_prod(along, along)
+    return grid[grid.norm(dim=1) <= radius_A * (1 + 1e-9)]
+
+
+def require_even(grid: PolarGrid) -> None:
+    """Raise unless half a turn on from every point of the grid there is another one."""
+    if grid.n_inplanes % 2:
+        raise ArgumentError(f"The likelihood needs an even number of angles on each shell, not n_inplanes={grid.n_inplanes}.")
