@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from . import cold, consumer, downsampling, export, gpu, machine, memory, opening, reading
+from . import cold, consumer, downsampling, export, gpu, likelihood, machine, memory, opening, reading
 from .measure import Figure, Settings
 
 FIGURES: dict[str, Callable[[Settings], Iterator[Figure]]] = {
@@ -23,6 +23,7 @@ FIGURES: dict[str, Callable[[Settings], Iterator[Figure]]] = {
     "open": opening.opening,
     "memory": memory.memory,
     "export": export.export,
+    "likelihood": likelihood.likelihood,
     "gpu": gpu.gpu,
 }
 _HERE = Path(__file__).parent

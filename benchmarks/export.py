@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 
-import finufft
 import numpy as np
 import torch
 
@@ -26,6 +25,7 @@ from cryolike_data import (
 )
 
 from .data import Project
+from .likelihood import one_finufft_call_per_image
 from .machine import anonymous_bytes
 from .measure import Bound, Figure, Rounds, Settings, in_turn, rate_figure
 
@@ -103,16 +103,7 @@ def _fourier(settings: Settings, out: Path) -> Iterator[Figure]:
     dataset, project = _dataset(settings, Project(20_000, 20), images=settings.count(4096))
     grid = ImageDescriptor.from_individual_values(dataset.box, dataset.pixel_size)
     polar = grid.polar_grid
-    radial = (4 * np.pi / dataset.box) * polar.radii[:, None]
-    x, y = (radial * np.cos(polar.angles)).ravel(), (radial * np.sin(polar.angles)).ravel()
-    images = dataset.read(np.arange(24)).numpy()
-
-    def one_by_one() -> float:
-        start = time.perf_counter()
-        for image in images:
-            finufft.nufft2d2(x, y, image.astype(np.complex128), eps=grid.eps, isign=-1)
-        return len(images) / (time.perf_counter() - start)
-
+    one_by_one = partial(one_finufft_call_per_image, dataset.read(np.arange(24)).numpy(), polar, grid.eps)
     transform = 8 * polar.n_shells * polar.n_inplanes
     rates = in_turn([one_by_one, partial(_rate, dataset, out, _to_cryolike, more=transform)], settings.repetitions)
     yield rate_figure("export", f"CryoLike, {project.box}px / finufft per image", rates, "img/s", bound=FOURIER_BOUND)

@@ -60,6 +60,8 @@ class PolarBatch(ParticleBatch):
 class PolarCollate(Collate):
     """A ``Collate`` whose batches carry polar Fourier transforms: a ``PolarBatch``.
 
+    With ``normalize="max"`` and ``unit_power=True`` they are what CryoLike's converter writes.
+
     Parameters
     ----------
     grid : points of the transforms; they should end at the Nyquist frequency of the images, radius box / 4, or before
@@ -67,8 +69,6 @@ class PolarCollate(Collate):
         complex128 to a relative accuracy of 1e-12; otherwise they are complex64 to about 1e-5 (see ``PolarTransform``).
     unit_power : scale each transform so that the integral of its squared magnitude is 1 (``normalize_polar``)
     ctf_terms : higher-order terms of the CTF to apply, see ``ctf_values``
-
-    ``normalize="max", unit_power=True`` makes what CryoLike's converter writes.
     """
 
     grid: PolarGrid = field(kw_only=True)

@@ -1,4 +1,4 @@
-"""Both notebooks run from top to bottom in an empty folder, and what is stored of them names no path of any machine."""
+"""The notebooks run from top to bottom in an empty folder, and what is stored of them names no path of any machine."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def read(path: Path) -> Any:
     return nbformat.read(path, as_version=4)
 
 
-def test_there_are_two_notebooks() -> None:
-    assert [path.name for path in NOTEBOOKS] == ["export.ipynb", "training.ipynb"]
+def test_there_are_three_notebooks() -> None:
+    assert [path.name for path in NOTEBOOKS] == ["export.ipynb", "likelihood.ipynb", "training.ipynb"]
 
 
 # jupyter_client and its parts announce changes of their own; nothing else is let through.

@@ -23,7 +23,7 @@ from .result import ImageLikelihood, pose_and_shift
 from .templates import Templates, require_even
 
 #: Bytes that the arrays of one step take by default: on a CPU (True) few enough for its caches.
-_MEMORY_BYTES = {True: 32 << 20, False: 4 << 30}
+_MEMORY_BYTES = {True: 64 << 20, False: 4 << 30}
 
 #: Images that are made ready at a time.
 _PREPARED = 16
@@ -49,7 +49,8 @@ def integrated_log_likelihood(
     which is the marginal over scale, offset (both from -inf to inf) and variance of white noise of CryoLike (its
     ``template_image_comparator``), but with the mask term Isx of the displaced and rotated template. The result is the mean of L
     over displacements and rotations, and its sum over templates with their priors. An image that is multiplied by a has
-    -2 p ln |a| added; the sign of its contrast does not matter.
+    ``-2 p ln |a|`` added, a template ``-ln |a|``; the sign of the contrast does not matter. Images should have mean 0 (any ``normalize``
+    sees to it): s is the transform of a constant over a continuous box, and that of a constant over pixels is not quite the same.
 
     Parameters
     ----------
@@ -58,7 +59,7 @@ def integrated_log_likelihood(
     displacements_A : (n, 2) displacements (x, y) of the template that are tried, angstrom, see ``displacement_grid``
     by_template : also give the matrix of images by templates
     memory_bytes : bound on the arrays of one step, beside the batch and the templates; at least one template and displacement are done
-        in a step. By default 32 MB on a CPU, 4 GB elsewhere.
+        in a step. By default 64 MB on a CPU, 4 GB elsewhere.
 
     Raises
     ------
@@ -75,6 +76,8 @@ def integrated_log_likelihood(
         raise ArgumentError(f"displacements_A is (n, 2): (x, y) in angstrom, with n > 0, not {tuple(tried.shape)}")
     if memory_bytes is not None and memory_bytes < 1:
         raise ArgumentError(f"memory_bytes is positive, not {memory_bytes}")
+    if len(batch) == 0:
+        raise ArgumentError("The batch is empty.")
     images = _Images.of(batch)
     found = _Found.nothing(len(batch), len(templates), images)
     for step in _steps(images, templates, tried, _MEMORY_BYTES[images.on_cpu] if memory_bytes is None else memory_bytes):
@@ -89,15 +92,18 @@ class _Step:
     Attributes
     ----------
     templates : which
-    first_displacement : number of the first of them
-    spectra : (n_q, n_shells, templates, displacements) of the displaced templates
+    first_displacement, displacements : number of the first of them, and how many
+    spectra : (n_q, n_shells, templates * displacements) of the displaced templates
     power : (n_q of half a turn, n_shells, templates) of their squared magnitude
+    log_scale : (templates,) logarithm of what they are to be multiplied by to be those that were given
     """
 
     templates: slice
     first_displacement: int
+    displacements: int
     spectra: Tensor
     power: Tensor
+    log_scale: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,20 +133,23 @@ class _Images:
         spectra = batch.fourier.new_empty(half_turn + 1, 2, count, grid.n_shells)
         power = batch.fourier.new_empty(half_turn // 2 + 1, count, grid.n_shells)
         constant = torch.empty(count, dtype=torch.float64, device=batch.device)
-        weights = torch.as_tensor(grid.integration_weights[:, :1], device=batch.device)
+        # Of half a turn all is known about the other half, and a sum over both is twice the real part of that over one.
+        weights = torch.as_tensor(2 * grid.integration_weights[:, :1], device=batch.device)
         mask = _mask(grid).to(batch.device)
         iss = (weights * mask.square()).sum()
         for start in range(0, count, _PREPARED):  # in double precision, which takes memory
             part = slice(start, start + _PREPARED)
-            image, ctf = batch.fourier[part].to(torch.complex128), _ctf(batch)[part]
-            power[:, part] = _over_angle(2 * weights * ctf.abs().square()[..., :half_turn]).conj()
-            numbers = _hartley(image)
-            iyy, isy = ((weights * numbers * other).sum((-2, -1), keepdim=True) for other in (numbers, mask))
-            rest = iyy - isy.square() / iss
-            # Nothing is left of a constant image but rounding.
+            image = batch.fourier[part, :, :half_turn].to(torch.complex128)
+            ctf = _ctf(batch)[part, :, :half_turn].conj()
+            isy = (weights * mask * image.real).sum((-2, -1), keepdim=True)
+            centred = image - isy / iss * mask
+            iyy, rest = ((weights * (some.real**2 + some.imag**2)).sum((-2, -1), keepdim=True) for some in (image, centred))
+            # Nothing is left of the mask itself but rounding.
             rest = torch.where(rest > (1e-9 if dtype == torch.complex64 else 1e-18) * iyy, rest, torch.nan)
-            for number, unit in enumerate(((image - isy / iss * mask) * rest.rsqrt(), mask * iss.rsqrt())):
-                spectra[:, number, part] = _over_angle(weights * _hartley(ctf.conj() * unit)).conj()
+            scale = weights / 2 * rest.rsqrt()
+            power[:, part] = _over_angle(weights * ctf.abs().square()).conj()
+            spectra[:, 0, part] = _over_angle(_hartley(centred * ctf * scale)).conj()
+            spectra[:, 1, part] = _over_angle(_hartley(ctf * (mask * weights / 2 * iss.rsqrt()))).conj()
             constant[part] = -half_n * rest.flatten().log() - iss.log()
         constant += (3 - n) / 2 * math.log(2 * math.pi) - math.log(2) + math.lgamma(half_n) + half_n * math.log(2)
         return cls(spectra.flatten(1, 2), power, constant, half_n, grid.n_inplanes)
@@ -157,8 +166,8 @@ class _Images:
         """
         half_turn = self.n_inplanes // 2
         ixx = torch.fft.irfft(torch.bmm(self.power, step.power), n=half_turn, dim=0).permute(1, 2, 0).repeat(1, 1, 2)[:, :, None]
-        sums = torch.fft.irfft(torch.bmm(self.spectra, step.spectra.flatten(2)), n=self.n_inplanes, dim=0).permute(1, 2, 0)
-        b, isx = sums.unflatten(1, step.spectra.shape[2:]).unflatten(0, (2, -1))
+        sums = torch.fft.irfft(torch.bmm(self.spectra, step.spectra), n=self.n_inplanes, dim=0).permute(1, 2, 0)
+        b, isx = sums.reshape(2, len(self.constant), -1, step.displacements, self.n_inplanes)
         # In place, because these arrays are what takes the memory.
         a = torch.sub(ixx, isx.square_(), out=isx)
         tiny = 8 * torch.finfo(a.dtype).eps
@@ -167,7 +176,7 @@ class _Images:
         value = value.sub_(a.log_(), alpha=0.5).flatten(2)
         largest, place = value.max(-1)
         total = value.sub_(largest[..., None]).exp_().sum(-1).log_().add_(largest)
-        return total, largest, place + step.first_displacement * self.n_inplanes
+        return total - step.log_scale, largest - step.log_scale, place + step.first_displacement * self.n_inplanes
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,12 +211,15 @@ def _steps(images: _Images, templates: Templates, displacements_A: Tensor, memor
         cosine, sine = (part(phase).to(device, dtype.to_real()) for part in (torch.cos, torch.sin))
         for start in range(0, len(templates), max(1, at_once // few)):
             chosen = slice(start, start + max(1, at_once // few))
-            fourier = templates.fourier[chosen].to(device, dtype)[:, None, :, : grid.n_inplanes // 2]
+            given = templates.fourier[chosen, :, : grid.n_inplanes // 2].to(device, dtype)
+            scale = given.abs().amax((-2, -1))  # taken out, because squares of very large or small numbers leave single precision
+            fourier = given / scale[:, None, None]
             here, opposite = fourier.real + fourier.imag, fourier.real - fourier.imag  # at theta and at theta + pi
+            here, opposite = here[:, None], opposite[:, None]
             displaced = torch.cat([here * cosine - opposite * sine, opposite * cosine + here * sine], dim=-1)
-            power = _over_angle(fourier[:, 0].abs().square()).transpose(1, 2)
             spectra = _over_angle(displaced.flatten(0, 1)).transpose(1, 2)
-            yield _Step(chosen, first, spectra.reshape(*spectra.shape[:2], -1, len(phase)), power)
+            power = _over_angle(fourier.abs().square()).transpose(1, 2)
+            yield _Step(chosen, first, len(phase), spectra.contiguous(), power.contiguous(), scale.log())
 
 
 def _result(images: _Images, found: _Found, templates: Templates, displacements_A: Tensor, by_template: bool) -> ImageLikelihood:
@@ -217,7 +229,7 @@ def _result(images: _Images, found: _Found, templates: Templates, displacements_
     given = (found.total.double() + images.constant[:, None]).cpu() - math.log(tried)
     template = (found.largest.double().cpu() + priors).argmax(1)
     place = found.place.cpu().gather(1, template[:, None])[:, 0]
-    rotation = (place % images.n_inplanes) * (2 * math.pi / images.n_inplanes)
+    rotation = (place % images.n_inplanes).double() * (2 * math.pi / images.n_inplanes)
     displacement = displacements_A[place // images.n_inplanes]
     pose, shift = pose_and_shift(templates.rotvecs[template], displacement, rotation)
     unknown = given.isnan().any(1)
@@ -244,8 +256,10 @@ def _ctf(batch: PolarBatch) -> Tensor:
 
 
 def _hartley(fourier: Tensor) -> Tensor:
-    numbers: Tensor = fourier.real + fourier.imag if fourier.is_complex() else fourier
-    return numbers
+    """(..., n_inplanes) real part plus imaginary part, from half a turn of a transform of something real."""
+    if not fourier.is_complex():
+        return torch.cat([fourier, fourier], dim=-1)
+    return torch.cat([fourier.real + fourier.imag, fourier.real - fourier.imag], dim=-1)
 
 
 def _over_angle(values: Tensor) -> Tensor:
@@ -255,8 +269,8 @@ def _over_angle(values: Tensor) -> Tensor:
 
 
 def _mask(grid: PolarGrid) -> Tensor:
-    """(n_shells, n_inplanes) transform of 1 over the box."""
-    radii, angles = torch.from_numpy(grid.radii)[:, None], torch.from_numpy(grid.angles)
+    """(n_shells, n_inplanes // 2) transform of 1 over the box, over half a turn."""
+    radii, angles = torch.from_numpy(grid.radii)[:, None], torch.from_numpy(grid.angles[: grid.n_inplanes // 2])
     mask: Tensor = 4 * torch.sinc(2 * radii * angles.cos()) * torch.sinc(2 * radii * angles.sin())
     return mask
 

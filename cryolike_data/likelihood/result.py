@@ -14,7 +14,8 @@ from ..rotations import rotation_matrices, rotation_vectors
 class ImageLikelihood:
     """What ``integrated_log_likelihood`` finds about each of B images; float64 tensors on the CPU but for ``template`` (int64).
 
-    An image that holds nothing but a constant, or a pixel that is not finite, has NaN in place of every number.
+    An image that is zero everywhere, which is what normalisation makes of a constant one, or has a pixel that is not finite has NaN in
+    place of every number.
 
     Attributes
     ----------
@@ -57,7 +58,7 @@ def pose_and_shift(rotvecs: Tensor, displacements_A: Tensor, rotations_rad: Tens
     pose : (B, 3) float64 rotation vectors taking the particle frame to the volume frame, radian
     shift_A : (B, 2) float64 translations (x, y) to apply to the images to centre the particles, angstrom
     """
-    # Angles of the grid run from y to x: the image is the template turned by -rotation from x to y, and so is the particle's frame.
+    # Angles of the grid run from y to x, so that the image is the template turned by the rotation from x to y.
     zero = torch.zeros_like(rotations_rad)
     turn = rotation_matrices(torch.stack([zero, zero, rotations_rad], dim=1))
     pose = rotation_vectors(rotation_matrices(rotvecs) @ turn.mT)

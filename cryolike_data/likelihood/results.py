@@ -28,7 +28,8 @@ RECORD = np.dtype(
         ("pose", "<f8", (3,)),
         ("shift_A", "<f8", (2,)),
         ("done", "u1"),
-    ]
+    ],
+    align=True,
 )
 _Shapes = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
 _RECORDS, _MATRIX, _ABOUT = "likelihood.npy", "by_template.npy", "likelihood.json"

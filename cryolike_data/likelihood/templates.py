@@ -24,8 +24,7 @@ _AT_ONCE = 512
 class Templates:
     """Polar Fourier templates without CTF, each with its orientation and its share of the prior.
 
-    Templates are compared at every in-plane rotation of the grid, so that they differ in viewing direction only. Their scale
-    does not matter.
+    Templates are compared at every in-plane rotation of the grid, so that they need to differ in viewing direction only.
 
     Parameters
     ----------
@@ -65,7 +64,8 @@ class Templates:
         object.__setattr__(self, "rotvecs", torch.as_tensor(self.rotvecs).to("cpu", torch.float64))
         for name, wanted in (("rotvecs", (count, 3)), ("log_weights", (count,))):
             value = getattr(self, name)
-            if tuple(value.shape) != wanted or value.isnan().any() or value.max() == math.inf:
+            never = -math.inf if name == "log_weights" else math.nan  # a weight may be zero
+            if tuple(value.shape) != wanted or not (value.isfinite() | (value == never)).all():
                 raise ArgumentError(f"{name} of {count} templates has shape {wanted} and only numbers in it, not {tuple(value.shape)}.")
         largest = self.fourier.abs().amax((-2, -1))
         bad = torch.nonzero(~(largest.isfinite() & (largest > 0))).flatten().tolist()
