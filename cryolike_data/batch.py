@@ -112,6 +112,11 @@ class ParticleBatch:
         """The batch in page-locked memory (``DataLoader(pin_memory=True)`` calls this)."""
         return self.map(lambda tensor: tensor.pin_memory())
 
+    def joined(self, parts: Sequence[Self]) -> Self:
+        """The rows of several batches, this one and others like it, one after the other."""
+        images = concatenate_tensors([part.images for part in parts])
+        return replace(self, images=images, columns=concatenate([part.columns for part in parts]))
+
     def finish(self) -> ParticleBatch:
         """Do what a ``Collate`` in a worker process left for the main process; the batch itself where nothing is left."""
         return self if self.pending is None else self.pending(replace(self, pending=None))
@@ -218,8 +223,9 @@ def _concatenate(parts: list[ParticleBatch]) -> ParticleBatch:
     if len(kinds) > 1:
         told = "\n".join(f"  {shape[-1]} px, {px} A/pixel, columns {', '.join(names)}" for shape, px, names in sorted(kinds))
         raise MixedParticlesError(f"These data sets cannot share a batch:\n{told}\nUse one DataLoader for each kind.")
-    images = concatenate_tensors([part.images for part in parts])
-    return replace(parts[0], images=images, columns=concatenate([part.columns for part in parts]))
+    if len({type(part) for part in parts}) > 1:
+        raise MixedParticlesError("Batches with polar transforms and without them cannot share a batch; use one DataLoader for each.")
+    return parts[0].joined(parts)
 
 
 def _register_default_collate() -> None:

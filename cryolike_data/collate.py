@@ -79,4 +79,4 @@ class Collate:
         pixel_size = self.output_pixel_size(batch)
         if self.device is not None:
             batch = batch.to(self.device, non_blocking=True)
-        return replace(batch, images=self.process_images(batch.images), pixel_size=pixel_size)
+        return ParticleBatch(self.process_images(batch.images), pixel_size, batch.columns)

@@ -157,9 +157,7 @@ def ctf_values(ctf: Ctf[Tensor], frequency: Tensor, angle_rad: Tensor, *, terms:
     The signs of trefoil and beam tilt relative to each other are specter's too, but specter uses both in exp(-i p), against RELION.
     So the common sign of the odd terms is RELION's and not confirmed for CryoSPARC's tables; ``.conj()`` of the result has the other.
     """
-    if isinstance(terms, str) or not set(terms) <= set(_TERM_FIELD):
-        raise ArgumentError(f"terms={terms!r} must be a tuple, list or set of names out of {', '.join(_TERM_FIELD)}.")
-    asked = [term for term in _TERM_FIELD if term in terms]
+    asked = require_terms(terms)
     columns = ctf.require(*_OPTICS, *(_TERM_FIELD[term] for term in asked))
     single = frequency.device.type != "cpu" and frequency.dtype == torch.float32
     dtype = torch.float32 if single else torch.float64
@@ -195,6 +193,13 @@ def ctf_values(ctf: Ctf[Tensor], frequency: Tensor, angle_rad: Tensor, *, terms:
         return value
     phase = wavelength**2 * sum(odd[1:], start=odd[0]) * k**3
     return torch.complex(value * torch.cos(phase), value * torch.sin(phase))
+
+
+def require_terms(terms: Collection[CtfTerm]) -> tuple[CtfTerm, ...]:
+    """The terms, each once and in a fixed order, or an ``ArgumentError`` if one of them is unknown."""
+    if isinstance(terms, str) or not set(terms) <= set(_TERM_FIELD):
+        raise ArgumentError(f"terms={terms!r} must be a tuple, list or set of names out of {', '.join(_TERM_FIELD)}.")
+    return tuple(term for term in _TERM_FIELD if term in terms)
 
 
 def _harmonic(order: int, angle: Tensor, pair: list[Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Self
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .batch import ParticleBatch
 from .collate import Collate
-from .ctf import Ctf, CtfTerm, ctf_values
-from .errors import ArgumentError
+from .ctf import Ctf, CtfTerm, ctf_values, require_terms
+from .errors import ArgumentError, MixedParticlesError
 from .transforms import Downsample, Normalize, PolarGrid, normalize_polar, to_polar
 from .transforms.normalize import NormalizeMethod
 
@@ -50,6 +50,14 @@ class PolarBatch(ParticleBatch):
         ctf = None if self.polar_ctf is None else self.polar_ctf.to(moved.device, non_blocking=non_blocking)
         return replace(moved, fourier=self.fourier.to(moved.device, non_blocking=non_blocking), polar_ctf=ctf)
 
+    def joined(self, parts: Sequence[Self]) -> Self:
+        """The rows of several batches, this one and others like it, one after the other."""
+        if len({part.grid for part in parts}) > 1:
+            raise MixedParticlesError("These batches have polar transforms on different grids; use one DataLoader for each.")
+        ctf = [part.polar_ctf for part in parts if part.polar_ctf is not None]
+        fourier = torch.cat([part.fourier for part in parts])
+        return replace(super().joined(parts), fourier=fourier, polar_ctf=torch.cat(ctf) if ctf else None)
+
     def __repr__(self) -> str:
         with_ctf = "" if self.polar_ctf is None else " and CTF"
         polar = f"polar Fourier transforms{with_ctf} on {self.grid.n_shells} shells x {self.grid.n_inplanes} angles"
@@ -66,7 +74,7 @@ class PolarCollate(Collate):
     ----------
     grid : points of the transforms; they should end at the Nyquist frequency of the images, radius box / 4, or before
     downsample, normalize, device, dtype : see ``Collate``. With float64 all is done in double precision and the transforms are
-        complex128 to a relative accuracy of 1e-12; otherwise they are complex64 to about 1e-5 (see ``PolarTransform``).
+        complex128, for which finufft is asked for 1e-12; otherwise they are complex64, see ``PolarTransform`` for how accurate that is.
     unit_power : scale each transform so that the integral of its squared magnitude is 1 (``normalize_polar``)
     ctf_terms : higher-order terms of the CTF to apply, see ``ctf_values``
     """
@@ -88,7 +96,7 @@ class PolarCollate(Collate):
     ) -> None:
         if not isinstance(grid, PolarGrid):
             raise ArgumentError(f"grid is a PolarGrid, such as PolarGrid.of_box(64), not {grid!r}")
-        given = (downsample, normalize, device, dtype, grid, unit_power, tuple(ctf_terms))
+        given = (downsample, normalize, device, dtype, grid, unit_power, require_terms(ctf_terms))
         for about, value in zip(fields(self), given, strict=True):
             object.__setattr__(self, about.name, value)
         self.__post_init__()
@@ -99,7 +107,7 @@ class PolarCollate(Collate):
         dtype, eps = (torch.complex64, 1e-6) if single else (torch.complex128, 1e-12)
         fourier = to_polar(read.images, self.grid, eps=eps, dtype=dtype)
         if self.unit_power:
-            fourier = normalize_polar(fourier, self.grid)
+            fourier = normalize_polar(fourier, self.grid, out=fourier)
         ctf = read.ctf
         values = None if ctf is None else polar_ctf(ctf, self.grid, read.box * read.pixel_size, dtype=dtype.to_real(), terms=self.ctf_terms)
         return PolarBatch(read.images, read.pixel_size, read.columns, fourier=fourier, polar_ctf=values, grid=self.grid)

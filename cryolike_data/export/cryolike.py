@@ -193,7 +193,8 @@ class CryoLikeFormat(FolderFormat):
                 phys.write(images.numpy())
                 size = images.numpy().nbytes
                 if transform is not None:
-                    transforms = normalize_polar(transform(images), polar).to(self.grid.complex_dtype)
+                    transforms = transform(images)
+                    transforms = normalize_polar(transforms, polar, out=transforms).to(self.grid.complex_dtype)
                     if fourier is not None:
                         fourier.write(transforms.numpy())
                         size += transforms.numpy().nbytes

@@ -20,7 +20,7 @@ from ..errors import ArgumentError, TableError
 from ..polar_batch import PolarBatch
 from ..transforms import PolarGrid
 from .result import ImageLikelihood, pose_and_shift
-from .templates import Templates, require_even
+from .templates import Templates, as_displacements, require_even
 
 #: Bytes that the arrays of one step take by default: on a CPU (True) few enough for its caches.
 _MEMORY_BYTES = {True: 64 << 20, False: 4 << 30}
@@ -68,17 +68,8 @@ def integrated_log_likelihood(
     TableError
         if the table has no optics
     """
-    if not isinstance(batch, PolarBatch):
-        raise ArgumentError("The batch has no polar transforms; make it by stream(..., polar=templates.grid) or PolarCollate(grid).")
-    _check(batch, templates)
-    tried = torch.as_tensor(displacements_A).to("cpu", torch.float64)
-    if tried.ndim != 2 or tried.shape[1] != 2 or len(tried) == 0 or not tried.isfinite().all():
-        raise ArgumentError(f"displacements_A is (n, 2): (x, y) in angstrom, with n > 0, not {tuple(tried.shape)}")
-    if memory_bytes is not None and memory_bytes < 1:
-        raise ArgumentError(f"memory_bytes is positive, not {memory_bytes}")
-    if len(batch) == 0:
-        raise ArgumentError("The batch is empty.")
-    images = _Images.of(batch)
+    tried = as_displacements(displacements_A)
+    images = _Images.of(require_fit(batch, templates, memory_bytes))
     found = _Found.nothing(len(batch), len(templates), images)
     for step in _steps(images, templates, tried, _MEMORY_BYTES[images.on_cpu] if memory_bytes is None else memory_bytes):
         found.add(step, *images.compare(step))
@@ -238,7 +229,13 @@ def _result(images: _Images, found: _Found, templates: Templates, displacements_
     return ImageLikelihood((given + priors).logsumexp(1), template, displacement, rotation, pose, shift, given if by_template else None)
 
 
-def _check(batch: PolarBatch, templates: Templates) -> None:
+def require_fit(batch: ParticleBatch, templates: Templates, memory_bytes: int | None) -> PolarBatch:
+    """The batch, or an error if ``integrated_log_likelihood`` does not take these."""
+    if not isinstance(batch, PolarBatch) or len(batch) == 0:
+        what = "has no polar transforms" if len(batch) else "is empty"
+        raise ArgumentError(f"The batch {what}; make it by stream(..., polar=templates.grid) or PolarCollate(grid).")
+    if memory_bytes is not None and memory_bytes < 1:
+        raise ArgumentError(f"memory_bytes is positive, not {memory_bytes}")
     require_even(batch.grid)
     if batch.grid != templates.grid:
         raise ArgumentError(f"Images and templates must share a grid; the images' is {batch.grid}, the templates' {templates.grid}.")
@@ -247,6 +244,7 @@ def _check(batch: PolarBatch, templates: Templates) -> None:
             f"Images and templates must share a box; the images' is {batch.box_A:.6g} A, the templates' {templates.box_A:.6g} A."
         )
     _ctf(batch)
+    return batch
 
 
 def _ctf(batch: PolarBatch) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import shutil
 import uuid
@@ -31,8 +33,12 @@ RECORD = np.dtype(
     ],
     align=True,
 )
-_Shapes = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
 _RECORDS, _MATRIX, _ABOUT = "likelihood.npy", "by_template.npy", "likelihood.json"
+_KIND = "likelihood"
+_Shapes = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
+
+#: Another process may put results of the same kind in the place of others at any moment: so often is looked again.
+_TRIALS = 5
 
 
 class Results:
@@ -43,17 +49,19 @@ class Results:
     folder : where they are kept; in memory if None
     count : number of particles
     templates : columns of the matrix of images by templates; 0 for no matrix
-    about : what the results are made from; those that were made from something else are not continued
-    overwrite : remove results that were made from something else
+    about : what the results are made from, as plain values; those that were made from something else are not continued
+    overwrite : replace results that were made from something else
 
     Raises
     ------
     ExportExistsError
         if something else is in the folder; says what differs
+    ExportError
+        if the folder cannot be written, or what is there is damaged
     """
 
     def __init__(self, folder: Path | None, count: int, templates: int, about: dict[str, Any], *, overwrite: bool) -> None:
-        self._folder = folder
+        self._folder, self._count = folder, count
         self._files: dict[str, int] = {}
         if folder is None:
             self._records = np.zeros(count, RECORD)
@@ -61,19 +69,27 @@ class Results:
         shapes: _Shapes = {_RECORDS: (RECORD, (count,))}
         if templates:
             shapes[_MATRIX] = (np.dtype("<f8"), (count, templates))
-        _take_place(folder, shapes, about, overwrite)
-        self._records = np.load(folder / _RECORDS, mmap_mode="r", allow_pickle=False)
-        try:
-            self._files = {name: os.open(folder / name, os.O_WRONLY) for name in shapes}
-        except OSError as error:
-            raise ExportError(f"{folder} cannot be written: {error}") from error
-        self._offsets = {
-            name: os.path.getsize(folder / name) - dtype.itemsize * int(np.prod(shape)) for name, (dtype, shape) in shapes.items()
-        }
+        self._shapes = shapes
+        about = {"kind": _KIND} | about
+        for trial in range(_TRIALS):
+            _take_place(folder, shapes, about, overwrite)
+            try:
+                self._files = {name: os.open(folder / name, os.O_RDWR) for name in shapes}
+                break
+            except FileNotFoundError:
+                if trial == _TRIALS - 1:
+                    raise
+            except OSError as error:
+                raise ExportError(f"{folder} cannot be written: {error}") from error
 
     def has(self, rows: range) -> bool:
         """Whether all of these are there."""
-        return bool(self._records["done"][rows.start : rows.stop].all())
+        if self._folder is None:
+            return bool(self._records["done"][rows.start : rows.stop].all())
+        # Not by way of a map, which a full disk turns into an error that ends the process.
+        size = RECORD.itemsize
+        found = os.pread(self._files[_RECORDS], len(rows) * size, self._offset(_RECORDS) + rows.start * size)
+        return len(found) == len(rows) * size and bool(np.frombuffer(found, RECORD)["done"].all())
 
     def write(self, rows: range, table_rows: np.ndarray, uid: np.ndarray, found: ImageLikelihood) -> None:
         """Keep what was found about these rows of the data set."""
@@ -89,26 +105,29 @@ class Results:
         self._put(_RECORDS, rows.start, block)
 
     def records(self) -> np.ndarray:
-        """All records so far."""
-        return self._records
+        """All records so far; a read-only map of the file where there is one."""
+        if self._folder is None:
+            return self._records
+        return np.memmap(self._folder / _RECORDS, RECORD, "r", self._offset(_RECORDS), (self._count,))
 
     def close(self) -> None:
         """Close the files."""
         while self._files:
             os.close(self._files.popitem()[1])
 
+    def _offset(self, name: str) -> int:
+        return len(_header(*self._shapes[name]))
+
     def _put(self, name: str, first: int, block: np.ndarray) -> None:
-        # Not by way of a map, because a full disk would then end the process.
         content = memoryview(block.tobytes())
-        offset = self._offsets[name] + first * block[:1].nbytes
+        offset = self._offset(name) + first * block[:1].nbytes
         try:
             while content:
                 written = os.pwrite(self._files[name], content, offset)
                 content, offset = content[written:], offset + written
         except OSError as error:
-            raise ExportError(
-                f"{self._folder}/{name} cannot be written: {error}. What is there is kept; the same call continues it."
-            ) from error
+            what = f"{self._folder}/{name} cannot be written: {error}"
+            raise ExportError(f"{what}. What is there is kept; the same call continues it.") from error
 
 
 def _take_place(folder: Path, shapes: _Shapes, about: dict[str, Any], overwrite: bool) -> None:
@@ -116,25 +135,30 @@ def _take_place(folder: Path, shapes: _Shapes, about: dict[str, Any], overwrite:
 
     The folder appears with all of its files at once: of processes that begin together one makes it, and the others find it.
     """
-    if _is_ours(folder, about, overwrite):
+    if _is_ours(folder, shapes, about, overwrite):
         return
     make_folder(folder.parent)
-    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    new, old = beside.with_suffix(".new"), beside.with_suffix(".old")
+    new, old = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.{which}") for which in ("new", "old"))
     try:
         new.mkdir()
         for name, (dtype, shape) in shapes.items():
-            np.lib.format.open_memmap(new / name, mode="w+", dtype=dtype, shape=shape)
+            with (new / name).open("wb") as file:
+                header = _header(dtype, shape)
+                file.write(header)
+                file.truncate(len(header) + _numbers(dtype, shape))
         (new / _ABOUT).write_text(json.dumps(about, indent=1))
         if overwrite and folder.exists():
             os.rename(folder, old)
-            if _about(old) == about:  # another process was faster
+            if _about(old) == about and not _damage(old, shapes):  # another process was faster
                 os.rename(old, folder)
         try:
             os.rename(new, folder)
         except OSError:
-            if not _is_ours(folder, about, False):
+            if not _is_ours(folder, shapes, about, False):
                 raise
+    except FileNotFoundError:
+        if not (overwrite and _is_ours(folder, shapes, about, False)):  # another process has moved away what was to be replaced
+            raise
     except OSError as error:
         raise ExportError(f"{folder} cannot be written: {error}") from error
     finally:
@@ -142,27 +166,63 @@ def _take_place(folder: Path, shapes: _Shapes, about: dict[str, Any], overwrite:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _is_ours(folder: Path, about: dict[str, Any], overwrite: bool) -> bool:
-    """Whether the folder holds results of the same kind; False if there is nothing, or what may be replaced."""
+def _is_ours(folder: Path, shapes: _Shapes, about: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the folder holds these results; False if there is nothing, or what may be replaced.
+
+    Raises
+    ------
+    ExportExistsError, ExportError
+        if it holds something else, or is damaged
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     there = _about(folder)
-    if there is None:
-        raise ExportExistsError(f"{folder} exists and holds something else than results of a likelihood; choose another output.")
+    others = [] if there is None else sorted({path.name for path in folder.iterdir()} - {_RECORDS, _MATRIX, _ABOUT})
+    if there is None or (overwrite and others):
+        what = f", such as {others[0]}" if others else ""
+        raise ExportExistsError(f"{folder} exists and holds something else than results of a likelihood{what}; choose another output.")
     if there == about:
-        return True
+        damage = _damage(folder, shapes)
+        if damage and not overwrite:
+            raise ExportError(f"{damage}; results cannot be continued there. Choose another output, or pass overwrite=True to begin anew.")
+        return not damage
     if overwrite:
         return False
-    told = "\n".join(f"  {line}" for line in differences(there, about))
-    raise ExportExistsError(
-        f"{folder} holds results that were made from something else:\n{told}\nChoose another output, or pass overwrite=True."
-    )
+    told = [f"  {line}" for line in differences(there, about)]
+    what = f"{folder} holds results that were made from something else:"
+    raise ExportExistsError("\n".join([what, *told, "Choose another output, or pass overwrite=True."]))
 
 
 def _about(folder: Path) -> dict[str, Any] | None:
     """What the results in a folder were made from, or None if there are none."""
     try:
-        found: dict[str, Any] = json.loads((folder / _ABOUT).read_text())
+        found = json.loads((folder / _ABOUT).read_text())
     except (OSError, ValueError):
         return None
-    return found
+    return found if isinstance(found, dict) and found.get("kind") == _KIND else None
+
+
+def _damage(folder: Path, shapes: _Shapes) -> str:
+    """What is wrong with the files of results; nothing if they are whole."""
+    for name, (dtype, shape) in shapes.items():
+        header, path = _header(dtype, shape), folder / name
+        try:
+            with path.open("rb") as file:
+                whole = file.read(len(header)) == header and os.fstat(file.fileno()).st_size == len(header) + _numbers(dtype, shape)
+        except OSError as error:
+            return f"{path} cannot be read: {error}"
+        if not whole:
+            return f"{path} is cut short or not what was written here"
+    return ""
+
+
+def _header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """What stands before the numbers in an npy file."""
+    content = io.BytesIO()
+    np.lib.format.write_array_header_1_0(content, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
+    return content.getvalue()
+
+
+def _numbers(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+    """Bytes of the numbers in it."""
+    return dtype.itemsize * math.prod(shape)

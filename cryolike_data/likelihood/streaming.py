@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import operator
 import os
+import warnings
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,16 +17,20 @@ from ..ctf import CtfTerm
 from ..dataset import ParticleDataset
 from ..errors import ArgumentError
 from ..fingerprint import fingerprint
+from ..polar_batch import PolarCollate
 from ..progress import Progress
 from ..sampler import ParticleSampler, place_among_ranks
-from ..stream import stream
+from ..stream import ParticleStream
 from ..transforms import Downsample, Normalize
 from ..transforms.normalize import NormalizeMethod
-from .integrated import integrated_log_likelihood
+from .integrated import integrated_log_likelihood, require_fit
 from .results import Results
-from .templates import Templates
+from .templates import Templates, as_displacements
 
 log = logging.getLogger(__name__)
+
+#: Batches that are read ahead.
+_PREFETCH = 3
 
 
 def stream_likelihood(
@@ -85,6 +91,7 @@ def stream_likelihood(
     ArgumentError, TableError
         if images and templates do not fit each other, or the table has no optics
     """
+    batch_size = operator.index(batch_size)
     if batch_size < 1:
         raise ArgumentError(f"batch_size is at least 1, not {batch_size}")
     if dtype not in (torch.float32, torch.float64):
@@ -93,23 +100,31 @@ def stream_likelihood(
         raise ArgumentError("by_template needs output=: the matrix of all particles by all templates is written there")
     rank, world_size = place_among_ranks(rank, world_size)
     chosen = templates.to(templates.device if device is None else device, dtype.to_complex())
-    tried = torch.as_tensor(displacements_A)
-    about = {
-        "particles": len(dataset),
-        "inputs": fingerprint(dataset),
-        "templates": chosen.about(),
-        "displacements_A": tried.tolist(),
-        "settings": {
-            "batch_size": batch_size,
-            "downsample": repr(downsample),
-            "normalize": repr(Normalize(normalize) if isinstance(normalize, str) else normalize),
-            "unit_power": unit_power,
-            "ctf_terms": sorted(ctf_terms),
-            "dtype": str(dtype).removeprefix("torch."),
-            "by_template": by_template,
-        },
-    }
+    tried = as_displacements(displacements_A)
+    collate = PolarCollate(
+        chosen.grid,
+        downsample=downsample,
+        normalize=normalize,
+        dtype=dtype,
+        unit_power=unit_power,
+        ctf_terms=ctf_terms,
+        device=chosen.device,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a constant image, which is told when its turn comes
+        require_fit(collate(dataset.batch([0])), chosen, memory_bytes)  # before anything is written
     folder = None if output is None else Path(output).expanduser().resolve()
+    settings = {
+        "batch_size": batch_size,
+        "downsample": repr(downsample),
+        "normalize": repr(Normalize(normalize) if isinstance(normalize, str) else normalize),
+        "unit_power": unit_power,
+        "ctf_terms": list(collate.ctf_terms),
+        "dtype": str(dtype).removeprefix("torch."),
+        "by_template": by_template,
+    }
+    about = {} if folder is None else _about(dataset, chosen, tried) | {"settings": settings}
+    unknown = 0
     with closing(Results(folder, len(dataset), len(templates) if by_template else 0, about, overwrite=overwrite)) as results:
         mine = [range(start, min(start + batch_size, len(dataset))) for start in range(0, len(dataset), batch_size)][rank::world_size]
         left = [rows for rows in mine if not results.has(rows)]
@@ -120,24 +135,24 @@ def stream_likelihood(
             # Batches that are left are whole, but for the very last one of all: a stream over their rows cuts them out again.
             rows_left = np.concatenate([np.asarray(rows) for rows in left]) if left else np.empty(0, np.int64)
             part = dataset if len(rows_left) == len(dataset) else dataset.select(rows_left)
-            batches = stream(
-                part,
-                sampler=ParticleSampler(part, batch_size, shuffle=False, rank=0, world_size=1),
-                downsample=downsample,
-                normalize=normalize,
-                device=chosen.device,
-                dtype=dtype,
-                polar=chosen.grid,
-                unit_power=unit_power,
-                ctf_terms=ctf_terms,
-            )
+            sampler = ParticleSampler(part, batch_size, shuffle=False, rank=0, world_size=1)
+            batches = ParticleStream(part, sampler, collate, chosen.device, _PREFETCH)
             with batches:
                 for rows, batch in zip(left, batches, strict=True):
                     found = integrated_log_likelihood(batch, chosen, tried, by_template=by_template, memory_bytes=memory_bytes)
+                    unknown += int(found.log_likelihood.isnan().sum())
                     results.write(rows, dataset.particles.row[rows.start : rows.stop], batch.uid.cpu().numpy().view(np.uint64), found)
                     bar.advance(len(rows))
-        records = results.records()
-        unknown = int((np.isnan(records["log_likelihood"]) & (records["done"] == 1)).sum())
         if unknown:
-            log.warning("%d of %d images are constant or not finite; their results are NaN.", unknown, len(dataset))
-        return records
+            log.warning("%d of %d images are constant or not finite; their results are NaN.", unknown, sum(map(len, left)))
+        return results.records()
+
+
+def _about(dataset: ParticleDataset, templates: Templates, displacements_A: torch.Tensor) -> dict[str, Any]:
+    """What results are made from but for settings, as plain values."""
+    return {
+        "particles": len(dataset),
+        "inputs": fingerprint(dataset),
+        "templates": templates.about(),
+        "displacements_A": displacements_A.tolist(),
+    }

@@ -59,6 +59,7 @@ class Templates:
         if not 0 < self.box_A < math.inf:
             raise ArgumentError(f"box_A={self.box_A} (angstrom) must be positive.")
         weights = torch.full((count,), -math.log(count), dtype=torch.float64) if self.log_weights is None else self.log_weights
+        object.__setattr__(self, "box_A", float(self.box_A))
         # Small, and looked into for single particles: they stay on the CPU.
         object.__setattr__(self, "log_weights", torch.as_tensor(weights).to("cpu", torch.float64))
         object.__setattr__(self, "rotvecs", torch.as_tensor(self.rotvecs).to("cpu", torch.float64))
@@ -154,6 +155,17 @@ def displacement_grid(radius_A: float, step_A: float) -> Tensor:
     along = torch.arange(-count, count + 1, dtype=torch.float64) * step_A
     grid = torch.cartesian_prod(along, along)
     return grid[grid.norm(dim=1) <= radius_A * (1 + 1e-9)]
+
+
+def as_displacements(displacements_A: Any) -> Tensor:
+    """Displacements as an (n, 2) float64 tensor on the CPU, or an ``ArgumentError``."""
+    try:
+        tried = torch.as_tensor(displacements_A).to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"displacements_A is (n, 2) numbers: (x, y) in angstrom. {error}") from error
+    if tried.ndim != 2 or tried.shape[1] != 2 or len(tried) == 0 or not tried.isfinite().all():
+        raise ArgumentError(f"displacements_A is (n, 2): (x, y) in angstrom, with n > 0, not {tuple(tried.shape)}")
+    return tried
 
 
 def require_even(grid: PolarGrid) -> None:
