@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import resource
+import shutil
 import struct
 import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mrcfile
 import numpy as np
+import pytest
 import torch
 from scipy.special import roots_jacobi
 
@@ -259,3 +263,29 @@ EXPORTS: dict[str, dict[str, Any]] = {
 def results(folder: Path) -> list[str]:
     """Files of an export that are there, without those that say how far it is."""
     return [name for name in contents(folder) if not name.startswith(".export/")]
+
+
+@contextlib.contextmanager
+def no_file_larger_than(size: int) -> Iterator[None]:
+    """As on a full disk, for whoever writes more than so many bytes to one file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def disk_of(folder: Path, size: str) -> Iterator[Path]:
+    """A file system in memory of a size such as "6m", or a skip that says why there is none."""
+    folder.mkdir()
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a tmpfs needs root and mount(8)")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from killing import MODES, SETTINGS, UNIT
-from support import EXPORTS, contents, run_python, write_particles
+from support import EXPORTS, contents, disk_of, no_file_larger_than, run_python, write_particles
 
 from cryolike_data import IndexedDataset
 from cryolike_data.errors import ExportError
@@ -57,16 +54,6 @@ def test_an_export_killed_at_any_moment_is_never_taken_for_whole_and_ends_as_an_
 # --- a full disk
 
 
-@contextmanager
-def no_file_larger_than(size: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("room", ["nothing", "no unit", "all units but not for the rest"])
 def test_a_file_that_cannot_grow_is_named_and_the_same_call_ends_as_an_undisturbed_one(tmp_path, kind, room):
@@ -94,16 +81,9 @@ def test_a_file_that_cannot_grow_is_named_and_the_same_call_ends_as_an_undisturb
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system in memory with room for 6 MB, or a skip that says why there is none."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("mounting a tmpfs needs root and mount(8)")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", folder], capture_output=True, text=True, check=False)
-    if mounted.returncode != 0:
-        pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    """A file system with room for 6 MB."""
+    with disk_of(tmp_path / "disk", "6m") as disk:
+        yield disk
 
 
 @pytest.mark.parametrize("kind", FORMATS)

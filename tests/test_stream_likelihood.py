@@ -6,12 +6,9 @@ import json
 import logging
 import math
 import os
-import resource
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,18 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial.transform import Rotation
-from support import contents, numbered_images, open_files, own_threads, run_python, uids, write_particles, write_stack
+from support import (
+    contents,
+    disk_of,
+    no_file_larger_than,
+    numbered_images,
+    open_files,
+    own_threads,
+    run_python,
+    uids,
+    write_particles,
+    write_stack,
+)
 
 import cryolike_data.likelihood.streaming as streaming
 from cryolike_data import Downsample, IndexedDataset
@@ -574,16 +582,6 @@ def test_nothing_is_written_but_the_results(table, templates, tmp_path, monkeypa
 # --- a full disk
 
 
-@contextmanager
-def no_file_larger_than(size: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("limit", [10, 1000])
 def test_files_for_which_there_is_no_room_are_an_error_and_nothing_is_left(ds, templates, out, undisturbed, limit):
     with no_file_larger_than(limit), pytest.raises(ExportError, match=r"out cannot be written: .*File too large"):
@@ -613,16 +611,9 @@ def test_a_disk_that_is_full_in_the_middle_loses_nothing_and_the_same_call_goes_
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system in memory with room for 200 kB, or a skip that says why there is none."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("mounting a tmpfs needs root and mount(8)")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", folder], capture_output=True, text=True, check=False)
-    if mounted.returncode != 0:
-        pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    """A file system with room for 200 kB."""
+    with disk_of(tmp_path / "disk", "200k") as disk:
+        yield disk
 
 
 def test_a_disk_that_fills_up_is_told_and_the_same_call_goes_on_when_there_is_room(ds, small_disk, tmp_path):

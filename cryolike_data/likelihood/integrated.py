@@ -160,7 +160,7 @@ class _Images:
         sums = torch.fft.irfft(torch.bmm(self.spectra, step.spectra), n=self.n_inplanes, dim=0).permute(1, 2, 0)
         b, isx = sums.reshape(2, len(self.constant), -1, step.displacements, self.n_inplanes)
         # In place, because these arrays are what takes the memory.
-        a = torch.sub(ixx, isx.square_(), out=isx)
+        a = torch.addcmul(ixx, isx, isx, value=-1, out=isx)
         tiny = 8 * torch.finfo(a.dtype).eps
         torch.maximum(a, tiny * ixx, out=a)  # of a template that is all background, rounding is left
         value = b.square_().div_(a).clamp_(max=1 - tiny).neg_().log1p_().mul_(-self.half_n)
