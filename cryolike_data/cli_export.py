@@ -155,4 +155,5 @@ def _told(report: ExportReport, kind: str) -> str:
 
 def _log_progress() -> None:
     """Where there is no terminal for a bar, its log lines are shown."""
-    logging.getLogger("cryolike_data").setLevel(logging.INFO)
+    for name in ("export", "progress"):
+        logging.getLogger(f"cryolike_data.{name}").setLevel(logging.INFO)

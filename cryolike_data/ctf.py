@@ -158,7 +158,7 @@ def ctf_values(ctf: Ctf[Tensor], frequency: Tensor, angle_rad: Tensor, *, terms:
     So the common sign of the odd terms is RELION's and not confirmed for CryoSPARC's tables; ``.conj()`` of the result has the other.
     """
     asked = require_terms(terms)
-    columns = ctf.require(*_OPTICS, *(_TERM_FIELD[term] for term in asked))
+    columns = require_optics(ctf, asked)
     single = frequency.device.type != "cpu" and frequency.dtype == torch.float32
     dtype = torch.float32 if single else torch.float64
     k, angle = frequency.to(dtype), angle_rad.to(frequency.device, dtype)
@@ -193,6 +193,12 @@ def ctf_values(ctf: Ctf[Tensor], frequency: Tensor, angle_rad: Tensor, *, terms:
         return value
     phase = wavelength**2 * sum(odd[1:], start=odd[0]) * k**3
     return torch.complex(value * torch.cos(phase), value * torch.sin(phase))
+
+
+def require_optics(ctf: Ctf[ArrayT] | None, terms: Collection[CtfTerm] = ()) -> list[ArrayT]:
+    """What a CTF takes of the optics, and then the columns of the terms, or a ``TableError`` naming all that are absent."""
+    known = Ctf[ArrayT]() if ctf is None else ctf
+    return known.require(*_OPTICS, *(_TERM_FIELD[term] for term in require_terms(terms)))
 
 
 def require_terms(terms: Collection[CtfTerm]) -> tuple[CtfTerm, ...]:

@@ -58,7 +58,7 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     meaning = {
         "inputs.table": "the particles or their order, optics or poses",
         "inputs.stacks": "the input stacks (their paths, sizes or modification times)",
-        "templates.numbers": "the templates",
+        "templates.sketch": "the templates",
         "displacements_A": "the displacements",
     }
     told = []

@@ -16,6 +16,7 @@ from .ctf import Ctf, CtfTerm, ctf_values, require_terms
 from .errors import ArgumentError, MixedParticlesError
 from .transforms import Downsample, Normalize, PolarGrid, normalize_polar, to_polar
 from .transforms.normalize import NormalizeMethod
+from .transforms.polar_grid import require_within_nyquist
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -72,7 +73,7 @@ class PolarCollate(Collate):
 
     Parameters
     ----------
-    grid : points of the transforms; they should end at the Nyquist frequency of the images, radius box / 4, or before
+    grid : points of the transforms, which end at the Nyquist frequency of the images after downsampling, radius box / 4, or before
     downsample, normalize, device, dtype : see ``Collate``. With float64 all is done in double precision and the transforms are
         complex128, for which finufft is asked for 1e-12; otherwise they are complex64, see ``PolarTransform`` for how accurate that is.
     unit_power : scale each transform so that the integral of its squared magnitude is 1 (``normalize_polar``)
@@ -103,6 +104,7 @@ class PolarCollate(Collate):
 
     def _process(self, batch: ParticleBatch) -> PolarBatch:
         read = super()._process(batch)
+        require_within_nyquist(self.grid, read.box)
         single = self.dtype != torch.float64
         dtype, eps = (torch.complex64, 1e-6) if single else (torch.complex128, 1e-12)
         fourier = to_polar(read.images, self.grid, eps=eps, dtype=dtype)

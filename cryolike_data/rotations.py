@@ -35,7 +35,7 @@ def rotation_matrices(rotvecs: Tensor) -> Tensor:
     if rotvecs.ndim != 2 or rotvecs.shape[-1] != 3:
         raise ArgumentError(f"Rotation vectors are an (S, 3) tensor, x, y, z in radian; these are {tuple(rotvecs.shape)}.")
     # Rodrigues' formula with sin(t)/t and (1 - cos(t))/t^2 = (sin(t/2)/(t/2))^2 / 2, smooth at zero. Not torch's matrix_exp, which
-    # is off by up to 1e-10 for a single small rotation (pytorch issue 196592).
+    # loses digits for a single small rotation (pytorch issue 196592).
     vectors = rotvecs.double()
     x, y, z = vectors.unbind(-1)
     zero = torch.zeros_like(x)

@@ -291,6 +291,11 @@ def test_particles_of_one_batch_collate_with_their_transforms(batch: PolarBatch)
     same_polar_batch(torch.utils.data.default_collate([batch[8], batch[0], batch[3]]), batch[[8, 0, 3]])
 
 
+def test_a_grid_beyond_the_nyquist_frequency_of_what_is_left_of_the_images_is_refused(ds: IndexedDataset) -> None:
+    with pytest.raises(ArgumentError, match=r"beyond 2, the Nyquist frequency of 8 pixels.*PolarGrid\.of_box\(8\)"):
+        PolarCollate(PolarGrid.of_box(BOX), downsample=Downsample(box=8))(ds.batch(range(2)))
+
+
 def test_batches_on_different_grids_do_not_collate(batch: PolarBatch) -> None:
     other = PolarCollate(PolarGrid(4.0, 0.5, 8))(ParticleBatch(batch.images, batch.pixel_size, batch.columns))
     with pytest.raises(MixedParticlesError, match="different grids"):

@@ -130,7 +130,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "double": {"dtype": torch.float64},
     "small": {"downsample": Downsample(box=12), "dtype": torch.float64},
-    "raw": {"normalize": None, "unit_power": False},
+    "raw": {"unit_power": False},
     "std": {"normalize": "std", "ctf_terms": ("beam_tilt",)},
     "cpu": {"device": "cpu", "memory_bytes": 10_000},
 }
@@ -351,12 +351,11 @@ STRUCK_AT_A_RENAME = (
 TOGETHER = (
     FORKED
     + """
-    for attempt in range(3):
-        for options in ({}, {"dtype": torch.float64, "overwrite": True}):
-            children = [start(f"shared{attempt}", rank=rank, world_size=3, **options) for rank in range(3)]
-            print(*[end(child) for child in children], sorted(os.listdir(root)))
-            if not options:
-                assert records(f"shared{attempt}").tobytes() == records("undisturbed").tobytes()
+    for attempt in range(6):
+        children = [start(f"shared{attempt}", rank=rank, world_size=3) for rank in range(3)]
+        print(*[end(child) for child in children])
+        assert records(f"shared{attempt}").tobytes() == records("undisturbed").tobytes()
+    print(sorted(os.listdir(root)))
 """
 )
 
@@ -387,7 +386,59 @@ def test_a_run_killed_while_it_makes_or_replaces_the_folder_is_no_hindrance_to_t
 def test_processes_at_once_write_what_one_process_writes(larger, tmp_path):
     ran = run_python(TOGETHER, larger, tmp_path, timeout=120)
     assert (ran.returncode, ran.stderr) == (0, "")
-    assert [line.split()[:3] for line in ran.stdout.splitlines()] == [["0", "0", "0"]] * 6
+    *codes, left = ran.stdout.splitlines()
+    assert codes == ["0 0 0"] * 6
+    assert left == str(sorted(["warm", "undisturbed", *(f"shared{attempt}" for attempt in range(6))]))
+
+
+def test_ranks_may_not_overwrite_because_they_could_remove_the_results_of_each_other(ds, templates, out):
+    run(ds, templates, out)
+    before = bytes_of(out)
+    with pytest.raises(ArgumentError, match="overwrite is for a process that is alone"):
+        run(ds, templates, out, dtype=torch.float64, rank=0, world_size=2, overwrite=True)
+    assert bytes_of(out) == before
+
+
+def test_what_a_run_that_was_killed_while_it_replaced_results_has_left_is_removed_by_the_next(ds, templates, out):
+    run(ds, templates, out)
+    for which in ("new", "old"):
+        (out.parent / f".out.0123abcd.{which}").mkdir()
+    run(ds, templates, out, dtype=torch.float64, overwrite=True)
+    assert os.listdir(out.parent) == ["out"]
+
+
+def test_templates_that_were_made_with_another_number_of_threads_are_the_same(demo, tmp_path):
+    particles = IndexedDataset(demo.indexed)
+    threads = torch.get_num_threads()
+    made = []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            made.append(Templates.from_volume(demo.volume, PolarGrid.of_box(32, n_inplanes=16), step_deg=40))
+    finally:
+        torch.set_num_threads(threads)
+    for rank, chosen in enumerate(made):
+        found = stream_likelihood(particles, chosen, [[0, 0]], output=tmp_path / "out", rank=rank, world_size=3, progress=False)
+    assert found["done"].all()
+    lighter = Templates(made[0].fourier * (1 + 1e-3), made[0].grid, made[0].box_A, made[0].rotvecs, made[0].log_weights)
+    with pytest.raises(ExportExistsError, match="the templates differ"):
+        stream_likelihood(particles, lighter, [[0, 0]], output=tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"normalize": None}, 'normalize is "max" or "std"'),
+        ({"normalize": "background"}, 'normalize is "max" or "std"'),
+        ({"downsample": Downsample(box=8)}, "beyond 2, the Nyquist frequency of 8 pixels"),
+        ({"displacements": [[1000.0, 0.0]]}, "out of the box"),
+    ],
+    ids=str,
+)
+def test_what_would_give_wrong_numbers_is_refused_before_anything_is_written(ds, templates, out, options, message):
+    with pytest.raises(ArgumentError, match=message):
+        run(ds, templates, out, **options)
+    assert not out.exists()
 
 
 # --- runs that are stopped, or done already

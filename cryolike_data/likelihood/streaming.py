@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 import operator
 import os
-import warnings
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from ..ctf import CtfTerm
+from ..ctf import CtfTerm, require_optics
 from ..dataset import ParticleDataset
 from ..errors import ArgumentError
 from ..fingerprint import fingerprint
@@ -21,10 +20,10 @@ from ..polar_batch import PolarCollate
 from ..progress import Progress
 from ..sampler import ParticleSampler, place_among_ranks
 from ..stream import ParticleStream
-from ..transforms import Downsample, Normalize
-from ..transforms.normalize import NormalizeMethod
+from ..transforms import Downsample
+from ..transforms.polar_grid import require_within_nyquist
 from .integrated import integrated_log_likelihood, require_fit
-from .results import Results
+from .records import Results
 from .templates import Templates, as_displacements
 
 log = logging.getLogger(__name__)
@@ -41,7 +40,7 @@ def stream_likelihood(
     output: str | os.PathLike[str] | None = None,
     batch_size: int = 256,
     downsample: Downsample | None = None,
-    normalize: NormalizeMethod | Normalize | None = "max",
+    normalize: Literal["max", "std"] = "max",
     unit_power: bool = True,
     ctf_terms: tuple[CtfTerm, ...] = (),
     device: torch.device | str | None = None,
@@ -56,7 +55,7 @@ def stream_likelihood(
     """Log-likelihood and most likely pose of every particle of a data set, see ``integrated_log_likelihood``.
 
     Each batch is read, transformed and compared while the next ones are read; no image is written. With ``output``, the results of
-    a batch are on disk before the next one's, and the same call continues a run that was stopped. A batch holds the same rows
+    a batch are written before the next one's, and the same call continues a run that was stopped. A batch holds the same rows
     whatever the number of ranks, and in whichever run it is done, so that the results are the same too.
 
     Parameters
@@ -68,13 +67,13 @@ def stream_likelihood(
         made from) and, with ``by_template``, ``by_template.npy``. Ranks on several machines need a file system that they share.
     batch_size : particles that are compared at a time
     downsample, normalize, unit_power, ctf_terms : what is done to images and CTF, see ``PolarCollate``. By default images are scaled
-        as CryoLike does; the scale adds a constant to the log-likelihood of each image.
+        as CryoLike does; the scale adds a constant to the log-likelihood of each image. ``normalize`` is one that gives images mean 0.
     device : where the work is done; by default that of the templates
     dtype : float32 or float64
     by_template : also write the (N, S) float64 matrix of log-likelihoods given each template
     memory_bytes : see ``integrated_log_likelihood``; neither it nor ``device`` is part of what a run can be continued with
     rank, world_size : this process among those that share the work; by default as ``torch.distributed`` says
-    overwrite : begin anew where other results are in ``output``
+    overwrite : begin anew where other results are in ``output``; not with several ranks
     progress : show a progress bar; by default on a terminal only, elsewhere a line is logged every so often
 
     Returns
@@ -96,11 +95,19 @@ def stream_likelihood(
         raise ArgumentError(f"batch_size is at least 1, not {batch_size}")
     if dtype not in (torch.float32, torch.float64):
         raise ArgumentError(f"dtype is torch.float32 or torch.float64, not {dtype}")
+    if normalize not in ("max", "std"):
+        raise ArgumentError(f'normalize is "max" or "std", not {normalize!r}: images of another mean than 0 would have a wrong likelihood')
     if by_template and output is None:
         raise ArgumentError("by_template needs output=: the matrix of all particles by all templates is written there")
     rank, world_size = place_among_ranks(rank, world_size)
     chosen = templates.to(templates.device if device is None else device, dtype.to_complex())
-    tried = as_displacements(displacements_A)
+    if world_size > 1 and overwrite:
+        raise ArgumentError(
+            "overwrite is for a process that is alone, because ranks could remove each other's results; remove the folder first"
+        )
+    if len(dataset) == 0:
+        raise ArgumentError("There are no particles: the selection is empty.")
+    tried = as_displacements(displacements_A, templates.box_A)
     collate = PolarCollate(
         chosen.grid,
         downsample=downsample,
@@ -110,14 +117,17 @@ def stream_likelihood(
         ctf_terms=ctf_terms,
         device=chosen.device,
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of a constant image, which is told when its turn comes
-        require_fit(collate(dataset.batch([0])), chosen, memory_bytes)  # before anything is written
+    # What does not fit is found out before anything is written.
+    one = dataset.describe([0])
+    box = one.box if downsample is None else downsample.output_box(one.box)
+    require_fit(chosen.grid, box, collate.output_pixel_size(one), chosen, memory_bytes)
+    require_within_nyquist(chosen.grid, box)
+    require_optics(one.ctf, collate.ctf_terms)
     folder = None if output is None else Path(output).expanduser().resolve()
     settings = {
         "batch_size": batch_size,
         "downsample": repr(downsample),
-        "normalize": repr(Normalize(normalize) if isinstance(normalize, str) else normalize),
+        "normalize": normalize,
         "unit_power": unit_power,
         "ctf_terms": list(collate.ctf_terms),
         "dtype": str(dtype).removeprefix("torch."),

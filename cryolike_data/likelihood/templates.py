@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import ArgumentError
 from ..transforms import PolarGrid
+from ..transforms.polar_grid import require_within_nyquist
 from .projection import project_volume, read_volume, viewing_directions
 
 #: Projections that are made at a time, because they are made in double precision.
 _AT_ONCE = 512
+
+#: Groups of templates of which something is noted, to know them again.
+_SKETCHED = 64
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -65,9 +68,11 @@ class Templates:
         object.__setattr__(self, "rotvecs", torch.as_tensor(self.rotvecs).to("cpu", torch.float64))
         for name, wanted in (("rotvecs", (count, 3)), ("log_weights", (count,))):
             value = getattr(self, name)
+            if tuple(value.shape) != wanted:
+                raise ArgumentError(f"{name} of {count} templates must have shape {wanted}, not {tuple(value.shape)}.")
             never = -math.inf if name == "log_weights" else math.nan  # a weight may be zero
-            if tuple(value.shape) != wanted or not (value.isfinite() | (value == never)).all():
-                raise ArgumentError(f"{name} of {count} templates has shape {wanted} and only numbers in it, not {tuple(value.shape)}.")
+            if not (value.isfinite() | (value == never)).all() or (value == -math.inf).all():
+                raise ArgumentError(f"{name} of {count} templates must be finite numbers (a weight of zero is -inf, but not all may be).")
         largest = self.fourier.abs().amax((-2, -1))
         bad = torch.nonzero(~(largest.isfinite() & (largest > 0))).flatten().tolist()
         if bad:
@@ -76,7 +81,7 @@ class Templates:
     @classmethod
     def from_volume(
         cls,
-        volume: str | os.PathLike[str] | Tensor,
+        volume: str | os.PathLike[str] | Tensor | NDArray[Any],
         grid: PolarGrid,
         *,
         step_deg: float | None = None,
@@ -89,7 +94,7 @@ class Templates:
 
         Parameters
         ----------
-        volume : an MRC map, or a (D, D, D) tensor with axes (z, y, x) whose origin is voxel D // 2. Its box must be as large as
+        volume : an MRC map, or a (D, D, D) tensor or array with axes (z, y, x) whose origin is voxel D // 2. Its box must be as large as
             that of the images, in angstrom; the number of voxels may differ.
         grid : points of the templates
         step_deg : templates look from directions that are so many degrees apart, all over the sphere
@@ -99,13 +104,17 @@ class Templates:
         """
         if (step_deg is None) == (rotvecs is None):
             raise ArgumentError("pass either step_deg= (directions all over the sphere) or rotvecs= (orientations of your own)")
-        if isinstance(volume, Tensor):
-            density = volume
-        else:
-            density, in_header = read_volume(Path(volume))
+        if dtype not in (torch.complex64, torch.complex128):
+            raise ArgumentError(f"dtype of templates is torch.complex64 or torch.complex128, not {dtype}")
+        require_even(grid)
+        if isinstance(volume, str | os.PathLike):
+            density, in_header = read_volume(volume)
             pixel_size = in_header if pixel_size is None else pixel_size
+        else:
+            density = torch.as_tensor(volume)
         if pixel_size is None:
-            raise ArgumentError("a volume that is a tensor needs pixel_size= (angstrom)")
+            raise ArgumentError("a volume that is an array needs pixel_size= (angstrom)")
+        require_within_nyquist(grid, density.shape[-1])
         weights = None
         if step_deg is not None:
             rotvecs, weights = viewing_directions(step_deg)
@@ -118,13 +127,25 @@ class Templates:
         return replace(self, fourier=self.fourier.to(device=device, dtype=dtype))
 
     def about(self) -> dict[str, Any]:
-        """What tells these templates from others, as plain values."""
-        digest = hashlib.blake2b(digest_size=16)
-        for tensor in (self.fourier, self.rotvecs, torch.as_tensor(self.log_weights)):
-            for part in tensor:
-                digest.update(part.cpu().numpy().tobytes())
-        about = {"count": len(self), "box_A": self.box_A, "numbers": digest.hexdigest()}
-        return about | {name: getattr(self.grid, name) for name in ("radius_max", "dist_radii", "n_inplanes")}
+        """What tells these templates from others, as plain values.
+
+        ``sketch`` holds sums over groups of templates, with random signs, of what each is: its product with fixed random numbers in
+        units of its norm, that norm, pose and prior. They are the same but for rounding where templates are made again elsewhere.
+        """
+        grid = {name: getattr(self.grid, name) for name in ("radius_max", "dist_radii", "n_inplanes")}
+        numbers = torch.Generator().manual_seed(0)
+        pattern = torch.randn(self.fourier[0].numel(), dtype=torch.float64, generator=numbers).to(self.device)
+        products = []
+        for template in self.fourier.detach().flatten(1):
+            values = template.to(torch.complex128)
+            norm = torch.linalg.vector_norm(values)
+            products.append(torch.stack([(values.real @ pattern) / norm, (values.imag @ pattern) / norm, norm.log()]))
+        shares = torch.as_tensor(self.log_weights).exp()[:, None] * len(self)
+        features = torch.cat([torch.stack(products).cpu(), self.rotvecs, shares], dim=1)
+        signed = features * torch.randn(len(self), 1, dtype=torch.float64, generator=numbers).sign()
+        groups = min(len(self), _SKETCHED)
+        sketch = torch.zeros(groups, signed.shape[1], dtype=torch.float64).index_add_(0, torch.arange(len(self)) % groups, signed)
+        return grid | {"count": len(self), "box_A": self.box_A, "sketch": sketch.tolist()}
 
     @property
     def device(self) -> torch.device:
@@ -157,7 +178,7 @@ def displacement_grid(radius_A: float, step_A: float) -> Tensor:
     return grid[grid.norm(dim=1) <= radius_A * (1 + 1e-9)]
 
 
-def as_displacements(displacements_A: Any) -> Tensor:
+def as_displacements(displacements_A: Any, box_A: float) -> Tensor:
     """Displacements as an (n, 2) float64 tensor on the CPU, or an ``ArgumentError``."""
     try:
         tried = torch.as_tensor(displacements_A).to("cpu", torch.float64)
@@ -165,6 +186,10 @@ def as_displacements(displacements_A: Any) -> Tensor:
         raise ArgumentError(f"displacements_A is (n, 2) numbers: (x, y) in angstrom. {error}") from error
     if tried.ndim != 2 or tried.shape[1] != 2 or len(tried) == 0 or not tried.isfinite().all():
         raise ArgumentError(f"displacements_A is (n, 2): (x, y) in angstrom, with n > 0, not {tuple(tried.shape)}")
+    if tried.abs().max() > box_A / 2:
+        raise ArgumentError(
+            f"A displacement of {tried.abs().max():g} A moves the template out of the box of {box_A:g} A: are these angstrom?"
+        )
     return tried
 
 

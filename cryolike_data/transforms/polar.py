@@ -7,6 +7,7 @@ Axes are CryoLike's: the first coordinate r cos(theta) belongs to the first imag
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -129,8 +130,10 @@ def to_polar(images: Tensor, grid: PolarGrid, *, eps: float, dtype: torch.dtype 
     box, device = square_box(images), images.device
     a_transform = 2 if grid.n_inplanes % 2 == 0 else 1
     n_trans = max(1, min(_N_TRANS[images.is_cuda], -(-len(images) // a_transform)))
-    key = (grid, box, eps, n_trans, dtype, device, torch.get_num_threads(), _stream_of(device))
+    # A process that was forked must not use the plan of its parent.
+    key = (grid, box, eps, n_trans, dtype, device, torch.get_num_threads(), _stream_of(device), os.getpid())
     if _KEPT.__dict__.get("key") != key:
+        _KEPT.__dict__.clear()  # before there is another one
         _KEPT.transform = PolarTransform(grid, box, eps=eps, n_trans=n_trans, dtype=dtype, device=device)
         _KEPT.key = key
     transform: PolarTransform = _KEPT.transform

@@ -85,6 +85,15 @@ class PolarGrid:
         return np.repeat(shell[:, None], self.n_inplanes, axis=1)
 
 
+def require_within_nyquist(grid: PolarGrid, box: int) -> None:
+    """Raise ``ArgumentError`` if a grid goes beyond what images of ``box`` pixels hold."""
+    if grid.radius_max > box / 4 * (1 + 1e-6):
+        raise ArgumentError(
+            f"The grid goes to radius {grid.radius_max:g}, beyond {box / 4:g}, the Nyquist frequency of {box} pixels, where there are only "
+            f"aliases. Take PolarGrid.of_box({box}), or images that are not downsampled so far."
+        )
+
+
 @lru_cache(maxsize=8)
 def _jacobi_rule(count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Nodes and weights of Gauss-Jacobi quadrature with alpha = 0, beta = 1: the weight function is 1 + x on [-1, 1].

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import json
 import math
@@ -37,8 +38,8 @@ _RECORDS, _MATRIX, _ABOUT = "likelihood.npy", "by_template.npy", "likelihood.jso
 _KIND = "likelihood"
 _Shapes = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
-#: Another process may put results of the same kind in the place of others at any moment: so often is looked again.
-_TRIALS = 5
+#: What templates that are made again may differ by, in relation to their norm: finufft's accuracy depends on the number of threads.
+_ROUNDING = 1e-4
 
 
 class Results:
@@ -50,7 +51,7 @@ class Results:
     count : number of particles
     templates : columns of the matrix of images by templates; 0 for no matrix
     about : what the results are made from, as plain values; those that were made from something else are not continued
-    overwrite : replace results that were made from something else
+    overwrite : replace results that were made from something else, or are damaged; for a process that is alone
 
     Raises
     ------
@@ -70,17 +71,13 @@ class Results:
         if templates:
             shapes[_MATRIX] = (np.dtype("<f8"), (count, templates))
         self._shapes = shapes
-        about = {"kind": _KIND} | about
-        for trial in range(_TRIALS):
-            _take_place(folder, shapes, about, overwrite)
-            try:
-                self._files = {name: os.open(folder / name, os.O_RDWR) for name in shapes}
-                break
-            except FileNotFoundError:
-                if trial == _TRIALS - 1:
-                    raise
-            except OSError as error:
-                raise ExportError(f"{folder} cannot be written: {error}") from error
+        _take_place(folder, shapes, {"kind": _KIND} | about, overwrite)
+        try:
+            for name in shapes:
+                self._files[name] = os.open(folder / name, os.O_RDWR)
+        except OSError as error:
+            self.close()
+            raise ExportError(f"{folder} cannot be written: {error}") from error
 
     def has(self, rows: range) -> bool:
         """Whether all of these are there."""
@@ -133,7 +130,8 @@ class Results:
 def _take_place(folder: Path, shapes: _Shapes, about: dict[str, Any], overwrite: bool) -> None:
     """Make the folder hold files for these results, unless it does already.
 
-    The folder appears with all of its files at once: of processes that begin together one makes it, and the others find it.
+    The folder appears with all of its files at once: of processes that begin together one makes it, and the others find it. Only a process
+    that is alone may overwrite.
     """
     if _is_ours(folder, shapes, about, overwrite):
         return
@@ -147,18 +145,17 @@ def _take_place(folder: Path, shapes: _Shapes, about: dict[str, Any], overwrite:
                 file.write(header)
                 file.truncate(len(header) + _numbers(dtype, shape))
         (new / _ABOUT).write_text(json.dumps(about, indent=1))
-        if overwrite and folder.exists():
-            os.rename(folder, old)
-            if _about(old) == about and not _damage(old, shapes):  # another process was faster
-                os.rename(old, folder)
+        if overwrite:
+            for left in folder.parent.glob(f".{glob.escape(folder.name)}.????????.*"):  # by a run that was killed here
+                if left != new:
+                    shutil.rmtree(left, ignore_errors=True)
+            if folder.exists():
+                os.rename(folder, old)
         try:
             os.rename(new, folder)
         except OSError:
-            if not _is_ours(folder, shapes, about, False):
+            if not _is_ours(folder, shapes, about, False):  # unless another process was faster
                 raise
-    except FileNotFoundError:
-        if not (overwrite and _is_ours(folder, shapes, about, False)):  # another process has moved away what was to be replaced
-            raise
     except OSError as error:
         raise ExportError(f"{folder} cannot be written: {error}") from error
     finally:
@@ -177,20 +174,29 @@ def _is_ours(folder: Path, shapes: _Shapes, about: dict[str, Any], overwrite: bo
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     there = _about(folder)
-    others = [] if there is None else sorted({path.name for path in folder.iterdir()} - {_RECORDS, _MATRIX, _ABOUT})
-    if there is None or (overwrite and others):
-        what = f", such as {others[0]}" if others else ""
-        raise ExportExistsError(f"{folder} exists and holds something else than results of a likelihood{what}; choose another output.")
-    if there == about:
-        damage = _damage(folder, shapes)
-        if damage and not overwrite:
-            raise ExportError(f"{damage}; results cannot be continued there. Choose another output, or pass overwrite=True to begin anew.")
-        return not damage
-    if overwrite:
-        return False
-    told = [f"  {line}" for line in differences(there, about)]
-    what = f"{folder} holds results that were made from something else:"
-    raise ExportExistsError("\n".join([what, *told, "Choose another output, or pass overwrite=True."]))
+    if there is None:
+        raise ExportExistsError(f"{folder} exists and holds something else than results of a likelihood; choose another output.")
+    told = [f"  {line}" for line in differences(_settled(there, about), about)]
+    damage = "" if told else _damage(folder, shapes)
+    if not told and not damage:
+        return True
+    if not overwrite and told:
+        what = f"{folder} holds results that were made from something else:"
+        raise ExportExistsError("\n".join([what, *told, "Choose another output, or pass overwrite=True."]))
+    if not overwrite:
+        raise ExportError(f"{damage}; results cannot be continued there. Choose another output, or pass overwrite=True to begin anew.")
+    others = sorted({path.name for path in folder.iterdir()} - {_RECORDS, _MATRIX, _ABOUT})
+    if others:
+        raise ExportExistsError(f"{folder} also holds {', '.join(others[:3])}, which overwrite=True would remove; choose another output.")
+    return False
+
+
+def _settled(there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
+    """What results were made from, with the numbers of a sketch taken for those of another where they agree but for rounding."""
+    old, new = (about.get("templates", {}).get("sketch") for about in (there, here))
+    if old is None or np.shape(old) != np.shape(new) or not np.allclose(old, new, rtol=_ROUNDING, atol=_ROUNDING):
+        return there
+    return there | {"templates": there["templates"] | {"sketch": new}}
 
 
 def _about(folder: Path) -> dict[str, Any] | None:
