@@ -63,7 +63,8 @@ def export_cryolike(
     dataset : the particles
     folder : where ``phys/``, ``fft/`` and ``plots/`` go
     descriptor : grid and precision, or a CryoLike params file. It describes either the images as stored, and is then
-        reduced together with them, or the images after downsampling, and is then used as it is.
+        reduced together with them, or the images after downsampling, and is then used as it is. Transforms are computed in its
+        precision: see ``PolarTransform`` for how accurate they are in single precision.
     batch_size : images per stack
     n_stacks_max : stop after so many stacks; -1 means no limit
     downsample : how to make the images smaller
@@ -177,7 +178,9 @@ class CryoLikeFormat(FolderFormat):
         drawn: list[Tensor] = []
         # With pairs of images in each transform, a chunk is one call of finufft, whose numbers stay in the cache.
         transform = (
-            PolarTransform(polar, self.grid.n_pixels, eps=self.grid.eps, n_trans=_CHUNK // 2) if self.fourier or self.plots else None
+            PolarTransform(polar, self.grid.n_pixels, eps=self.grid.eps, n_trans=_CHUNK // 2, dtype=self.grid.complex_dtype)
+            if self.fourier or self.plots
+            else None
         )
         phys_shape = (len(rows), self.grid.n_pixels, self.grid.n_pixels)
         fourier_shape = (len(rows), polar.n_shells, polar.n_inplanes)
@@ -194,7 +197,7 @@ class CryoLikeFormat(FolderFormat):
                 size = images.numpy().nbytes
                 if transform is not None:
                     transforms = transform(images)
-                    transforms = normalize_polar(transforms, polar, out=transforms).to(self.grid.complex_dtype)
+                    normalize_polar(transforms, polar, out=transforms)
                     if fourier is not None:
                         fourier.write(transforms.numpy())
                         size += transforms.numpy().nbytes

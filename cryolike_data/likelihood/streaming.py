@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 import os
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from ..transforms import Downsample
 from ..transforms.polar_grid import require_within_nyquist
 from .integrated import integrated_log_likelihood, require_fit
 from .records import Results
+from .result import ImageLikelihood
 from .templates import Templates, as_displacements
 
 log = logging.getLogger(__name__)
@@ -142,20 +144,33 @@ def stream_likelihood(
         with Progress(name, sum(map(len, mine)), show=progress) as bar:
             bar.skip(sum(map(len, mine)) - sum(map(len, left)))
             bar.start()
-            # Batches that are left are whole, but for the very last one of all: a stream over their rows cuts them out again.
-            rows_left = np.concatenate([np.asarray(rows) for rows in left]) if left else np.empty(0, np.int64)
-            part = dataset if len(rows_left) == len(dataset) else dataset.select(rows_left)
-            sampler = ParticleSampler(part, batch_size, shuffle=False, rank=0, world_size=1)
-            batches = ParticleStream(part, sampler, collate, chosen.device, _PREFETCH)
-            with batches:
-                for rows, batch in zip(left, batches, strict=True):
-                    found = integrated_log_likelihood(batch, chosen, tried, by_template=by_template, memory_bytes=memory_bytes)
-                    unknown += int(found.log_likelihood.isnan().sum())
-                    results.write(rows, dataset.particles.row[rows.start : rows.stop], batch.uid.cpu().numpy().view(np.uint64), found)
-                    bar.advance(len(rows))
+            for rows, uid, found in _compared(dataset, left, batch_size, collate, chosen, tried, by_template, memory_bytes):
+                unknown += int(found.log_likelihood.isnan().sum())
+                results.write(rows, dataset.particles.row[rows.start : rows.stop], uid, found)
+                bar.advance(len(rows))
         if unknown:
             log.warning("%d of %d images are constant or not finite; their results are NaN.", unknown, sum(map(len, left)))
         return results.records()
+
+
+def _compared(
+    dataset: ParticleDataset,
+    batches: Sequence[range],
+    batch_size: int,
+    collate: PolarCollate,
+    templates: Templates,
+    displacements_A: torch.Tensor,
+    by_template: bool,
+    memory_bytes: int | None,
+) -> Iterator[tuple[range, np.ndarray, ImageLikelihood]]:
+    """The rows of each batch, their uid and what is found about them; all batches are of one size, but for the last one of the data set."""
+    rows = np.concatenate([np.asarray(each) for each in batches]) if batches else np.empty(0, np.int64)
+    part = dataset if len(rows) == len(dataset) else dataset.select(rows)
+    sampler = ParticleSampler(part, batch_size, shuffle=False, rank=0, world_size=1)
+    with ParticleStream(part, sampler, collate, templates.device, _PREFETCH) as stream:
+        for each, batch in zip(batches, stream, strict=True):
+            found = integrated_log_likelihood(batch, templates, displacements_A, by_template=by_template, memory_bytes=memory_bytes)
+            yield each, batch.uid.cpu().numpy().view(np.uint64), found
 
 
 def _about(dataset: ParticleDataset, templates: Templates, displacements_A: torch.Tensor) -> dict[str, Any]:
