@@ -124,7 +124,8 @@ class Templates:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Templates:
         """The templates on another device, or as another complex dtype."""
-        return replace(self, fourier=self.fourier.to(device=device, dtype=dtype))
+        moved = self.fourier.to(device=device, dtype=dtype)
+        return self if moved is self.fourier else replace(self, fourier=moved)
 
     def about(self) -> dict[str, Any]:
         """What tells these templates from others, as plain values.
