@@ -40,6 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def main(kind: str, table: str, folder: str, how: str, seed: str) -> None:
     """Kill an exporter until it was struck often enough at work; print what was found each time, one JSON object a line."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a program that runs in the background of a shell does not have
     root, rng, end, modes = Path(folder), random.Random(int(seed)), signal.Signals[how], list(MODES[how])
     undisturbed, duration = root / "undisturbed", 0.0
     for _ in range(2):  # the first run reads from the disk
