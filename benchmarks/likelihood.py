@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cryolike_data import IndexedDataset, ParticleDataset, PolarBatch, PolarGrid
-from cryolike_data.likelihood import Templates, displacement_grid, integrated_log_likelihood, stream_likelihood
+from cryolike_data.likelihood import Templates, displacement_grid, integrated_log_likelihood, stream_likelihood, viewing_directions
 from cryolike_data.stream import stream
 from cryolike_data.transforms import to_polar
 
@@ -22,7 +22,6 @@ from .measure import Bound, Figure, Rounds, Settings, in_turn, rate_figure
 POLAR_BOUND: Bound = ("at least", 5.0)
 STREAM_BOUND: Bound = ("at least", 0.90)
 MACHINE_BOUND: Bound = ("at least", 0.40)
-#: 13 displacements. There are as many templates as directions 10 degrees apart on a CPU, 5 degrees on a GPU.
 _DISPLACEMENTS_A = displacement_grid(4, 2)
 _BATCH = {"cpu": 128, "cuda": 512}
 
@@ -30,9 +29,9 @@ _BATCH = {"cpu": 128, "cuda": 512}
 def likelihood(settings: Settings) -> Iterator[Figure]:
     """All figures of Fourier space and likelihood."""
     yield from _polar(settings)
-    yield from on_device(settings, torch.device("cpu"), images=256, templates=422)
+    yield from on_device(settings, torch.device("cpu"), images=256, step_deg=10)
     if torch.cuda.is_available():
-        yield from on_device(settings, torch.device("cuda"), images=8192, templates=1652)
+        yield from on_device(settings, torch.device("cuda"), images=8192, step_deg=5)
     else:
         for case in ("stream_likelihood / likelihood alone", "likelihood / arithmetic or bandwidth"):
             yield Figure("likelihood", f"on a GPU: {case}", note="no GPU at hand")
@@ -63,17 +62,17 @@ def _polar(settings: Settings) -> Iterator[Figure]:
     yield rate_figure("likelihood", f"to_polar {case.format('complex128')}", rates, "img/s", ours=2)
 
 
-def on_device(settings: Settings, device: torch.device, *, images: int, templates: int) -> Iterator[Figure]:
-    """The figures of the likelihood on a device, at 128 pixels and the full grid."""
+def on_device(settings: Settings, device: torch.device, *, images: int, step_deg: float) -> Iterator[Figure]:
+    """The figures of the likelihood on a device, at 128 pixels and the full grid, for as many templates as directions so far apart."""
     project = Project(settings.count(20_000), 20)
     dataset = IndexedDataset(project.make(settings.data)).select(slice(0, settings.count(images)))
     dataset.read(slice(None))  # warm
     grid = PolarGrid.of_box(dataset.box)
-    references = _templates(grid, templates, dataset.box * dataset.pixel_size, device)
+    references = _templates(grid, len(viewing_directions(step_deg)[0]), dataset.box * dataset.pixel_size, device)
     batches = list(_batches(dataset, grid, device))
     rates = in_turn([partial(_alone, batches, references, device), partial(_streamed, dataset, references, device)], settings.repetitions)
     where = "on a GPU: " if device.type == "cuda" else ""
-    size = f"{templates} templates, {len(_DISPLACEMENTS_A)} displacements"
+    size = f"{len(references)} templates, {len(_DISPLACEMENTS_A)} displacements"
     case = f"{where}stream_likelihood, {size} / likelihood alone"
     yield rate_figure("likelihood", case, rates, "img/s", bound=STREAM_BOUND)
     yield _beside_the_machine(settings, batches, references, device, where)

@@ -19,12 +19,19 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoProject:
     return write_project(tmp_path_factory.mktemp("demo") / "project", n_particles=60, box=32, seed=1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of reference files, or a skip that names it."""
     if not SHARED.is_dir():
         pytest.skip(f"reference files are not beside the project ({SHARED.name}/)")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def likelihood_demo(shared: Path) -> dict[str, np.ndarray]:
+    """Inputs and results of CryoLike's likelihood, with the exact ones beside them."""
+    with np.load(shared / "golden/likelihood_demo.npz", allow_pickle=False) as file:
+        return dict(file)
 
 
 @pytest.fixture

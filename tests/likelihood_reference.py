@@ -11,7 +11,8 @@ show it: displaced, then rotated, then times C.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -71,52 +72,24 @@ def electron_wavelength_A(voltage_kv: float, *, charge: float = constants.e, mas
     return float(constants.h / momentum * 1e10)
 
 
-def ctf_cryolike(
-    radii: Real,
-    angles: Real,
-    box_A: float,
-    *,
-    defocus_u_A: ArrayLike,
-    defocus_v_A: ArrayLike,
-    angle_rad: ArrayLike,
-    phase_shift_rad: ArrayLike,
-    spherical_aberration_mm: float,
-    voltage_kv: float,
-    amplitude_contrast: float,
-) -> Real:
-    """The CTF as CryoLike computes it: the angle counts from the first image axis, and the larger defocus always lies along it.
+def ctf_cryolike(radii: Real, angles: Real, box_A: float, *, voltage_kv: float, **optics: Any) -> Real:
+    """The CTF as CryoLike computes it: the angle counts from the first image axis, and the larger defocus always lies along it."""
 
-    Defoci, angle and phase shift may be scalars or (n,) arrays; gives (n_shells, n_inplanes) or (n, n_shells, n_inplanes).
-    """
-    u, v, angle, phase = _per_image(defocus_u_A, defocus_v_A, angle_rad, phase_shift_rad)
-    defocus = (u + v) / 2 + np.abs(u - v) / 2 * np.cos(2 * (angles - angle))
+    def defocus(u: Real, v: Real, angle: Real) -> Real:
+        return (u + v) / 2 + np.abs(u - v) / 2 * np.cos(2 * (angles - angle))
+
     # CryoLike rounds the charge, which shows in the eighth digit of the CTF.
     wavelength = electron_wavelength_A(voltage_kv, charge=1.60217663e-19, mass=9.1093837015e-31)
-    return _ctf(2 * radii[:, None] / box_A, defocus, phase, spherical_aberration_mm, wavelength, amplitude_contrast)
+    return _ctf(2 * radii[:, None] / box_A, wavelength, defocus, **optics)
 
 
-def ctf_true(
-    radii: Real,
-    angles: Real,
-    box_A: float,
-    *,
-    defocus_u_A: ArrayLike,
-    defocus_v_A: ArrayLike,
-    angle_rad: ArrayLike,
-    phase_shift_rad: ArrayLike,
-    spherical_aberration_mm: float,
-    voltage_kv: float,
-    amplitude_contrast: float,
-) -> Real:
-    """The CTF as RELION and CryoSPARC mean it: defocus U lies at ``angle_rad`` from columns (their x) towards rows (their y).
+def ctf_true(radii: Real, angles: Real, box_A: float, *, voltage_kv: float, **optics: Any) -> Real:
+    """The CTF as RELION and CryoSPARC mean it: defocus U lies at ``angle_rad`` from columns (their x) towards rows (their y)."""
 
-    Arguments and result as for ``ctf_cryolike``.
-    """
-    u, v, angle, phase = _per_image(defocus_u_A, defocus_v_A, angle_rad, phase_shift_rad)
-    from_columns = np.pi / 2 - angles
-    defocus = (u + v) / 2 + (u - v) / 2 * np.cos(2 * (from_columns - angle))
-    wavelength = electron_wavelength_A(voltage_kv)
-    return _ctf(2 * radii[:, None] / box_A, defocus, phase, spherical_aberration_mm, wavelength, amplitude_contrast)
+    def defocus(u: Real, v: Real, angle: Real) -> Real:
+        return (u + v) / 2 + (u - v) / 2 * np.cos(2 * (np.pi / 2 - angles - angle))
+
+    return _ctf(2 * radii[:, None] / box_A, electron_wavelength_A(voltage_kv), defocus, **optics)
 
 
 def background(x: Real, y: Real) -> Real:
@@ -223,8 +196,23 @@ def _per_image(*columns: ArrayLike) -> list[Real]:
     return [np.asarray(column, dtype=np.float64)[..., None, None] for column in columns]
 
 
-def _ctf(frequency: Real, defocus: Real, phase: Real, spherical_aberration_mm: float, wavelength: float, amplitude_contrast: float) -> Real:
-    """CTF at ``frequency`` (1/A) for a defocus in angstrom, positive under focus; +amplitude_contrast at frequency 0."""
+def _ctf(
+    frequency: Real,
+    wavelength: float,
+    defocus_of: Callable[[Real, Real, Real], Real],
+    *,
+    defocus_u_A: ArrayLike,
+    defocus_v_A: ArrayLike,
+    angle_rad: ArrayLike,
+    phase_shift_rad: ArrayLike,
+    spherical_aberration_mm: float,
+    amplitude_contrast: float,
+) -> Real:
+    """CTF at ``frequency`` (1/A), +amplitude_contrast at frequency 0; ``defocus_of`` gives the underfocus (A) at each angle.
+
+    Defoci, angle and phase shift may be scalars or (n,) arrays; gives (n_shells, n_inplanes) or (n, n_shells, n_inplanes).
+    """
+    u, v, angle, phase = _per_image(defocus_u_A, defocus_v_A, angle_rad, phase_shift_rad)
     aberration = np.pi / 2 * (spherical_aberration_mm * 1e7) * wavelength**3 * frequency**4
-    gamma = aberration - np.pi * wavelength * frequency**2 * defocus - phase
+    gamma = aberration - np.pi * wavelength * frequency**2 * defocus_of(u, v, angle) - phase
     return -np.sqrt(1 - amplitude_contrast**2) * np.sin(gamma) + amplitude_contrast * np.cos(gamma)

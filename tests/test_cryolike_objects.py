@@ -112,12 +112,6 @@ def cryolike(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 @pytest.fixture
-def likelihood_demo(shared):
-    with np.load(shared / "golden/likelihood_demo.npz") as file:
-        return dict(file)
-
-
-@pytest.fixture
 def likelihood_batch(likelihood_demo):
     """The particles of CryoLike's likelihood demo as a batch in double precision."""
     demo = likelihood_demo

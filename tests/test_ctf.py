@@ -1,7 +1,6 @@
 """The CTF against closed forms and RELION's formula."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -13,8 +12,6 @@ from hypothesis import strategies as st
 from cryolike_data.ctf import Ctf, CtfTerm, ctf_values, electron_wavelength_A, half_plane
 from cryolike_data.errors import ArgumentError, TableError
 from cryolike_data.transforms import PolarGrid
-
-DEMO = Path(__file__).resolve().parents[2] / "shared" / "golden" / "likelihood_demo.npz"
 
 defocus = st.floats(1000, 40000)
 angles = st.floats(-4, 4)
@@ -368,19 +365,17 @@ def test_an_impossible_half_plane_is_refused(box, pixel_size):
 
 
 @pytest.mark.shared
-def test_on_its_grid_it_is_cryolikes_formula():
-    if not DEMO.exists():
-        pytest.skip("shared/golden/likelihood_demo.npz is not beside the repository")
-    with np.load(DEMO) as demo:
-        kept = demo["defocusU"] >= demo["defocusV"]  # elsewhere CryoLike takes |U - V|
-        ctf = optics(
-            *(demo[key][kept] for key in ("defocusU", "defocusV", "defocusAngle")),
-            w=np.full(kept.sum(), 0.1),
-            cs=np.full(kept.sum(), 2.7),
-            kv=np.full(kept.sum(), 300.0),
-            phase=demo["phaseShift"][kept],
-        )
-        theirs, box_A = demo["ctf"][kept], 48 * float(demo["pixel_size"])
+def test_on_its_grid_it_is_cryolikes_formula(likelihood_demo):
+    demo = likelihood_demo
+    kept = demo["defocusU"] >= demo["defocusV"]  # elsewhere CryoLike takes |U - V|
+    ctf = optics(
+        *(demo[key][kept] for key in ("defocusU", "defocusV", "defocusAngle")),
+        w=np.full(kept.sum(), 0.1),
+        cs=np.full(kept.sum(), 2.7),
+        kv=np.full(kept.sum(), 300.0),
+        phase=demo["phaseShift"][kept],
+    )
+    theirs, box_A = demo["ctf"][kept], 48 * float(demo["pixel_size"])
     grid = PolarGrid(9.0, 0.25, 64)
     # CryoLike measures its angle from the first image axis, and so does its grid: the same number stands for both here.
     values = ctf_values(ctf, torch.from_numpy(2 / box_A * grid.radii)[:, None], torch.from_numpy(grid.angles))

@@ -3,7 +3,6 @@
 import os
 import pickle
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +12,6 @@ from hypothesis import strategies as st
 
 from cryolike_data.descriptor import ImageDescriptor, read_npz_without_pickles
 from cryolike_data.errors import ArgumentError, ExportError, ExportExistsError, MissingStackError
-
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
 # key: (dtype, shape) in a file that CryoLike wrote
 LAYOUT = {
@@ -30,13 +27,6 @@ LAYOUT = {
     "use_protein_residue_model": ("|b1", ()),
     "atom_shape": ("<U8", ()),
 }
-
-
-def golden(name):
-    path = GOLDEN / name
-    if not path.exists():
-        pytest.skip(f"shared/golden/{name} is not beside the repository")
-    return path
 
 
 def write_as_cryolike(path, **changes):
@@ -223,14 +213,14 @@ def test_a_descriptor_of_another_grid_is_refused_with_the_right_call(n_pixels, p
     ],
 )
 @pytest.mark.parametrize("file", ["params_input.npz", "fft/particles_fourier_stack_000000.npz"])
-def test_cryolikes_own_files_load(case, values, file):
-    loaded = ImageDescriptor.load(golden(f"{case}/{file}"))
+def test_cryolikes_own_files_load(shared, case, values, file):
+    loaded = ImageDescriptor.load(shared / f"golden/{case}/{file}")
     assert loaded == ImageDescriptor.from_individual_values(**values, n_inplanes=48)
 
 
 @pytest.mark.shared
-def test_cryolikes_own_file_has_our_keys_and_dtypes():
-    members = read_npz_without_pickles(golden("A_indexed/params_input.npz"))
+def test_cryolikes_own_file_has_our_keys_and_dtypes(shared):
+    members = read_npz_without_pickles(shared / "golden/A_indexed/params_input.npz")
     ours = ImageDescriptor.from_individual_values(64, 1.3, n_inplanes=48).to_npz_dict()
     assert list(members) == list(ours)
     for key, theirs in members.items():
@@ -240,8 +230,8 @@ def test_cryolikes_own_file_has_our_keys_and_dtypes():
 
 
 @pytest.mark.shared
-def test_the_stack_file_reads_with_none_where_cryolike_wrote_none():
-    members = read_npz_without_pickles(golden("A_indexed/fft/particles_fourier_stack_000000.npz"))
+def test_the_stack_file_reads_with_none_where_cryolike_wrote_none(shared):
+    members = read_npz_without_pickles(shared / "golden/A_indexed/fft/particles_fourier_stack_000000.npz")
     assert [key for key, value in members.items() if value is None] == [
         "atom_radii",
         "angleRotation",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import likelihood_reference as reference
@@ -58,46 +57,49 @@ def same(found: ImageLikelihood, expected: ImageLikelihood, atol: float = 1e-9) 
 # Against CryoLike's numbers
 
 
-@pytest.fixture(scope="module")
-def golden() -> dict[str, np.ndarray]:
-    path = Path(__file__).resolve().parents[2] / "shared" / "golden" / "likelihood_demo.npz"
-    if not path.exists():
-        pytest.skip("shared/golden/likelihood_demo.npz is not beside the repository")
-    with np.load(path) as file:
-        return dict(file)
-
-
-def of_golden(golden: dict[str, np.ndarray], dtype: torch.dtype) -> ImageLikelihood:
+def of_golden(demo: dict[str, np.ndarray], dtype: torch.dtype) -> ImageLikelihood:
     """From its pixels and optics; CryoLike's angle of astigmatism counts from rows, and so do its displacements."""
-    n, grid = len(golden["phys"]), PolarGrid(float(golden["radius_max"]), float(golden["dist_radii"]), int(golden["n_inplanes"]))
+    n, grid = len(demo["phys"]), PolarGrid(float(demo["radius_max"]), float(demo["dist_radii"]), int(demo["n_inplanes"]))
     names = {"voltage": "voltage_kv", "sphericalAberration": "spherical_aberration_mm", "amplitudeContrast": "amplitude_contrast"}
     names |= {"defocusU": "defocus_u", "defocusV": "defocus_v", "phaseShift": "phase_shift_rad"}
-    table = {ours: np.broadcast_to(golden[theirs], n) for theirs, ours in names.items()}
+    table = {ours: np.broadcast_to(demo[theirs], n) for theirs, ours in names.items()}
     batch = particle_batch(
-        golden["phys"], table | {"astigmatism_angle_rad": np.pi / 2 - golden["defocusAngle"]}, float(golden["pixel_size"])
+        demo["phys"],
+        table | {"astigmatism_angle_rad": np.pi / 2 - demo["defocusAngle"]},
+        float(demo["pixel_size"]),
     )
-    fourier, prior = torch.from_numpy(golden["templates_fourier"]), torch.from_numpy(golden["weights_viewing"]).log()
+    fourier, prior = torch.from_numpy(demo["templates_fourier"]), torch.from_numpy(demo["weights_viewing"]).log()
     polar = PolarCollate(grid, normalize="max", unit_power=True, dtype=dtype)(batch)
     templates = Templates(fourier, grid, polar.box_A, torch.zeros(len(fourier), 3), prior)
-    return integrated_log_likelihood(polar, templates, golden["displacements_A"].T[:, ::-1].copy())
+    return integrated_log_likelihood(polar, templates, demo["displacements_A"].T[:, ::-1].copy())
 
 
 @pytest.mark.shared
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-4), (torch.float32, 1e-3)])
-def test_likelihoods_of_cryolikes_images_are_the_exact_ones(golden: dict[str, np.ndarray], dtype: torch.dtype, atol: float) -> None:
-    found = of_golden(golden, dtype)
-    np.testing.assert_allclose(found.log_likelihood, golden["log_likelihood_exact"], rtol=0, atol=atol)
-    np.testing.assert_array_equal(found.template, golden["optimal_template_M"])
+def test_likelihoods_of_cryolikes_images_are_the_exact_ones(
+    likelihood_demo: dict[str, np.ndarray], dtype: torch.dtype, atol: float
+) -> None:
+    found = of_golden(likelihood_demo, dtype)
+    np.testing.assert_allclose(found.log_likelihood, likelihood_demo["log_likelihood_exact"], rtol=0, atol=atol)
+    np.testing.assert_array_equal(found.template, likelihood_demo["optimal_template_M"])
 
 
 @pytest.mark.shared
-def test_from_cryolikes_own_likelihoods_they_differ_by_its_mask_term_and_weights(golden: dict[str, np.ndarray]) -> None:
-    radii, angles, W = reference.polar_points(float(golden["radius_max"]), float(golden["dist_radii"]), int(golden["n_inplanes"]))
-    few, box = slice(0, 3), golden["phys"].shape[-1]
-    at = (golden["ctf"][few], W, *reference.coordinates(radii, angles), golden["displacements_A"].T.astype(float), box * 2.0, box**2)
-    of = (golden["images_fourier"][few], golden["templates_fourier"], *at, golden["weights_viewing"])
+def test_from_cryolikes_own_likelihoods_they_differ_by_its_mask_term_and_weights(likelihood_demo: dict[str, np.ndarray]) -> None:
+    demo = likelihood_demo
+    radii, angles, W = reference.polar_points(float(demo["radius_max"]), float(demo["dist_radii"]), int(demo["n_inplanes"]))
+    few, box = slice(0, 3), demo["phys"].shape[-1]
+    at = (
+        demo["ctf"][few],
+        W,
+        *reference.coordinates(radii, angles),
+        demo["displacements_A"].T.astype(float),
+        box * 2.0,
+        box**2,
+    )
+    of = (demo["images_fourier"][few], demo["templates_fourier"], *at, demo["weights_viewing"])
     theirs, exact = (reference.integrated(*of, variant=variant) for variant in ("cryolike", "exact"))
-    difference = of_golden(golden, torch.float64).log_likelihood.numpy()[few] - golden["log_likelihood_M"][few]
+    difference = of_golden(demo, torch.float64).log_likelihood.numpy()[few] - demo["log_likelihood_M"][few]
     np.testing.assert_allclose(difference, exact - theirs, rtol=0, atol=1e-4)
     assert np.abs(difference).min() > 1
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import likelihood_reference as reference
@@ -307,12 +306,8 @@ class Golden:
 
 
 @pytest.fixture(scope="module")
-def golden() -> Golden:
-    path = Path(__file__).resolve().parents[2] / "shared" / "golden" / "likelihood_demo.npz"
-    if not path.exists():
-        pytest.skip("shared/golden/likelihood_demo.npz is not beside the repository")
-    with np.load(path) as file:
-        arrays = dict(file)
+def golden(likelihood_demo: dict[str, np.ndarray]) -> Golden:
+    arrays = likelihood_demo
     grid = reference.polar_points(float(arrays["radius_max"]), float(arrays["dist_radii"]), int(arrays["n_inplanes"]))
     return Golden(arrays, *grid, box_A=arrays["phys"].shape[-1] * float(arrays["pixel_size"]))
 

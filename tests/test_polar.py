@@ -1,7 +1,6 @@
 """The polar transform against direct sums, scipy's quadrature and closed forms."""
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,15 +11,6 @@ from scipy.special import jv, roots_jacobi
 
 from cryolike_data.errors import ArgumentError, MissingDependencyError
 from cryolike_data.transforms import Normalize, PolarGrid, PolarTransform, normalize_polar, to_polar, to_polar_exact
-
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
-
-
-def golden(name):
-    path = GOLDEN / name
-    if not path.exists():
-        pytest.skip(f"shared/golden/{name} is not beside the repository")
-    return path
 
 
 def noise(*shape, dtype=torch.float32):
@@ -194,18 +184,17 @@ def test_without_finufft_the_error_names_the_extra(monkeypatch):
     ("case", "radius_max", "eps", "tolerance"),
     [("A_indexed", 16.0, 1e-6, 1e-5), ("G_indexed_double", 8.0, 1e-12, 1e-12), ("D_indexed_mean2_desc32", 8.0, 1e-6, 1e-5)],
 )
-def test_it_is_cryolikes_transform(case, radius_max, eps, tolerance):
-    images = torch.load(golden(f"{case}/phys/particles_phys_stack_000000.pt"), weights_only=True)
-    theirs = torch.load(golden(f"{case}/fft/particles_fourier_stack_000000.pt"), weights_only=True)
+def test_it_is_cryolikes_transform(shared, case, radius_max, eps, tolerance):
+    images = torch.load(shared / f"golden/{case}/phys/particles_phys_stack_000000.pt", weights_only=True)
+    theirs = torch.load(shared / f"golden/{case}/fft/particles_fourier_stack_000000.pt", weights_only=True)
     grid = PolarGrid(radius_max, 0.25, 48)
     ours = normalize_polar(to_polar(images, grid, eps=eps), grid)
     assert float((ours - theirs).abs().max() / theirs.abs().max()) < tolerance
 
 
 @pytest.mark.shared
-def test_images_normalised_by_max_give_cryolikes_transform():
-    with np.load(golden("likelihood_demo.npz")) as demo:
-        images, theirs = torch.from_numpy(demo["phys"]), torch.from_numpy(demo["images_fourier"])
+def test_images_normalised_by_max_give_cryolikes_transform(likelihood_demo):
+    images, theirs = (torch.from_numpy(likelihood_demo[name]) for name in ("phys", "images_fourier"))
     grid = PolarGrid(9.0, 0.25, 64)
     ours = normalize_polar(to_polar(Normalize("max")(images), grid, eps=1e-12), grid)
     assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-11
