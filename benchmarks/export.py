@@ -55,8 +55,7 @@ def export(settings: Settings) -> Iterator[Figure]:
 
 
 def _zarr(settings: Settings, out: Path) -> Iterator[Figure]:
-    dataset, project = _dataset(settings, Project(20_000, 20))
-    dataset = dataset.select(np.tile(np.arange(len(dataset)), 2))  # files of 256 MB that all cores share evenly
+    dataset, project = _dataset(settings, Project(20_000, 20), images=settings.count(16_384))  # 4 files that all cores share evenly
     rates = in_turn([partial(_plain, out, _FILE_BYTES, _payload(dataset)), partial(_rate, dataset, out, _to_zarr)], settings.repetitions)
     yield rate_figure("export", f"Zarr, {project.label} / plain writing", rates, "GB/s", bound=PLAIN_BOUND, scale=_gigabytes(dataset))
 

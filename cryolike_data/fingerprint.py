@@ -18,10 +18,9 @@ _HASHED = 1 << 16
 
 def fingerprint(dataset: ParticleDataset) -> dict[str, Any]:
     """What tells one set of inputs from another: paths, sizes and modification times of the files, and the columns of the table."""
-    particles = dataset.particles
     files = input_files(dataset)
     columns = hashlib.blake2b(digest_size=16)
-    for name, column in sorted(particles.columns().items()):
+    for name, column in sorted(dataset.particles.apart().columns().items()):
         columns.update(f"{name} {column.dtype} {column.shape}".encode())
         for start in range(0, len(column), _HASHED):
             columns.update(np.ascontiguousarray(column[start : start + _HASHED]).view(np.uint8).data)
@@ -62,9 +61,10 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
         "displacements_A": "the displacements",
     }
     told = []
+    all_old, all_new = _flat(there), _flat(here)
     # The program's version is told, but another one that writes the same layout may go on.
-    for name in sorted({*_flat(there), *_flat(here)} - {"version", "clearing"}):
-        old, new = _flat(there).get(name), _flat(here).get(name)
+    for name in sorted({*all_old, *all_new} - {"version", "clearing"}):
+        old, new = all_old.get(name), all_new.get(name)
         if old != new:
             told.append(f"{meaning[name]} differ" if name in meaning else f"{name} is {old!r} there and {new!r} here")
     return told

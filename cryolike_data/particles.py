@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from collections.abc import Callable
@@ -12,7 +13,9 @@ import numpy as np
 import torch
 
 from .ctf import Ctf
-from .errors import ArgumentError, MixedParticlesError, RowIndexError
+from .errors import ArgumentError, CryolikeDataError, MixedParticlesError, RowIndexError
+
+log = logging.getLogger(__name__)
 
 #: What selects rows: a boolean mask, row numbers, a slice, or a function of the particles that gives one of these.
 Selection = Any
@@ -49,6 +52,10 @@ class Later:
             _WAITING.discard(taken)
         return taken
 
+    def apart(self) -> Later:
+        """The same columns, read once more when they are asked for, unless they were read already."""
+        return Later(self._read, self._rows) if self._columns is None else self
+
     def __reduce__(self) -> tuple[type[Later], tuple[Any, ...]]:
         return Later, (self._read, self._rows)
 
@@ -59,7 +66,10 @@ _WAITING: weakref.WeakSet[Later] = weakref.WeakSet()
 def _read_all() -> None:
     """Read what is still to be read before a fork: every worker process would otherwise read it again and keep it for itself."""
     for later in list(_WAITING):
-        later["uid"]
+        try:
+            later["uid"]
+        except CryolikeDataError as error:  # whoever asks for them is told so again
+            log.warning("Columns that are not read yet cannot be shared with a forked process: %s", error)
 
 
 if hasattr(os, "register_at_fork"):
@@ -148,6 +158,12 @@ class Particles:
             else:
                 taken[name] = _take(getattr(self, name), rows)
         return replace(self, **taken)
+
+    def apart(self) -> Particles:
+        """The same particles, for who looks at all columns once: those that were not read yet go when this copy goes."""
+        later = {value: value.apart() for value in self.__dict__.values() if isinstance(value, Later)}
+        fields: dict[str, Any] = {name: later[value] for name, value in self.__dict__.items() if isinstance(value, Later)}
+        return replace(self, **fields)
 
     def columns(self) -> dict[str, np.ndarray]:
         """Every per-particle column that is present; optics are named ``ctf/...``."""

@@ -82,6 +82,22 @@ def test_a_constant_background_gives_zeros():
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.filterwarnings("ignore:.* constant")
+def test_an_image_is_the_same_whatever_lies_beside_it(method, dtype):
+    images = noise(7, 24, 24)
+    images[1] += 300
+    images[2] = 0
+    images[3] = 7
+    images[4] -= 3  # about as much as the image itself
+    images[5] *= 1e-3
+    together = Normalize(method)(images.to(dtype))
+    for k, image in enumerate(images.to(dtype)):
+        assert torch.equal(Normalize(method)(image), together[k])
+    assert not together[2:4].any()
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_nan_stays_in_its_image(method):
     images = noise(3, 8, 8)
     alone = Normalize(method)(images[2])

@@ -61,18 +61,19 @@ def detail_names(table: Table) -> list[str]:
 
 def read_details(table: Table) -> dict[str, Any]:
     """Rows, uids, optics, poses and half sets of a table, by their names in ``Particles``."""
-    table = table.load(is_detail)
-    row = np.arange(len(table), dtype=np.int64) if table.kept is None else table.kept.astype(np.int64, copy=False)
-    return {"row": row, "uid": read_uid(table), "ctf": read_ctf(table), **read_pose(table)}
+    loaded = table.load(is_detail)
+    # Taken out one by one, so that those that become something else are not kept beside it.
+    found = {"uid": _read_uid(loaded), "ctf": _read_ctf(loaded), **_read_pose(loaded)}
+    return found | {"row": np.arange(len(table), dtype=np.int64) if table.kept is None else table.kept.astype(np.int64, copy=False)}
 
 
 def _alignment(table: Table) -> str | None:
     return next((slot for slot in _ALIGNMENTS if f"{slot}/pose" in table), None)
 
 
-def read_ctf(table: Table) -> Ctf[np.ndarray] | None:
+def _read_ctf(table: Table) -> Ctf[np.ndarray] | None:
     """Optics per particle, or None where the table has no ctf columns."""
-    columns: dict[str, Any] = {name: one_value_once(table[field]) for name, field in CTF_FIELDS.items() if field in table}
+    columns: dict[str, Any] = {name: one_value_once(table.pop(field)) for name, field in CTF_FIELDS.items() if field in table}
     # torch has no arithmetic on uint32; exposure group ids are small.
     if "exposure_group" in columns:
         columns["exposure_group"] = one_value_once(columns["exposure_group"].astype(np.int64))
@@ -81,10 +82,10 @@ def read_ctf(table: Table) -> Ctf[np.ndarray] | None:
 
 def one_value_once(column: np.ndarray) -> np.ndarray:
     """The column, in the memory of one row where all rows hold the same, as they do of most optics."""
-    return np.broadcast_to(column[:1], column.shape) if len(column) and (column == column[0]).all() else column
+    return np.broadcast_to(column[:1].copy(), column.shape) if len(column) and (column == column[0]).all() else column
 
 
-def read_pose(table: Table) -> dict[str, np.ndarray]:
+def _read_pose(table: Table) -> dict[str, np.ndarray]:
     """Whichever of ``pose``, ``shift_A`` and ``half_set`` the table holds, from alignments3D, else from alignments2D.
 
     A shift is in pixels of the alignment's own pixel size (``alignments3D/psize_A``), which may differ from the image's.
@@ -93,15 +94,15 @@ def read_pose(table: Table) -> dict[str, np.ndarray]:
     if slot is None:
         return {}
     found: dict[str, np.ndarray] = {}
-    pose = table[f"{slot}/pose"].astype(np.float32, copy=False)
+    pose = table.pop(f"{slot}/pose").astype(np.float32, copy=False)
     found["pose"] = pose if pose.ndim == 2 else np.stack([np.zeros_like(pose), np.zeros_like(pose), pose], axis=1)
-    shift, unit = table.get(f"{slot}/shift"), table.get(f"{slot}/psize_A")
+    shift, unit = (table.pop(name) if name in table else None for name in (f"{slot}/shift", f"{slot}/psize_A"))
     if shift is not None and unit is not None and (unit > 0).all():
         found["shift_A"] = shift.astype(np.float32, copy=False) * unit.astype(np.float32)[:, None]
     elif shift is not None:
         log.warning("%s has %s/shift without a positive %s/psize_A, their unit; the shifts are left out.", table.path, slot, slot)
     if f"{slot}/split" in table:
-        found["half_set"] = table[f"{slot}/split"].astype(np.int64)
+        found["half_set"] = table.pop(f"{slot}/split").astype(np.int64)
     return found
 
 
@@ -113,9 +114,9 @@ def read_sign(table: Table) -> np.ndarray | None:
     return None if sign is None else one_value_once(sign)
 
 
-def read_uid(table: Table) -> np.ndarray:
+def _read_uid(table: Table) -> np.ndarray:
     """The uid column as uint64, zeros where there is none."""
-    return table["uid"].astype(np.uint64, copy=False) if "uid" in table else np.zeros(len(table), np.uint64)
+    return table.pop("uid").astype(np.uint64, copy=False) if "uid" in table else np.zeros(len(table), np.uint64)
 
 
 def require_images(table: Table) -> None:

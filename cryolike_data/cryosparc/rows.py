@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..memory import own_array
 from .numbering import Numbering, merge
 
 #: Rows that are copied at a time: few enough to stay in the cache, and many, because threads wait for each other between copies.
@@ -38,7 +39,7 @@ def copy_columns(
     In the same pass one column of strings may be numbered: its different values in order of appearance, and each row's place
     (int32) among them.
     """
-    copied = {name: np.empty(len(source), _word(dtype)) for name, dtype in fields.items()}
+    copied = {name: own_array((len(source),), _word(dtype)) for name, dtype in fields.items()}
     numbers = np.empty(len(source) if numbered else 0, np.int32)
     runs = _runs(source.dtype, fields, numbered)
 

@@ -60,6 +60,13 @@ class Table:
         column = np.array(self._source[name], order="C")
         return column.astype(column.dtype.newbyteorder("="), copy=False)
 
+    def pop(self, name: str) -> np.ndarray:
+        """The column, which is let go of where ``load`` put it into memory: for who made the table and takes each column once."""
+        column = self[name]
+        if isinstance(self._source, _Loaded):
+            del self._source.columns[name]
+        return column
+
     def load(self, wanted: Callable[[str], bool]) -> Table:
         """The table with the wanted columns in memory, and without the others.
 

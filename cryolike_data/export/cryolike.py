@@ -18,6 +18,7 @@ from torch import Tensor
 from ..dataset import ParticleDataset
 from ..descriptor import ImageDescriptor
 from ..errors import ArgumentError, MixedParticlesError, TableError
+from ..memory import own_tensor
 from ..transforms import Downsample, Normalize, PolarTransform, normalize_polar
 from ..transforms.polar import require_finufft
 from .folder import FolderFormat
@@ -190,7 +191,7 @@ class CryoLikeFormat(FolderFormat):
             fourier = stack.enter_context(_tensor(place, names[1], fourier_shape, self.grid.complex_dtype)) if self.fourier else None
             for read in self.pixels.pieces(dataset, rows, images=None if transform is None else _CHUNK):
                 # The pictures need all images, and they may be written over otherwise.
-                buffer = torch.empty_like(read) if buffer is None or self.plots else buffer[: len(read)]
+                buffer = own_tensor(read.shape, read.dtype) if buffer is None or self.plots else buffer[: len(read)]
                 images, constant_here = normalize.apply(read, out=buffer)
                 constant += constant_here
                 phys.write(images.numpy())
@@ -238,12 +239,13 @@ def _tensor(place: Place, name: str, shape: tuple[int, ...], dtype: torch.dtype)
 
 def _stack_optics(dataset: ParticleDataset, number: int, rows: range) -> dict[str, Any]:
     """The optics of one stack under CryoLike's names, dtypes and units."""
-    particles = dataset.particles[rows.start : rows.stop]
-    ctf = particles.ctf
-    if ctf is None:
+    if dataset.particles.ctf is None:  # asked of all particles, whose columns are then read once and not for each stack
         raise TableError(
             "CryoLike needs the optics of each particle and the table has no ctf/* columns; pass the file that has as passthrough=."
         )
+    particles = dataset.particles[rows.start : rows.stop]
+    ctf = particles.ctf
+    assert ctf is not None
     u, v, angle, *_ = ctf.require("defocus_u", "defocus_v", "astigmatism_angle_rad", *_SHARED_OPTICS)
     try:
         voltage, aberration, contrast = (np.float64(particles.one_value(f"ctf/{name}", "dataset.select({})")) for name in _SHARED_OPTICS)

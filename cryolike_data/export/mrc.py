@@ -158,14 +158,15 @@ class MrcFormat(FolderFormat):
         names = [self.files(unit)[0] for unit in range(-(-len(dataset) // self.unit_images))]
         box, pixel_size = self.pixels.box, self.pixels.pixel_size
         # With a leading ">" CryoSPARC takes a path from the folder of its table on.
-        table = table_of(dataset.particles, paths=[f">{name}" for name in names], file=stack, image=image, box=box, pixel_size=pixel_size)
+        particles = dataset.particles.apart()
+        table = table_of(particles, paths=[f">{name}" for name in names], file=stack, image=image, box=box, pixel_size=pixel_size)
         content = io.BytesIO()
         save_table(table, content)
         files = [place.write("particles.cs", content.getvalue())]
         if self.star:
             images = [f"{z + 1:06d}@{names[k]}" for k, z in zip(stack.tolist(), image.tolist(), strict=True)]
             content = io.BytesIO()
-            write_star(star_tables(dataset.particles, image_names=images, box=box, pixel_size=pixel_size), content)
+            write_star(star_tables(particles, image_names=images, box=box, pixel_size=pixel_size), content)
             files.append(place.write("particles.star", content.getvalue()))
         return files
 

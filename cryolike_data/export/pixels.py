@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..collate import Collate
 from ..dataset import ParticleDataset
 from ..errors import ArgumentError, ExportError
+from ..memory import own_tensor
 from ..transforms import Downsample
 
 #: Bytes that are worked on at a time: so many that threads seldom wait for the interpreter lock, and little memory.
@@ -112,16 +112,10 @@ class Pixels:
             chosen = np.arange(start, min(rows.stop, start + step))
             read = dataset.view_rows(chosen)  # rows in order lie side by side, and need not be copied
             if read is None:
-                buffer = _new_buffer(dataset, min(step, len(rows))) if buffer is None else buffer
+                buffer = own_tensor((min(step, len(rows)), dataset.box, dataset.box), dataset.dtype) if buffer is None else buffer
                 read = dataset.read_rows(chosen, buffer[: len(chosen)])
             done = read if collate is None else collate.process_images(read)
             yield _as_float16(done) if self.dtype == "float16" and collate is not None else done
-
-
-def _new_buffer(dataset: ParticleDataset, images: int) -> Tensor:
-    """Room for so many images, straight from the system: what the allocator keeps of buffers of many threads adds up."""
-    room = mmap.mmap(-1, images * dataset.image_bytes)
-    return torch.frombuffer(room, dtype=dataset.dtype).view(images, dataset.box, dataset.box)
 
 
 def _as_float16(images: Tensor) -> Tensor:

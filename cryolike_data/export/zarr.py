@@ -158,12 +158,14 @@ class ZarrFormat:
         """See ``Format``."""
         made = self._array(self.particles) | {"attributes": {"pixel_size_A": self.pixels.pixel_size}}
         files = [place.write(name, content) for name, content in encode("images", made)]
-        particles = dataset.particles
-        columns = {name: column for name, column in particles.columns().items() if name not in ("box", "pixel_size", "file", "slice")}
-        columns |= {"source/file": particles.file, "source/image": particles.slice}
-        for name, column in columns.items():
+        columns = dataset.particles.apart().columns()
+        columns = {name: columns[name] for name in columns if name not in ("box", "pixel_size", "file", "slice")}
+        columns |= {"source/file": dataset.particles.file, "source/image": dataset.particles.slice}
+        names = list(columns)
+        for name in names:
+            column = columns.pop(name)  # and let go of with the next one
             files += [place.write(key, content) for key, content in encode(name, column_array(name, column), column)]
-        if particles.ctf is not None:
+        if any(name.startswith("ctf/") for name in names):
             files.append(place.write("ctf/zarr.json", group_metadata({})))
         return files
 
