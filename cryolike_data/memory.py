@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Bytes of an array that is worth pages of its own, and from which on huge pages are asked for.
-_OWN_PAGES, _HUGE_PAGES = 1 << 16, 4 << 20
+#: Bytes of an array that is worth pages of its own.
+_OWN_PAGES = 1 << 16
 
 
-def own_array(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def own_array(shape: tuple[int, ...], dtype: Any, *, huge_pages: bool = False) -> np.ndarray:
     """An array in memory of its own, filled with zeros.
 
     Of memory that is used for a short time the allocator keeps what lies below something that stays, and of many threads for each:
@@ -22,17 +22,19 @@ def own_array(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
     Parameters
     ----------
-    shape, dtype : of the array, which is writable and starts at a page
+    shape, dtype : of the array, which is writable
+    huge_pages : ask for a handful of large pages in place of thousands; for what is written again and again
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size < _OWN_PAGES or not hasattr(mmap, "MAP_ANONYMOUS"):
         return np.zeros(shape, dtype)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if size >= _HUGE_PAGES and hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)  # a handful of page faults in place of thousands
+    if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, dtype).reshape(shape)
 
 
 def own_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The same as a tensor."""
-    return torch.from_numpy(own_array((math.prod(shape) * dtype.itemsize,), np.uint8)).view(dtype).view(shape)
+    """A tensor for images that are worked on piece by piece, in memory of its own, filled with zeros."""
+    flat = own_array((math.prod(shape) * dtype.itemsize,), np.uint8, huge_pages=True)
+    return torch.from_numpy(flat).view(dtype).view(shape)

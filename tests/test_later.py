@@ -31,7 +31,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The tables whose columns are loaded, in order."""
     loaded: list[Path] = []
     load = Table.load
-    monkeypatch.setattr(Table, "load", lambda self, wanted: loaded.append(self.path) or load(self, wanted))
+    monkeypatch.setattr(Table, "load", lambda self, wanted, **how: loaded.append(self.path) or load(self, wanted, **how))
     return loaded
 
 
@@ -142,9 +142,9 @@ FORKED = """
     from cryolike_data.cryosparc.table import Table
     ds = IndexedDataset(sys.argv[1])
     load, here = Table.load, os.getpid()
-    def only_here(self, wanted):
+    def only_here(self, wanted, **how):
         assert os.getpid() == here, "loaded again in the forked process"
-        return load(self, wanted)
+        return load(self, wanted, **how)
     Table.load = only_here
     child = os.fork()
     if child == 0:

@@ -61,7 +61,7 @@ def detail_names(table: Table) -> list[str]:
 
 def read_details(table: Table) -> dict[str, Any]:
     """Rows, uids, optics, poses and half sets of a table, by their names in ``Particles``."""
-    loaded = table.load(is_detail)
+    loaded = table.load(is_detail, own_memory=True)
     # Taken out one by one, so that those that become something else are not kept beside it.
     found = {"uid": _read_uid(loaded), "ctf": _read_ctf(loaded), **_read_pose(loaded)}
     return found | {"row": np.arange(len(table), dtype=np.int64) if table.kept is None else table.kept.astype(np.int64, copy=False)}

@@ -32,14 +32,15 @@ def number_rows(column: np.ndarray) -> Numbered:
 
 
 def copy_columns(
-    source: np.ndarray, fields: Mapping[str, np.dtype[Any]], *, numbered: str | None = None
+    source: np.ndarray, fields: Mapping[str, np.dtype[Any]], *, numbered: str | None = None, own_memory: bool = False
 ) -> tuple[dict[str, np.ndarray], Numbered]:
     """Columns of a structured array as contiguous arrays in native byte order, in one pass over its rows.
 
     In the same pass one column of strings may be numbered: its different values in order of appearance, and each row's place
-    (int32) among them.
+    (int32) among them. Columns that soon go again are better put into memory of their own (see ``own_array``), which takes longer.
     """
-    copied = {name: own_array((len(source),), _word(dtype)) for name, dtype in fields.items()}
+    new = own_array if own_memory else np.empty
+    copied = {name: new((len(source),), _word(dtype)) for name, dtype in fields.items()}
     numbers = np.empty(len(source) if numbered else 0, np.int32)
     runs = _runs(source.dtype, fields, numbered)
 

@@ -67,15 +67,16 @@ class Table:
             del self._source.columns[name]
         return column
 
-    def load(self, wanted: Callable[[str], bool]) -> Table:
-        """The table with the wanted columns in memory, and without the others.
+    def load(self, wanted: Callable[[str], bool], *, own_memory: bool = False) -> Table:
+        """The table with the wanted columns in memory (see ``copy_columns``), and without the others.
 
         Rows of a table on disk are wide: all columns are copied in one pass over it, which is several times as fast as a pass
         for each.
         """
         fields = {name: dtype for name, dtype in self.fields.items() if wanted(name)}
-        on_disk = isinstance(self._source, _OnDisk)
-        return self._with(copy_columns(self._source.map(), fields)[0] if on_disk else {name: self[name] for name in fields})
+        if not isinstance(self._source, _OnDisk):
+            return self._with({name: self[name] for name in fields})
+        return self._with(copy_columns(self._source.map(), fields, own_memory=own_memory)[0])
 
     def load_numbered(self, wanted: Callable[[str], bool], name: str) -> tuple[Table, list[Any], np.ndarray]:
         """The same, and of a column of strings its different values in order of appearance and each row's place (int32) among them."""
