@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import mmap
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,11 +13,11 @@ from cryolike_data.stream import stream
 
 from .data import Project
 from .measure import Figure, Settings, gigabytes_per_second, in_turn, rate_figure
+from .page_cache import forget, read_through
 from .reading import drain
 
 SPEED_BOUND, BYTES_BOUND = 0.65, 1.15
 _BATCH = 256
-_BLOCK = 4 << 20
 #: Share of the pages that may be left after an eviction (the headers are read again when a data set is opened).
 _LEFT = 0.01
 
@@ -34,7 +31,7 @@ def cold(settings: Settings) -> Iterator[Figure]:
 
     def floor() -> float:
         _evict(paths)
-        return gigabytes_per_second(lambda: _read_through(paths, wanted))
+        return gigabytes_per_second(lambda: read_through(paths, wanted))
 
     def ours() -> float:
         dataset = _opened_cold(project, paths, settings, rows)
@@ -81,47 +78,8 @@ def _opened_cold(project: Project, paths: list[Path], settings: Settings, rows: 
 
 def _evict(paths: list[Path]) -> None:
     """Have the system forget files, and see that it did."""
-    gc.collect()
-    pages = left = 0
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            resident = _resident(descriptor)
-        finally:
-            os.close(descriptor)
-        pages, left = pages + len(resident), left + int(resident.sum())
-    if left > _LEFT * pages:
-        raise RuntimeError(
-            f"{left} of {pages} pages are still in memory: the cold figures would be wrong (does anything else map {paths[0]}?)"
-        )
-
-
-def _resident(descriptor: int) -> np.ndarray:
-    """(pages,) booleans: which pages of a file are in memory."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-    length = os.fstat(descriptor).st_size
-    state = np.zeros(-(-length // mmap.PAGESIZE), np.uint8)
-    with mmap.mmap(descriptor, length, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE) as mapped:
-        view = np.frombuffer(mapped, np.uint8)
-        failed = libc.mincore(view.ctypes.data, length, state.ctypes.data)
-        del view
-    if failed:
-        raise OSError(ctypes.get_errno(), "mincore")
-    return (state & 1).astype(bool)
-
-
-def _read_through(paths: list[Path], wanted: int) -> int:
-    """Read files from beginning to end with plain reads, until as many bytes have come."""
-    block = bytearray(_BLOCK)
-    moved = 0
-    for path in paths:
-        with path.open("rb", buffering=0) as file:
-            while moved < wanted and (got := file.readinto(block)):
-                moved += got
-    return moved
+    if (left := forget(paths)) > _LEFT:
+        raise RuntimeError(f"{left:.1%} of the files are still in memory: the cold figures would be wrong (does anything map {paths[0]}?)")
 
 
 def _read_bytes() -> int:
