@@ -178,6 +178,34 @@ def test_who_looks_at_all_columns_once_leaves_none_behind(cs: Path, loads: list[
     assert len(loads) == 2  # they were there already
 
 
+LOOKED_THROUGH = """
+    import sys
+    from cryolike_data import IndexedDataset
+    def anonymous_bytes():
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+    particles = IndexedDataset(sys.argv[1]).particles
+    before = anonymous_bytes()
+    columns = particles.apart().columns()
+    held = anonymous_bytes() - before
+    del columns
+    print(held, anonymous_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc")
+def test_columns_that_were_looked_through_give_their_memory_back(tmp_path: Path) -> None:
+    n = 300_000
+    write_stack(tmp_path / "a.mrc", np.zeros((n, 2, 2), "f4"))
+    columns = {"blob__path": ["a.mrc"] * n, "blob__idx": np.arange(n, dtype="u4"), "blob__psize_A": np.full(n, 1.5, "f4"), **ctf_columns(n)}
+    write_table(tmp_path / "a.cs", uid=uids(n), **columns)
+    run = run_python(LOOKED_THROUGH, tmp_path / "a.cs")
+    assert run.returncode == 0, run.stderr
+    held, left = map(int, run.stdout.split())
+    assert 2 * 8 * n < held < 40 * n  # rows and uids, and nothing of the optics that all share
+    assert left < 24 * n  # of 48 that were read, and what the threads that read them needed
+
+
 def test_a_plan_to_export_leaves_no_columns_behind(cs: Path, loads: list[Path], tmp_path: Path) -> None:
     dataset = IndexedDataset(cs)
     plan_export(dataset, tmp_path / "store", format="zarr")

@@ -80,15 +80,15 @@ def _standardize(pixels: Tensor, out: Tensor, chosen: Tensor | None, *, by_peak:
     """Fill ``out`` with (B, P) pixels shifted and scaled by the statistics of the ``chosen`` ones; the number of images that have none."""
     mean = _part(pixels, chosen).mean(-1, keepdim=True)
     torch.sub(pixels, mean, out=out)
-    low, high = _extremes(_part(out, chosen))
+    peak = _peak(_part(out, chosen))
     constant = 0
     # A mean carries the rounding of an offset: 1e-3 where that is 1e4. Each image is judged by itself, so that what becomes of it does
     # not depend on those beside it. A NaN passes no comparison.
-    trusted = mean.abs() < high - low
+    trusted = mean.abs() < peak
     if not bool(trusted.all()):
         rows = (~trusted[:, 0]).nonzero()[:, 0]
-        out[rows], low[rows], high[rows], constant = _centred(pixels[rows], chosen)
-    out.div_(torch.maximum(-low, high))
+        out[rows], peak[rows], constant = _centred(pixels[rows], chosen)
+    out.div_(peak)
     if not by_peak:
         # The largest measured magnitude is 1 here, so squaring can neither overflow nor underflow to zero.
         deviation = _part(out, chosen).square().mean(-1, keepdim=True).sqrt()
@@ -96,25 +96,22 @@ def _standardize(pixels: Tensor, out: Tensor, chosen: Tensor | None, *, by_peak:
     return constant
 
 
-def _centred(pixels: Tensor, chosen: Tensor | None) -> tuple[Tensor, Tensor, Tensor, int]:
-    """(B, P) pixels of any offset with the mean of the ``chosen`` ones removed, and the lowest and highest of these; constants as zeros.
+def _centred(pixels: Tensor, chosen: Tensor | None) -> tuple[Tensor, Tensor, int]:
+    """(B, P) pixels of any offset without the mean of the ``chosen`` ones, and the largest magnitude of these.
 
-    An image has no scale where the chosen ones are all equal: how many there are is the last value. Theirs are -1 and 1.
+    An image has no scale where the chosen ones are all equal: it becomes zeros, with a magnitude of 1. The last value counts them.
     """
-    low, high = _extremes(_part(pixels, chosen))
+    measured = _part(pixels, chosen)
+    low, high = measured.amin(-1, keepdim=True), measured.amax(-1, keepdim=True)
     constant = low == high  # of the values as they came: the rounded mean of a constant need not equal it
-    middle = low + (high - low) / 2
-    out = pixels - middle
-    rest = _part(out, chosen).mean(-1, keepdim=True)
-    out.sub_(rest).masked_fill_(constant, 0)
-    # Exactly those of ``out``, because rounding keeps the order.
-    low, high = (torch.where(constant, one, value - middle - rest) for one, value in ((-1, low), (1, high)))
-    return out, low, high, int(constant.sum())
+    out = pixels - (low + (high - low) / 2)
+    out.sub_(_part(out, chosen).mean(-1, keepdim=True)).masked_fill_(constant, 0)
+    return out, torch.where(constant, 1, _peak(_part(out, chosen))), int(constant.sum())
 
 
-def _extremes(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Lowest and highest of each image."""
-    return pixels.amin(-1, keepdim=True), pixels.amax(-1, keepdim=True)  # torch.aminmax is slow along an axis
+def _peak(pixels: Tensor) -> Tensor:
+    """Largest magnitude of each image."""
+    return torch.maximum(-pixels.amin(-1, keepdim=True), pixels.amax(-1, keepdim=True))  # torch.aminmax is slow along an axis
 
 
 def _part(pixels: Tensor, chosen: Tensor | None) -> Tensor:
