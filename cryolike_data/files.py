@@ -7,8 +7,16 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from .errors import ExportError
+
+
+class Writable(Protocol):
+    """What takes bytes, such as a binary file."""
+
+    def write(self, data: bytes, /) -> object:
+        """Add bytes."""
 
 
 @contextmanager

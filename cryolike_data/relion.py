@@ -6,17 +6,21 @@ Angles are in degrees, origins in angstrom. RELION's defocus, astigmatism angle 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from ._relion_optics import group_optics, shared_optics
 from .ctf import Ctf
 from .errors import ExportError, MissingDependencyError, TableError
+from .files import Writable
 from .particles import Particles
 
+#: Rows of a block that are made text of at a time.
+_ROWS = 1 << 14
 # What ends a line, a value or the text itself for RELION or starfile; RELION takes several spaces for one, in quotes too.
 _UNREADABLE = re.compile("[\0-\x1f\x85\u2028\u2029\ud800-\udfff\"'#]|  ")
 
@@ -118,7 +122,7 @@ def euler_angles_deg(pose: np.ndarray) -> np.ndarray:
     return wrapped
 
 
-def write_star(tables: Mapping[str, Mapping[str, np.ndarray]], target: str | Path | IO[bytes]) -> None:
+def write_star(tables: Mapping[str, Mapping[str, np.ndarray]], target: str | Path | Writable) -> None:
     """Write blocks of columns as a star file; the same blocks give the same bytes.
 
     Parameters
@@ -131,17 +135,30 @@ def write_star(tables: Mapping[str, Mapping[str, np.ndarray]], target: str | Pat
     MissingDependencyError
         if starfile is not installed
     """
+    with open(target, "wb") if isinstance(target, str | Path) else nullcontext(target) as stream:
+        for block, columns in tables.items():
+            for piece in _star_block(block, columns):
+                stream.write(piece.encode())
+
+
+def _star_block(name: str, columns: Mapping[str, np.ndarray]) -> Iterator[str]:
+    """The text of a block, some rows at a time: starfile holds many times what it writes."""
     starfile = require_starfile()
     import pandas
 
-    blocks = {block: pandas.DataFrame({name: _decimal(column) for name, column in columns.items()}) for block, columns in tables.items()}
-    text = starfile.to_string(blocks, float_format="%.12g")
-    # Above the first block starfile writes its version and the time.
-    data = text[text.index("data_") :].encode()
-    if isinstance(target, str | Path):
-        Path(target).write_bytes(data)
-    else:
-        target.write(data)
+    def text(rows: slice) -> str:
+        frame = pandas.DataFrame({column: _decimal(values[rows]) for column, values in columns.items()})
+        written: str = starfile.to_string({name: frame}, float_format="%.12g")
+        # Above the first block starfile writes its version and the time.
+        return written[written.index("data_") :]
+
+    without_rows = text(slice(0))
+    head = without_rows.rstrip("\n") + "\n"
+    end = without_rows[len(head) :]
+    yield head
+    for start in range(0, max(map(len, columns.values()), default=0), _ROWS):
+        yield text(slice(start, start + _ROWS))[len(head) :].removesuffix(end)
+    yield end
 
 
 def require_starfile() -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import starfile
 from hypothesis import given
@@ -305,6 +306,17 @@ def test_the_same_particles_give_the_same_bytes(tmp_path: Path) -> None:
     assert b"Created by" not in text
     write_star(tables(full()), str(tmp_path / "particles.star"))
     assert (tmp_path / "particles.star").read_bytes() == text
+
+
+def test_many_rows_are_the_text_that_starfile_writes_at_once() -> None:
+    n = (1 << 15) + 5
+    blocks = tables(full()[np.resize(np.arange(N), n)], [f"{k + 1:06d}@a.mrcs" for k in range(n)])
+    exact = {
+        block: pandas.DataFrame({k: c.astype(str).astype(float) if c.dtype == np.float32 else c for k, c in columns.items()})
+        for block, columns in blocks.items()
+    }
+    whole = starfile.to_string(exact, float_format="%.12g")
+    assert written(blocks).decode() == whole[whole.index("data_") :]
 
 
 @pytest.mark.parametrize("path", ["Ångström/粒子.mrcs", "with space/a b.mrcs", "no\u00a0break/stack.mrcs"])

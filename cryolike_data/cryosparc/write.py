@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
+from ..files import Writable
 from ..particles import Particles
 from .columns import CTF_FIELDS
 
@@ -48,7 +49,7 @@ def table_of(particles: Particles, *, paths: Sequence[str], file: np.ndarray, im
     return table
 
 
-def save_table(table: np.ndarray, stream: IO[bytes]) -> None:
+def save_table(table: np.ndarray, stream: Writable) -> None:
     """Write a table as CryoSPARC stores it: a NumPy file of a structured array, without Python objects."""
     np.save(stream, table, allow_pickle=False)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import struct
@@ -17,12 +16,14 @@ from torch import Tensor
 from ..cryosparc.write import save_table, table_of
 from ..dataset import ParticleDataset
 from ..errors import ArgumentError, TableError
+from ..memory import own_tensor
 from ..mrc import HEADER_BYTES
 from ..relion import require_optics, require_starfile, star_tables, write_star
 from ..transforms import Downsample
+from ..transforms.downsample import cache_sized_groups
 from .folder import FolderFormat
 from .pixels import Pixels
-from .place import Place, WrittenFile
+from .place import OutputStream, Place, WrittenFile
 from .plan import Advance, ExportPlan, make_plan
 from .run import run
 from .state import UnitRecord
@@ -160,14 +161,15 @@ class MrcFormat(FolderFormat):
         # With a leading ">" CryoSPARC takes a path from the folder of its table on.
         particles = dataset.particles.apart()
         table = table_of(particles, paths=[f">{name}" for name in names], file=stack, image=image, box=box, pixel_size=pixel_size)
-        content = io.BytesIO()
-        save_table(table, content)
-        files = [place.write("particles.cs", content.getvalue())]
+        with place.create("particles.cs") as file:
+            save_table(table, OutputStream(file))
+        files = [file.written]
+        del table
         if self.star:
             images = [f"{z + 1:06d}@{names[k]}" for k, z in zip(stack.tolist(), image.tolist(), strict=True)]
-            content = io.BytesIO()
-            write_star(star_tables(particles, image_names=images, box=box, pixel_size=pixel_size), content)
-            files.append(place.write("particles.star", content.getvalue()))
+            with place.create("particles.star") as file:
+                write_star(star_tables(particles, image_names=images, box=box, pixel_size=pixel_size), OutputStream(file))
+            files.append(file.written)
         return files
 
 
@@ -176,17 +178,21 @@ class _Statistics:
 
     def __init__(self) -> None:
         self.low, self.high = math.inf, -math.inf
-        self._middle: float | None = None  # near the mean: squares of the distance from it lose no digits
+        self._middle = 0.0  # near the mean: squares of the distance from it lose no digits
+        self._away: Tensor | None = None  # room for these distances: what many threads ask for and give back adds up
         self._count, self._sum, self._squares = 0, 0.0, 0.0
 
     def add(self, images: Tensor) -> None:
-        """Take in a piece."""
-        pixels = images.flatten(1).to(torch.float32)
-        low, high = pixels.amin(-1), pixels.amax(-1)
-        self.low, self.high = min(self.low, float(low.amin())), max(self.high, float(high.amax()))
-        if self._middle is None:
-            self._middle = float(pixels[0].mean())
-        away = pixels - self._middle
+        """Take in a piece, which is no larger than the first one was."""
+        flat = images.flatten(1)
+        for group in cache_sized_groups(flat):
+            self._add(flat[group].to(torch.float32))
+
+    def _add(self, pixels: Tensor) -> None:
+        self.low, self.high = min(self.low, float(pixels.amin())), max(self.high, float(pixels.amax()))
+        if self._away is None:
+            self._middle, self._away = float(pixels[0].mean()), own_tensor(pixels.shape, pixels.dtype)
+        away = torch.sub(pixels, self._middle, out=self._away[: len(pixels)])
         self._count += pixels.numel()
         # In double precision, and not of ``away``: mrcfile.validate wants two digits even of a mean that is little but rounding.
         self._sum += float(pixels.sum(dtype=torch.float64))
@@ -201,7 +207,7 @@ class _Statistics:
     @property
     def rms(self) -> float:
         """Root mean square deviation from the mean."""
-        away = self.mean - (self._middle or 0.0)
+        away = self.mean - self._middle
         return math.sqrt(max(0.0, self._squares / self._count - away * away))
 
 

@@ -68,6 +68,23 @@ class Output(Protocol):
         """What was written."""
 
 
+@dataclass(frozen=True)
+class OutputStream:
+    """An output for what writes bytes to a file.
+
+    Attributes
+    ----------
+    output : where they go
+    """
+
+    output: Output
+
+    def write(self, data: bytes) -> int:
+        """Add bytes."""
+        self.output.write(np.frombuffer(data, np.uint8))
+        return len(data)
+
+
 class Place(Protocol):
     """Files by name, each written whole or not at all.
 
