@@ -135,6 +135,7 @@ def write_star(tables: Mapping[str, Mapping[str, np.ndarray]], target: str | Pat
     MissingDependencyError
         if starfile is not installed
     """
+    require_starfile()  # before anything is opened, and a file that is there lost
     with open(target, "wb") if isinstance(target, str | Path) else nullcontext(target) as stream:
         for block, columns in tables.items():
             for piece in _star_block(block, columns):

@@ -332,10 +332,13 @@ def test_paths_that_break_a_star_file_are_refused(path: str) -> None:
         tables(particles(), [*NAMES[:-1], f"000001@{path}"])
 
 
-def test_the_extra_is_named_where_starfile_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_extra_is_named_where_starfile_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    there = tmp_path / "particles.star"
+    there.write_text("mine")
     monkeypatch.setitem(sys.modules, "starfile", None)
     with pytest.raises(MissingDependencyError, match=r'pip install "cryolike-data\[star\]"'):
-        written(tables(particles()))
+        write_star(tables(particles()), there)
+    assert there.read_text() == "mine"
 
 
 def test_no_rows_make_an_empty_file() -> None:
