@@ -142,8 +142,7 @@ def _memory(settings: Settings, out: Path) -> Iterator[Figure]:
             peaks.append(float(run.stdout))
             shutil.rmtree(out, ignore_errors=True)
         few, many = (f"{peak / 1e6:.0f} MB" for peak in peaks)
-        bound = GROWTH_BOUND if name == "Zarr" else None  # the others keep the table, or write one
-        yield Figure("export", f"peak memory, 200,000 / 20,000 images, {name}", few, many, peaks[1] / peaks[0], bound)
+        yield Figure("export", f"peak memory, 200,000 / 20,000 images, {name}", few, many, peaks[1] / peaks[0], GROWTH_BOUND)
         yield Figure("export", f"peak memory, 200,000 images / 1 GB, {name}", "1000 MB", many, peaks[1] / _ALLOWED, MEMORY_BOUND)
 
 

@@ -85,8 +85,8 @@ def _rate(work: Callable[..., int], *arguments: object) -> Callable[[], float]:
 def _open(project: Project, settings: Settings, *, ahead: bool = False) -> tuple[torch.Tensor, ParticleDataset, int]:
     """All images as an ordinary tensor, the data set (after a check that it gives the same), and the batch size.
 
-    The files come into the page cache by plain reads from beginning to end or, ``ahead``, as a look-ahead asks for them: in which the
-    system keeps them in smaller pages.
+    The files come into the page cache by plain reads from beginning to end or, ``ahead``, as a look-ahead asks for them, which the system
+    may keep in smaller pages.
     """
     table, paths = project.make(settings.data), project.paths(settings.data)
     batch = 256 if project.box <= 128 else 64

@@ -240,6 +240,12 @@ def mapped_files(folder: Path) -> list[str]:
     return [line.split(maxsplit=5)[5] for line in lines if str(folder) in line]
 
 
+def anonymous_bytes() -> int:
+    """Anonymous memory of this process."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+
 def run_python(code: str, *arguments: object, timeout: float = 60) -> subprocess.CompletedProcess[str]:
     """Run a piece of Python, which finds this module, in a process of its own, where it may crash."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}

@@ -159,6 +159,7 @@ def test_forked_processes_share_the_columns_of_the_one_they_come_from(cs: Path) 
     assert (run.returncode, run.stderr) == (0, "")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_fork_goes_on_where_a_table_cannot_be_loaded(cs: Path) -> None:
     script = FORKED.replace("Table.load = only_here", "os.remove(sys.argv[1])").replace("0 if len(ds.particles.uid) == 30 else 1", "0")
     run: Any = run_python(script, cs)
@@ -181,9 +182,7 @@ def test_who_looks_at_all_columns_once_leaves_none_behind(cs: Path, loads: list[
 LOOKED_THROUGH = """
     import sys
     from cryolike_data import IndexedDataset
-    def anonymous_bytes():
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+    from support import anonymous_bytes
     particles = IndexedDataset(sys.argv[1]).particles
     before = anonymous_bytes()
     columns = particles.apart().columns()

@@ -528,9 +528,7 @@ MEMORY = """
 
     torch.set_num_threads(1)
 
-    def anonymous_bytes():
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+    from support import anonymous_bytes
 
     dataset, grids = IndexedDataset(sys.argv[1]), (PolarGrid.of_box(32), PolarGrid.of_box(32, n_inplanes=63))
     def epochs(count, grids):

@@ -695,9 +695,7 @@ MEMORY = """
     torch.set_num_threads(1)
     table, output, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 
-    def anonymous_bytes():
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+    from support import anonymous_bytes
 
     compare, seen = streaming.integrated_log_likelihood, []
     def compare_and_look(*args, **options):
