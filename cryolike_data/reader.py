@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 #: Small batches are read several at a time, up to so many bytes: Python takes as long for a small one as for a large one, and much
 #: longer after each call that has filled the caches with images.
-_TOGETHER_BYTES = 16 << 20
+_TOGETHER_BYTES = 8 << 20
 #: A consumer that comes back sooner than this, or than this share of the time a read takes, has done nothing that reading
 #: ahead could hide behind.
 _BUSY_SECONDS, _BUSY_SHARE = 2e-4, 0.25
