@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 
@@ -15,68 +17,120 @@ log = logging.getLogger(__name__)
 
 # Without an equivalent in RELION (beam shift), or without one that holds for every box.
 _LEFT_OUT = ("beam_shift_A", "trefoil_A", "tetrafoil_A")
+_KNOWN = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast")
+#: What a group has in common, and how many numbers each of it is.
+_SHARED = {"exposure_group": 1} | dict.fromkeys(_KNOWN, 1) | {"tilt_A": 2, "anisomag": 4}
 
 
-def group_optics(ctf: Ctf[np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The optics group of each particle, and what each group has in common.
+@dataclass(frozen=True)
+class OpticsGroups:
+    """The optics groups of particles, which are looked through piece by piece: once to find them, once more to number the particles.
 
     A group is one combination of exposure group (1 where the table has none), voltage, spherical aberration and amplitude
-    contrast, and of beam tilt and anisotropic magnification where any particle has them. Beam shift, trefoil and tetrafoil are left
-    out, with one warning where any particle has them.
+    contrast, and of beam tilt and anisotropic magnification where any particle has them. Groups are in the order of the exposure
+    groups.
 
-    Parameters
+    Attributes
     ----------
-    ctf : optics of N particles
-
-    Returns
-    -------
-    group : (N,) int64, from 1 without gaps, in the order of the exposure groups
-    columns : by RELION's name, one row per group in that order
-
-    Raises
-    ------
-    TableError
-        if voltage, spherical aberration or amplitude contrast are not known, or a beam tilt is impossible
+    columns : by RELION's name, one row per group
     """
-    shared = shared_optics(ctf)
-    left_out = [name for name in _LEFT_OUT if (value := getattr(ctf, name)) is not None and value.any()]
-    if left_out:
-        log.warning("%s: left out of the star file, because RELION has no equivalent that holds for every box.", ", ".join(left_out))
-    exposure = ctf.exposure_group
-    if exposure is None:
-        exposure = np.ones(len(shared["rlnVoltage"]), np.int64)
-    code = np.zeros(len(exposure), np.int64)
-    first = code[:0]
-    for column in (exposure, *shared.values()):
-        values, number = np.unique(column, return_inverse=True)
-        _, first, code = np.unique(code * len(values) + number, return_index=True, return_inverse=True)
-    names = np.array(list(_group_names(exposure[first].tolist())), object)
-    columns = {"rlnOpticsGroupName": names, "rlnOpticsGroup": np.arange(1, len(first) + 1)}
-    return code + 1, columns | {name: column[first] for name, column in shared.items()}
+
+    columns: dict[str, np.ndarray]
+    _numbers: dict[bytes, int]
+
+    @classmethod
+    def of(cls, parts: Iterable[Ctf[np.ndarray]]) -> Self:
+        """The groups of particles whose optics come in pieces.
+
+        Beam shift, trefoil and tetrafoil are left out, with one warning where any particle has them.
+
+        Raises
+        ------
+        TableError
+            if voltage, spherical aberration or amplitude contrast are not known, or a beam tilt is impossible
+        """
+        rows: dict[bytes, np.ndarray] = {}
+        dtypes: dict[str, np.dtype[Any]] = {}
+        left_out: dict[str, None] = {}
+        tilted: list[int] = []
+        seen = 0
+        for ctf in parts:
+            ctf.require(*_KNOWN)
+            left_out |= dict.fromkeys(name for name in _LEFT_OUT if (value := getattr(ctf, name)) is not None and value.any())
+            dtypes |= {name: value.dtype for name, value in ctf.items()}
+            shared = _shared(ctf)
+            tilted += (seen + np.flatnonzero(_impossible_tilt(shared))).tolist()
+            rows |= {row.tobytes(): row for row in shared[_different(shared)[0]]}
+            seen += len(shared)
+        if tilted:
+            raise TableError(
+                f"The beam tilt (tilt_A) of {len(tilted)} particles, the first in row {tilted[0]}, is larger than their "
+                "spherical aberration, so it is no angle. Correct ctf/tilt_A and ctf/cs_mm in the table."
+            )
+        if left_out:
+            told = ", ".join(left_out)
+            log.warning("%s: left out of the star file, because RELION has no equivalent that holds for every box.", told)
+        found = np.array(list(rows.values())).reshape(-1, sum(_SHARED.values()))
+        found = found[np.lexsort(found.T[::-1])]
+        return cls(_columns(found, dtypes), {row.tobytes(): number for number, row in enumerate(found, 1)})
+
+    def numbers(self, ctf: Ctf[np.ndarray]) -> np.ndarray:
+        """(N,) int64, the group of each of N of the particles, from 1 without gaps."""
+        shared = _shared(ctf)
+        first, code = _different(shared)
+        numbers = np.array([self._numbers[row.tobytes()] for row in shared[first]], np.int64)
+        of_each: np.ndarray = numbers[code]
+        return of_each
 
 
-def shared_optics(ctf: Ctf[np.ndarray]) -> dict[str, np.ndarray]:
-    """What a group has in common besides the exposure group, for each particle."""
-    kv, cs_mm, contrast = ctf.require("voltage_kv", "spherical_aberration_mm", "amplitude_contrast")
-    shared = {"rlnVoltage": kv, "rlnSphericalAberration": cs_mm, "rlnAmplitudeContrast": contrast}
-    if ctf.tilt_A is not None and ctf.tilt_A.any():
-        shared |= zip(("rlnBeamTiltX", "rlnBeamTiltY"), _beam_tilt_mrad(ctf.tilt_A, cs_mm).T, strict=True)
-    if ctf.anisomag is not None and ctf.anisomag.any():
-        matrix = np.eye(2).ravel() + ctf.anisomag
-        shared |= zip(("rlnMagMat00", "rlnMagMat01", "rlnMagMat10", "rlnMagMat11"), matrix.T, strict=True)
+def _shared(ctf: Ctf[np.ndarray]) -> np.ndarray:
+    """(N, numbers) float64, what a group has in common, for each particle."""
+    n = len(ctf.require(*_KNOWN)[0])
+    absent = {"exposure_group": np.ones(n)}
+    values = {name: getattr(ctf, name) for name in _SHARED}
+    columns = [
+        (absent.get(name, np.zeros((n, size))) if values[name] is None else values[name]).reshape(n, size) for name, size in _SHARED.items()
+    ]
+    shared: np.ndarray = np.concatenate(columns, axis=1, dtype=np.float64) + 0.0  # no negative zeros, which would make other groups
     return shared
+
+
+def _different(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each different row is met first, in the order of the rows, and each row's place among them."""
+    code = np.zeros(len(rows), np.int64)
+    first = code[:1]
+    for column in rows.T:
+        if len(rows) and not (column == column[0]).all():
+            values, number = np.unique(column, return_inverse=True)
+            _, first, code = np.unique(code * len(values) + number, return_index=True, return_inverse=True)
+    return first, code
+
+
+def _columns(groups: np.ndarray, dtypes: dict[str, np.dtype[Any]]) -> dict[str, np.ndarray]:
+    """The block of these groups."""
+    parts = np.split(groups, np.cumsum(list(_SHARED.values()))[:-1], axis=1)
+    of = {name: part.astype(dtypes.get(name, np.float64)) for name, part in zip(_SHARED, parts, strict=True)}
+    names = np.array(list(_group_names(of["exposure_group"][:, 0].astype(np.int64).tolist())), object)
+    columns = {"rlnOpticsGroupName": names, "rlnOpticsGroup": np.arange(1, len(groups) + 1)}
+    columns |= zip(("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast"), (of[name][:, 0] for name in _KNOWN), strict=True)
+    if of["tilt_A"].any():
+        columns |= zip(("rlnBeamTiltX", "rlnBeamTiltY"), _beam_tilt_mrad(of["tilt_A"], of["spherical_aberration_mm"]).T, strict=True)
+    if of["anisomag"].any():
+        matrix = np.eye(2).ravel() + of["anisomag"]
+        columns |= zip(("rlnMagMat00", "rlnMagMat01", "rlnMagMat10", "rlnMagMat11"), matrix.T, strict=True)
+    return columns
+
+
+def _impossible_tilt(shared: np.ndarray) -> np.ndarray:
+    """Whether a beam tilt is larger than the spherical aberration that it is a part of."""
+    impossible: np.ndarray = (np.abs(shared[:, 4:6]) > shared[:, 2:3] * 1e7).any(axis=1)
+    return impossible
 
 
 def _beam_tilt_mrad(tilt_A: np.ndarray, cs_mm: np.ndarray) -> np.ndarray:
     """The angle whose sine is tilt_A / Cs, as pyem converts it."""
-    tilt, cs_A = tilt_A.astype(np.float64), cs_mm.astype(np.float64)[:, None] * 1e7
-    impossible = (np.abs(tilt) > cs_A).any(axis=1)
-    if impossible.any():
-        raise TableError(
-            f"The beam tilt (tilt_A) of {impossible.sum()} particles, the first in row {impossible.argmax()}, is larger than their "
-            "spherical aberration, so it is no angle. Correct ctf/tilt_A and ctf/cs_mm in the table."
-        )
-    return np.arcsin(tilt / np.where(cs_A > 0, cs_A, 1)) * 1e3
+    cs_A = cs_mm.astype(np.float64) * 1e7
+    return np.arcsin(tilt_A.astype(np.float64) / np.where(cs_A > 0, cs_A, 1)) * 1e3
 
 
 def _group_names(exposures: list[int]) -> Iterable[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,18 +14,17 @@ from .dataset import ParticleDataset
 from .errors import MissingStackError
 from .zarr_store import is_url
 
-#: Rows of a column that are hashed at a time.
-_HASHED = 1 << 16
-
 
 def fingerprint(dataset: ParticleDataset) -> dict[str, Any]:
     """What tells one set of inputs from another: paths, sizes and modification times of the files, and the columns of the table."""
     files = input_files(dataset)
-    columns = hashlib.blake2b(digest_size=16)
-    for name, column in sorted(dataset.particles.apart().columns().items()):
-        columns.update(f"{name} {column.dtype} {column.shape}".encode())
-        for start in range(0, len(column), _HASHED):
-            columns.update(np.ascontiguousarray(column[start : start + _HASHED]).view(np.uint8).data)
+    of_column: defaultdict[str, Any] = defaultdict(partial(hashlib.blake2b, digest_size=16))
+    for part in dataset.particles.stretches():
+        for name, column in part.columns().items():
+            of_column[f"{name} {column.dtype} {column.shape[1:]}"].update(np.ascontiguousarray(column).view(np.uint8).data)
+    columns = hashlib.blake2b(f"{len(dataset)}".encode(), digest_size=16)
+    for name, hashed in sorted(of_column.items()):
+        columns.update(f"{name} {hashed.hexdigest()}".encode())
     state = hashlib.blake2b(digest_size=16)
     gone = []
     for path in files:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
@@ -16,6 +17,9 @@ from .ctf import Ctf
 from .errors import ArgumentError, CryolikeDataError, MixedParticlesError, RowIndexError
 
 log = logging.getLogger(__name__)
+
+#: Particles that are looked at together by who goes through all of them.
+STRETCH_ROWS = 1 << 15
 
 #: What selects rows: a boolean mask, row numbers, a slice, or a function of the particles that gives one of these.
 Selection = Any
@@ -29,35 +33,38 @@ class Later:
 
     Parameters
     ----------
-    read : gives the columns by name
-    rows : which rows of them to take; None for all
+    read : gives the columns by name, of these rows (None for all)
+    rows : which rows to read; None for all
+    by_rows : whether some rows are read in less time than all
     """
 
-    def __init__(self, read: Callable[[], dict[str, Any]], rows: np.ndarray | None = None) -> None:
-        self._read, self._rows = read, rows
+    def __init__(
+        self, read: Callable[[np.ndarray | None], dict[str, Any]], rows: np.ndarray | None = None, *, by_rows: bool = False
+    ) -> None:
+        self._read, self._rows, self.by_rows = read, rows, by_rows
         self._columns: dict[str, Any] | None = None
         _WAITING.add(self)
 
     def __getitem__(self, name: str) -> Any:
         if self._columns is None:
-            self._columns = {name: _take(column, self._rows) for name, column in self._read().items()}
+            self._columns = self._read(self._rows)
             _WAITING.discard(self)
         return self._columns.get(name)
 
     def take(self, rows: np.ndarray) -> Later:
         """The same columns of some rows, read only when they are asked for themselves."""
-        taken = Later(self._read, rows if self._rows is None else self._rows[rows])
+        taken = Later(self._read, rows if self._rows is None else self._rows[rows], by_rows=self.by_rows)
         if self._columns is not None:
-            taken._columns = {name: _take(column, rows) for name, column in self._columns.items()}
+            taken._columns = {name: take_rows_of(column, rows) for name, column in self._columns.items()}
             _WAITING.discard(taken)
         return taken
 
     def apart(self) -> Later:
         """The same columns, read once more when they are asked for, unless they were read already."""
-        return Later(self._read, self._rows) if self._columns is None else self
+        return Later(self._read, self._rows, by_rows=self.by_rows) if self._columns is None else self
 
-    def __reduce__(self) -> tuple[type[Later], tuple[Any, ...]]:
-        return Later, (self._read, self._rows)
+    def __reduce__(self) -> tuple[Callable[..., Later], tuple[Any, ...]]:
+        return partial(Later, by_rows=self.by_rows), (self._read, self._rows)
 
 
 _WAITING: weakref.WeakSet[Later] = weakref.WeakSet()
@@ -153,11 +160,26 @@ class Particles:
         taken: dict[str, Any] = {}
         for name in (*_COLUMNS, "ctf"):
             value = self.__dict__[name]
-            if isinstance(value, Later):
-                taken[name] = later.setdefault(value, value.take(rows))
-            else:
-                taken[name] = _take(getattr(self, name), rows)
+            if not isinstance(value, Later):
+                taken[name] = take_rows_of(value, rows)
+                continue
+            if value not in later:
+                later[value] = value.take(rows)
+            taken[name] = later[value]
         return replace(self, **taken)
+
+    def part(self, rows: range) -> Particles:
+        """The particles of a stretch of rows, for who goes through all of them: no column is read as a whole where it need not be."""
+        for value in self.__dict__.values():
+            if isinstance(value, Later) and not value.by_rows:
+                value["uid"]  # all of them, once and not for every stretch
+        return self[rows.start : rows.stop]
+
+    def stretches(self, rows: int = STRETCH_ROWS) -> Iterator[Particles]:
+        """All particles, so many at a time; columns that were not read yet are let go of with each stretch."""
+        apart = self.apart()
+        for start in range(0, len(self), rows):
+            yield apart.part(range(start, min(len(self), start + rows)))
 
     def apart(self) -> Particles:
         """The same particles, for who looks at all columns once: those that were not read yet go when this copy goes."""
@@ -245,8 +267,8 @@ def _is_repeated(column: Any) -> bool:
     return isinstance(column, np.ndarray) and len(column) > 1 and column.strides[0] == 0
 
 
-def _take(value: Any, rows: np.ndarray | None) -> Any:
-    """The rows of a column or of all optics; what is None stays None."""
+def take_rows_of(value: Any, rows: np.ndarray | None) -> Any:
+    """The rows (None for all) of a column or of all optics; what is None stays None."""
     if value is None or rows is None:
         return value
     return value.map(lambda column: column[rows]) if isinstance(value, Ctf) else value[rows]

@@ -6,14 +6,14 @@ Angles are in degrees, origins in angstrom. RELION's defocus, astigmatism angle 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ._relion_optics import group_optics, shared_optics
+from ._relion_optics import OpticsGroups
 from .ctf import Ctf
 from .errors import ExportError, MissingDependencyError, TableError
 from .files import Writable
@@ -49,18 +49,46 @@ def star_tables(particles: Particles, *, image_names: Sequence[str], box: int, p
     ExportError
         if an image name cannot be written in a star file
     """
+    groups = star_optics([particles])
+    return {
+        "optics": optics_block(groups, box=box, pixel_size=pixel_size),
+        "particles": particle_block(particles, groups, image_names=image_names),
+    }
+
+
+def star_optics(parts: Iterable[Particles]) -> OpticsGroups:
+    """The optics groups of particles that come in pieces, or a ``TableError`` if a star file cannot be made of them."""
+    try:
+        return OpticsGroups.of(_optics_of(part) for part in parts)
+    except TableError as error:
+        raise TableError(f"A star file needs the optics of the particles (voltage, Cs, amplitude contrast, defocus). {error}") from error
+
+
+def _optics_of(particles: Particles) -> Ctf[np.ndarray]:
+    ctf = Ctf[np.ndarray]() if particles.ctf is None else particles.ctf
+    ctf.require("defocus_u", "defocus_v", "astigmatism_angle_rad")
+    return ctf
+
+
+def optics_block(groups: OpticsGroups, *, box: int, pixel_size: float) -> dict[str, np.ndarray]:
+    """The block ``optics`` of ``star_tables``."""
+    images = {"rlnImagePixelSize": float(pixel_size), "rlnImageSize": box, "rlnImageDimensionality": 2}
+    return groups.columns | {name: np.full(len(groups.columns["rlnOpticsGroup"]), value) for name, value in images.items()}
+
+
+def particle_block(particles: Particles, groups: OpticsGroups, *, image_names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The block ``particles`` of ``star_tables``, or of a piece of it."""
     bad = [name for name in image_names if _UNREADABLE.search(name)]
     if bad:
         raise ExportError(
             f"{len(bad)} image names cannot stand in a star file, the first is {bad[0]!r}: quotes, #, line breaks, tabs, double spaces and "
             "bytes that are no UTF-8 do not reach its readers as they are. Choose an output path and file names without them."
         )
-    ctf = require_optics(particles)
+    ctf = _optics_of(particles)
     u, v, axis = ctf.require("defocus_u", "defocus_v", "astigmatism_angle_rad")
-    group, optics = group_optics(ctf)
     found: dict[str, np.ndarray | None] = {
         "rlnImageName": np.array(image_names, object),
-        "rlnOpticsGroup": group,
+        "rlnOpticsGroup": groups.numbers(ctf),
         "rlnDefocusU": u,
         "rlnDefocusV": v,
         "rlnDefocusAngle": np.rad2deg(axis, dtype=np.float64),
@@ -74,22 +102,7 @@ def star_tables(particles: Particles, *, image_names: Sequence[str], box: int, p
         found |= zip(("rlnOriginXAngst", "rlnOriginYAngst"), particles.shift_A.T, strict=True)
     if particles.half_set is not None:
         found["rlnRandomSubset"] = particles.half_set + 1
-    images = {"rlnImagePixelSize": float(pixel_size), "rlnImageSize": box, "rlnImageDimensionality": 2}
-    return {
-        "optics": optics | {name: np.full(len(optics["rlnOpticsGroup"]), value) for name, value in images.items()},
-        "particles": {name: column for name, column in found.items() if column is not None},
-    }
-
-
-def require_optics(particles: Particles) -> Ctf[np.ndarray]:
-    """The optics of particles, or a ``TableError`` if a star file cannot be made of them."""
-    ctf = Ctf[np.ndarray]() if particles.ctf is None else particles.ctf
-    try:
-        ctf.require("defocus_u", "defocus_v", "astigmatism_angle_rad")
-        shared_optics(ctf)
-    except TableError as error:
-        raise TableError(f"A star file needs the optics of the particles (voltage, Cs, amplitude contrast, defocus). {error}") from error
-    return ctf
+    return {name: column for name, column in found.items() if column is not None}
 
 
 def euler_angles_deg(pose: np.ndarray) -> np.ndarray:
@@ -122,12 +135,16 @@ def euler_angles_deg(pose: np.ndarray) -> np.ndarray:
     return wrapped
 
 
-def write_star(tables: Mapping[str, Mapping[str, np.ndarray]], target: str | Path | Writable) -> None:
+#: Columns of equal length by name.
+Columns = Mapping[str, np.ndarray]
+
+
+def write_star(tables: Mapping[str, Columns | Iterable[Columns]], target: str | Path | Writable) -> None:
     """Write blocks of columns as a star file; the same blocks give the same bytes.
 
     Parameters
     ----------
-    tables : blocks by name, each a dictionary of columns (``star_tables``)
+    tables : blocks by name, each a dictionary of columns (``star_tables``), or one after the other the pieces of it
     target : a path, or a binary stream
 
     Raises
@@ -138,27 +155,30 @@ def write_star(tables: Mapping[str, Mapping[str, np.ndarray]], target: str | Pat
     require_starfile()  # before anything is opened, and a file that is there lost
     with open(target, "wb") if isinstance(target, str | Path) else nullcontext(target) as stream:
         for block, columns in tables.items():
-            for piece in _star_block(block, columns):
+            for piece in _star_block(block, [columns] if isinstance(columns, Mapping) else columns):
                 stream.write(piece.encode())
 
 
-def _star_block(name: str, columns: Mapping[str, np.ndarray]) -> Iterator[str]:
-    """The text of a block, some rows at a time: starfile holds many times what it writes."""
+def _star_block(name: str, pieces: Iterable[Columns]) -> Iterator[str]:
+    """The text of a block (at least one piece), some rows at a time: starfile holds many times what it writes."""
     starfile = require_starfile()
     import pandas
 
-    def text(rows: slice) -> str:
+    def text(columns: Columns, rows: slice) -> str:
         frame = pandas.DataFrame({column: _decimal(values[rows]) for column, values in columns.items()})
         written: str = starfile.to_string({name: frame}, float_format="%.12g")
         # Above the first block starfile writes its version and the time.
         return written[written.index("data_") :]
 
-    without_rows = text(slice(0))
-    head = without_rows.rstrip("\n") + "\n"
-    end = without_rows[len(head) :]
-    yield head
-    for start in range(0, max(map(len, columns.values()), default=0), _ROWS):
-        yield text(slice(start, start + _ROWS))[len(head) :].removesuffix(end)
+    head = end = ""
+    for columns in pieces:
+        if not head:
+            without_rows = text(columns, slice(0))
+            head = without_rows.rstrip("\n") + "\n"
+            end = without_rows[len(head) :]
+            yield head
+        for start in range(0, max(map(len, columns.values()), default=0), _ROWS):
+            yield text(columns, slice(start, start + _ROWS))[len(head) :].removesuffix(end)
     yield end
 
 

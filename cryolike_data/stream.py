@@ -60,7 +60,7 @@ def stream(
     -------
     An iterable of ``ParticleBatch``, once over the epoch for each ``iter``. Each batch is the consumer's for as long as any
     tensor of it is held: a buffer is used again only after the last of them is gone. Small batches may share a buffer with their
-    neighbours (up to 16 MB).
+    neighbours (up to 8 MB).
     """
     if sampler is None:
         sampler = ParticleSampler(dataset, 256 if batch_size is None else batch_size, shuffle=shuffle, seed=seed)

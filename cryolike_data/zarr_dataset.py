@@ -13,7 +13,7 @@ import numpy as np
 from .ctf import Ctf
 from .dataset import ParticleDataset
 from .errors import StackError
-from .particles import Later, Particles, Selection
+from .particles import Later, Particles, Selection, take_rows_of
 from .stacks import ImageSource
 from .zarr_images import ZarrImages
 from .zarr_layout import layout_of, open_files, require_all_keys
@@ -89,8 +89,8 @@ def _open_source(location: str, images: zarr.Array[Any], pixel_size: float) -> t
     return source, (location,), np.zeros(n, np.int32), np.arange(n, dtype=np.int64)
 
 
-def _read_columns(location: str, n: int, stamp: tuple[int, ...]) -> dict[str, Any]:
-    """All columns of a store of n particles by their names in ``Particles``, None for those that it lacks."""
+def _read_columns(location: str, n: int, stamp: tuple[int, ...], rows: np.ndarray | None) -> dict[str, Any]:
+    """All columns of a store of n particles, or these rows of them, by their names in ``Particles``, None for those that it lacks."""
     if _stamp(location) != stamp:
         raise StackError(f"{location} has changed since it was opened; open the data set again.")
     group, _ = open_group(location)
@@ -102,7 +102,8 @@ def _read_columns(location: str, n: int, stamp: tuple[int, ...]) -> dict[str, An
     if wrong:
         raise StackError(f"{location} lacks {', '.join(wrong)} of its {n} particles. Copy or export it again.")
     ctf = Ctf(**{name: columns[f"ctf/{name}"] for name in optics})
-    return {name: columns[name] for name in _COLUMNS} | {"ctf": ctf if ctf.items() else None}
+    found = {name: columns[name] for name in _COLUMNS} | {"ctf": ctf if ctf.items() else None}
+    return {name: take_rows_of(column, rows) for name, column in found.items()}
 
 
 def _read_column(group: zarr.Group, name: str) -> np.ndarray | None:

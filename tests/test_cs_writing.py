@@ -51,7 +51,7 @@ def written(particles: Particles, paths: list[str] = PATHS) -> np.ndarray:
 
 def saved(table: np.ndarray) -> bytes:
     stream = io.BytesIO()
-    save_table(table, stream)
+    save_table([table[:1], table[1:]], len(table), stream)
     return stream.getvalue()
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from support import ctf_columns, mapped_files, open_files, run_python, uids, write_particles, write_stack, write_table
 
-from cryolike_data import ImageDescriptor, IndexedDataset, Particles, stream
+from cryolike_data import IndexedDataset, Particles, stream
 from cryolike_data.cryosparc.table import Table
 from cryolike_data.errors import TableError
-from cryolike_data.export import plan_export, run_unit
+from cryolike_data.export import plan_export
 
 N = 30
 
@@ -211,17 +211,6 @@ def test_a_plan_to_export_leaves_no_columns_behind(cs: Path, loads: list[Path], 
     assert len(loads) == 1
     check(dataset.particles, list(range(N)))
     assert len(loads) == 2
-
-
-def test_stacks_of_cryolike_share_one_look_at_the_table(cs: Path, loads: list[Path], tmp_path: Path) -> None:
-    dataset = IndexedDataset(cs)
-    grid = ImageDescriptor.from_individual_values(dataset.box, dataset.pixel_size)
-    plan = plan_export(dataset, tmp_path / "out", format="cryolike", descriptor=grid, batch_size=4, fourier=False)
-    assert len(loads) == 2  # for the fingerprint and for the optics
-    elsewhere = pickle.loads(pickle.dumps(plan))
-    for unit in elsewhere.units:
-        run_unit(elsewhere, unit)
-    assert len(loads) == 3
 
 
 def test_columns_that_were_read_do_not_travel_in_a_pickle(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from cryolike_data.ctf import Ctf
 from cryolike_data.demo import DemoProject
 from cryolike_data.errors import ExportError, MissingDependencyError, TableError
 from cryolike_data.particles import Particles
-from cryolike_data.relion import euler_angles_deg, star_tables, write_star
+from cryolike_data.relion import Columns, euler_angles_deg, optics_block, particle_block, star_optics, star_tables, write_star
 
 N = 6
 NAMES = [f"{k + 1:06d}@images/stack_0.mrcs" for k in range(N)]
@@ -61,7 +62,7 @@ def tables(chosen: Particles, names: list[str] = NAMES) -> dict[str, dict[str, n
     return star_tables(chosen, image_names=names, box=64, pixel_size=2.62)
 
 
-def written(blocks: dict[str, dict[str, np.ndarray]]) -> bytes:
+def written(blocks: Mapping[str, Columns | Iterable[Columns]]) -> bytes:
     stream = io.BytesIO()
     write_star(blocks, stream)
     return stream.getvalue()
@@ -229,6 +230,21 @@ def test_groups_are_the_different_rows_of_the_optics() -> None:
     assert blocks["optics"]["rlnAmplitudeContrast"].tolist() == [row[3] for row in sorted(set(rows))]
 
 
+def test_particles_in_pieces_make_the_same_file() -> None:
+    n = 30
+    tilt_A, anisomag = np.zeros((n, 2), np.float32), np.zeros((n, 4), np.float32)
+    tilt_A[25:], anisomag[11] = (4e3, -2e3), (0, 1e-3, 0, 0)  # in one piece each
+    exposure = np.arange(n)[::-1] // 4
+    contrast = np.where(np.arange(n) % 2, np.float32(0.1), np.float32(np.nan))
+    chosen = particles(n, exposure_group=exposure, tilt_A=tilt_A, anisomag=anisomag, amplitude_contrast=contrast)
+    names = [f"{k + 1:06d}@a.mrcs" for k in range(n)]
+    groups = star_optics(chosen.stretches(10))
+    pieces = [particle_block(chosen[k : k + 10], groups, image_names=names[k : k + 10]) for k in range(0, n, 10)]
+    whole = tables(chosen, names)
+    assert len(whole["optics"]["rlnOpticsGroup"]) > 15
+    assert written({"optics": optics_block(groups, box=64, pixel_size=2.62), "particles": pieces}) == written(whole)
+
+
 def test_beam_tilt_is_an_angle_in_mrad() -> None:
     tilt_mrad = np.array([0.3, -1.2])
     tilt_A = np.tile(np.sin(tilt_mrad * 1e-3) * 2.7e7, (N, 1)).astype(np.float32)
@@ -253,6 +269,8 @@ def test_an_impossible_beam_tilt_is_refused() -> None:
     tilt_A[3, 1] = 3e7
     with pytest.raises(TableError, match=r"1 particles, the first in row 3"):
         tables(particles(tilt_A=tilt_A))
+    with pytest.raises(TableError, match=r"1 particles, the first in row 3"):
+        star_optics(particles(tilt_A=tilt_A).stretches(2))
 
 
 def test_magnification_is_the_whole_matrix() -> None:

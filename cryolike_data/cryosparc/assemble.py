@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy as np
 from ..errors import ArgumentError, StackError, TableError
 from ..particles import Later, Particles, shortest
 from ..stacks import Stacks
-from .columns import detail_names, one_value_once, read_details, read_sign
+from .columns import Details, detail_names, one_value_once, read_sign
 from .table import Table
 
 log = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ def assemble(
     if problems:
         raise StackError("\n".join([f"{table.path} and its stacks do not fit together:", *(f"  {text}" for text in problems)]))
     sides = pool.of_headers(lambda header: header.nx).astype(np.int32)
-    later = Later(partial(read_details, table))
+    later = Later(Details(table), by_rows=True)
     details: dict[str, Any] = dict.fromkeys(detail_names(table), later)
     return Particles(
         file=file.astype(np.int32, copy=False),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -42,13 +44,13 @@ def says_where(name: str) -> bool:
 
 
 def is_detail(name: str) -> bool:
-    """Whether a column is one of those that ``read_details`` makes something of."""
+    """Whether a column is one of those that ``Details`` makes something of."""
     slot, _, field = name.partition("/")
     return name == "uid" or name in _USED_CTF or (slot in _ALIGNMENTS and field in ("pose", "shift", "psize_A", "split"))
 
 
 def detail_names(table: Table) -> list[str]:
-    """The attributes of ``Particles`` that ``read_details`` may find in a table."""
+    """The attributes of ``Particles`` that ``Details`` may find in a table."""
     slot = _alignment(table)
     found = {
         "ctf": not _USED_CTF.isdisjoint(table.fields),
@@ -59,12 +61,30 @@ def detail_names(table: Table) -> list[str]:
     return ["row", "uid", *(name for name, present in found.items() if present)]
 
 
-def read_details(table: Table) -> dict[str, Any]:
-    """Rows, uids, optics, poses and half sets of a table, by their names in ``Particles``."""
-    loaded = table.load(is_detail, own_memory=True)
-    # Taken out one by one, so that those that become something else are not kept beside it.
-    found = {"uid": _read_uid(loaded), "ctf": _read_ctf(loaded), **_read_pose(loaded)}
-    return found | {"row": np.arange(len(table), dtype=np.int64) if table.kept is None else table.kept.astype(np.int64, copy=False)}
+@dataclass(frozen=True)
+class Details:
+    """Reads rows, uids, optics, poses and half sets of a table, by their names in ``Particles``."""
+
+    table: Table
+
+    def __call__(self, rows: np.ndarray | None = None) -> dict[str, Any]:
+        """These columns of all rows, or of those given."""
+        loaded = self.table.load(is_detail, rows=rows, own_memory=True)
+        # Taken out one by one, so that those that become something else are not kept beside it.
+        found = {"uid": _read_uid(loaded), "ctf": _read_ctf(loaded), **_read_pose(loaded, shifts=self._shifts_have_a_unit)}
+        return found | {"row": np.arange(len(loaded), dtype=np.int64) if loaded.kept is None else loaded.kept.astype(np.int64, copy=False)}
+
+    @cached_property
+    def _shifts_have_a_unit(self) -> bool:
+        """Whether all rows have one: then all have shifts, and else none."""
+        slot, table = _alignment(self.table), self.table
+        if f"{slot}/shift" not in table:
+            return False
+        unit = table.get(f"{slot}/psize_A")
+        if unit is not None and (unit > 0).all():
+            return True
+        log.warning("%s has %s/shift without a positive %s/psize_A, their unit; the shifts are left out.", table.path, slot, slot)
+        return False
 
 
 def _alignment(table: Table) -> str | None:
@@ -85,7 +105,7 @@ def one_value_once(column: np.ndarray) -> np.ndarray:
     return np.broadcast_to(column[:1].copy(), column.shape) if len(column) and (column == column[0]).all() else column
 
 
-def _read_pose(table: Table) -> dict[str, np.ndarray]:
+def _read_pose(table: Table, *, shifts: bool) -> dict[str, np.ndarray]:
     """Whichever of ``pose``, ``shift_A`` and ``half_set`` the table holds, from alignments3D, else from alignments2D.
 
     A shift is in pixels of the alignment's own pixel size (``alignments3D/psize_A``), which may differ from the image's.
@@ -97,10 +117,8 @@ def _read_pose(table: Table) -> dict[str, np.ndarray]:
     pose = table.pop(f"{slot}/pose").astype(np.float32, copy=False)
     found["pose"] = pose if pose.ndim == 2 else np.stack([np.zeros_like(pose), np.zeros_like(pose), pose], axis=1)
     shift, unit = (table.pop(name) if name in table else None for name in (f"{slot}/shift", f"{slot}/psize_A"))
-    if shift is not None and unit is not None and (unit > 0).all():
+    if shift is not None and unit is not None and shifts:
         found["shift_A"] = shift.astype(np.float32, copy=False) * unit.astype(np.float32)[:, None]
-    elif shift is not None:
-        log.warning("%s has %s/shift without a positive %s/psize_A, their unit; the shifts are left out.", table.path, slot, slot)
     if f"{slot}/split" in table:
         found["half_set"] = table.pop(f"{slot}/split").astype(np.int64)
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -76,23 +76,19 @@ def side_by_side(table: Table, rows: np.ndarray | None, other: Table, other_rows
     parts = {name: _Part(table, rows) for name in table.fields if name.split("/")[0] not in theirs}
     parts |= {name: _Part(other, other_rows) for name in other.fields if name.split("/")[0] in theirs}
     fields = {name: part.table.fields[name] for name, part in parts.items()}
-    return Table(table.path, fields, len(other_rows), _SideBySide(parts), _kept(table, rows))
+    return Table(table.path, fields, len(other_rows), _SideBySide(parts), table.take_kept(rows))
 
 
 def take_rows(table: Table, rows: np.ndarray) -> Table:
     """A table of the given rows only."""
     parts = {name: _Part(table, rows) for name in table.fields}
-    return Table(table.path, table.fields, len(rows), _SideBySide(parts), _kept(table, rows))
+    return Table(table.path, table.fields, len(rows), _SideBySide(parts), table.take_kept(rows))
 
 
 def take_slots(table: Table, slots: Collection[str]) -> Table:
     """A table with the uid and the given column groups only."""
     fields = {name: dtype for name, dtype in table.fields.items() if "/" not in name or name.split("/")[0] in slots}
     return Table(table.path, fields, table.rows, _SideBySide({name: _Part(table, None) for name in fields}), table.kept)
-
-
-def _kept(table: Table, rows: np.ndarray | None) -> np.ndarray | None:
-    return table.kept if rows is None else rows if table.kept is None else table.kept[rows]
 
 
 def match_uids(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -117,6 +113,19 @@ class _SideBySide:
     def __getitem__(self, name: str) -> np.ndarray:
         part = self.parts[name]
         return part.table[name] if part.rows is None else part.table[name][part.rows]
+
+    def load(self, fields: Mapping[str, np.dtype[Any]], rows: np.ndarray | None, *, own_memory: bool) -> dict[str, np.ndarray]:
+        columns: dict[str, np.ndarray] = {}
+        for name in fields:
+            if name in columns:
+                continue
+            table, of_table = self.parts[name].table, self.parts[name].rows
+            # All that come from the same rows of the same table, in one pass over it.
+            beside = {other for other in fields if self.parts[other].table is table and self.parts[other].rows is of_table}
+            taken = of_table if rows is None else rows if of_table is None else of_table[rows]
+            loaded = table.load(beside.__contains__, rows=taken, own_memory=own_memory)
+            columns |= {other: loaded[other] for other in beside}
+        return {name: columns[name] for name in fields}
 
     def origin(self, name: str) -> Path:
         return self.parts[name].table.origin(name)

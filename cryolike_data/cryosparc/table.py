@@ -9,7 +9,7 @@ import tokenize
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -25,6 +25,8 @@ _OTHERS = {
 }
 # Parent classifications leave hundreds of fields behind; NumPy's own limit of 10 kB is soon passed.
 _MAX_HEADER_BYTES = 1 << 30
+#: Where fewer rows than one in so many are wanted, those between them are not read.
+_SPARSE = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,16 +69,16 @@ class Table:
             del self._source.columns[name]
         return column
 
-    def load(self, wanted: Callable[[str], bool], *, own_memory: bool = False) -> Table:
-        """The table with the wanted columns in memory (see ``copy_columns``), and without the others.
+    def load(self, wanted: Callable[[str], bool], *, rows: np.ndarray | None = None, own_memory: bool = False) -> Table:
+        """The table with the wanted columns in memory (see ``copy_columns``), and without the others; all rows, or these in this order.
 
         Rows of a table on disk are wide: all columns are copied in one pass over it, which is several times as fast as a pass
         for each.
         """
         fields = {name: dtype for name, dtype in self.fields.items() if wanted(name)}
-        if not isinstance(self._source, _OnDisk):
-            return self._with({name: self[name] for name in fields})
-        return self._with(copy_columns(self._source.map(), fields, own_memory=own_memory)[0])
+        if isinstance(self._source, Loads):
+            return self._with(self._source.load(fields, rows, own_memory=own_memory), rows)
+        return self._with({name: self[name] if rows is None else self[name][rows] for name in fields}, rows)
 
     def load_numbered(self, wanted: Callable[[str], bool], name: str) -> tuple[Table, list[Any], np.ndarray]:
         """The same, and of a column of strings its different values in order of appearance and each row's place (int32) among them."""
@@ -86,9 +88,14 @@ class Table:
         columns, numbered = copy_columns(self._source.map(), fields, numbered=name)
         return self._with(columns), *numbered
 
-    def _with(self, columns: dict[str, np.ndarray]) -> Table:
+    def take_kept(self, rows: np.ndarray | None) -> np.ndarray | None:
+        """``kept`` of a table of these rows of this one; None for all."""
+        return self.kept if rows is None else rows if self.kept is None else self.kept[rows]
+
+    def _with(self, columns: dict[str, np.ndarray], rows: np.ndarray | None = None) -> Table:
         fields = {name: self.fields[name] for name in columns}
-        return Table(self.path, fields, self.rows, _Loaded(columns, {name: self.origin(name) for name in columns}), self.kept)
+        loaded = _Loaded(columns, {name: self.origin(name) for name in columns})
+        return Table(self.path, fields, self.rows if rows is None else len(rows), loaded, self.take_kept(rows))
 
     def get(self, name: str) -> np.ndarray | None:
         """The column, or None where the table has none of that name."""
@@ -109,6 +116,14 @@ class Table:
         return ", ".join(f"{slot}/*" for slot in self.slots) or "no columns of any known group"
 
 
+@runtime_checkable
+class Loads(Protocol):
+    """Where a table's columns come from, if it gives many in less time than one by one."""
+
+    def load(self, fields: Mapping[str, np.dtype[Any]], rows: np.ndarray | None, *, own_memory: bool) -> dict[str, np.ndarray]:
+        """Columns (see ``copy_columns``) of all rows, or of these in this order."""
+
+
 @dataclass(frozen=True)
 class _OnDisk:
     """The rows of a NumPy table, which are mapped whenever they are needed, as long as the file is the one that was opened."""
@@ -127,6 +142,18 @@ class _OnDisk:
                 return np.memmap(file, self.dtype, "r", self.start, (self.rows,)).view(np.ndarray)
         except OSError as error:
             raise TableError(f"{self.path} cannot be read any more: {error.strerror}.") from error
+
+    def load(self, fields: Mapping[str, np.dtype[Any]], rows: np.ndarray | None, *, own_memory: bool) -> dict[str, np.ndarray]:
+        table = self.map()
+        if rows is None or not len(rows):
+            return copy_columns(table[: None if rows is None else 0], fields, own_memory=own_memory)[0]
+        first, end = int(rows.min()), int(rows.max()) + 1
+        if end - first > _SPARSE * len(rows):
+            return copy_columns(table[rows], fields, own_memory=own_memory)[0]
+        columns = copy_columns(table[first:end], fields, own_memory=own_memory)[0]
+        if end - first == len(rows) and (np.diff(rows) == 1).all():
+            return columns
+        return {name: column[rows - first] for name, column in columns.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
         column: np.ndarray = self.map()[name]

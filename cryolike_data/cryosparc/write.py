@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,9 +49,20 @@ def table_of(particles: Particles, *, paths: Sequence[str], file: np.ndarray, im
     return table
 
 
-def save_table(table: np.ndarray, stream: Writable) -> None:
-    """Write a table as CryoSPARC stores it: a NumPy file of a structured array, without Python objects."""
-    np.save(stream, table, allow_pickle=False)
+def save_table(pieces: Iterable[np.ndarray], rows: int, stream: Writable) -> None:
+    """Write a table as CryoSPARC stores it: a NumPy file of a structured array, without Python objects.
+
+    Parameters
+    ----------
+    pieces : of the table, at least one, one after the other
+    rows : of all of them
+    stream : where it goes
+    """
+    for number, piece in enumerate(pieces):
+        if number == 0:
+            header = np.lib.format.header_data_from_array_1_0(np.empty(0, piece.dtype)) | {"shape": (rows,)}
+            np.lib.format.write_array_header_1_0(stream, header)
+        stream.write(piece.tobytes())
 
 
 def _optics(particles: Particles) -> dict[str, tuple[Any, Any]]:

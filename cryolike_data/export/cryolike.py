@@ -19,6 +19,7 @@ from ..dataset import ParticleDataset
 from ..descriptor import ImageDescriptor
 from ..errors import ArgumentError, MixedParticlesError, TableError
 from ..memory import own_tensor
+from ..particles import STRETCH_ROWS, Particles
 from ..transforms import Downsample, Normalize, PolarTransform, normalize_polar
 from ..transforms.polar import require_finufft
 from .folder import FolderFormat
@@ -124,8 +125,7 @@ def plan_cryolike(
     if n_stacks_max != -1:
         dataset = dataset.select(slice(0, n_stacks_max * batch_size))
     plan = make_plan(dataset, folder, CryoLikeFormat(pixels, grid, batch_size, fourier, plots))
-    for unit in plan.units:
-        _stack_optics(dataset, unit, plan.rows(unit))
+    _require_optics(dataset.particles, batch_size)
     if plots:
         from ..plots import require_matplotlib
 
@@ -209,7 +209,8 @@ class CryoLikeFormat(FolderFormat):
         files = [phys.written] + ([] if fourier is None else [fourier.written])
         if self.plots:
             files += self._draw(torch.cat(shown), torch.cat(drawn), unit, place)
-        metadata = self.grid.to_npz_dict() | _stack_optics(dataset, unit, rows) | _identity(dataset, rows)
+        particles = dataset.particles.part(rows)
+        metadata = self.grid.to_npz_dict() | _stack_optics(particles) | {"uid": particles.uid, "row": particles.row}
         metadata["downsampling"] = np.str_("none" if self.pixels.downsample is None else repr(self.pixels.downsample))
         files.append(place.write(names[-1], _npz(metadata)))
         return UnitRecord(unit, tuple(files), {"constant": constant})
@@ -237,26 +238,45 @@ def _tensor(place: Place, name: str, shape: tuple[int, ...], dtype: torch.dtype)
         file.write(after)
 
 
-def _stack_optics(dataset: ParticleDataset, number: int, rows: range) -> dict[str, Any]:
-    """The optics of one stack under CryoLike's names, dtypes and units."""
-    if dataset.particles.ctf is None:  # asked of all particles, whose columns are then read once and not for each stack
+def _require_optics(particles: Particles, stack: int) -> None:
+    """Raise an error if CryoLike cannot have the optics of particles in stacks of so many."""
+    first = 0
+    for part in particles.stretches(max(1, STRETCH_ROWS // stack) * stack):
+        known = _required(part)
+        if any((column != column[0]).any() for column in known[-len(_SHARED_OPTICS) :]):
+            for start in range(0, len(part), stack):
+                rows = range(start, min(len(part), start + stack))
+                try:
+                    _shared_optics(part[rows.start : rows.stop])
+                except MixedParticlesError as error:
+                    raise MixedParticlesError(
+                        "CryoLike keeps one voltage, spherical aberration and amplitude contrast per stack; stack "
+                        f"{(first + start) // stack} (rows {first + rows.start} to {first + rows.stop - 1}) would need several. "
+                        f"Export each exposure group to a folder of its own. {error}"
+                    ) from error
+        first += len(part)
+
+
+def _required(particles: Particles) -> list[np.ndarray]:
+    if particles.ctf is None:
         raise TableError(
             "CryoLike needs the optics of each particle and the table has no ctf/* columns; pass the file that has as passthrough=."
         )
-    particles = dataset.particles[rows.start : rows.stop]
-    ctf = particles.ctf
-    assert ctf is not None
-    u, v, angle, *_ = ctf.require("defocus_u", "defocus_v", "astigmatism_angle_rad", *_SHARED_OPTICS)
-    try:
-        voltage, aberration, contrast = (np.float64(particles.one_value(f"ctf/{name}", "dataset.select({})")) for name in _SHARED_OPTICS)
-    except MixedParticlesError as error:
-        raise MixedParticlesError(
-            f"CryoLike keeps one voltage, spherical aberration and amplitude contrast per stack; stack {number} (rows "
-            f"{rows.start} to {rows.stop - 1}) would need several. Export each exposure group to a folder of its own. {error}"
-        ) from error
+    return particles.ctf.require("defocus_u", "defocus_v", "astigmatism_angle_rad", *_SHARED_OPTICS)
+
+
+def _shared_optics(particles: Particles) -> list[np.float64]:
+    return [np.float64(particles.one_value(f"ctf/{name}", "dataset.select({})")) for name in _SHARED_OPTICS]
+
+
+def _stack_optics(particles: Particles) -> dict[str, Any]:
+    """The optics of one stack under CryoLike's names, dtypes and units."""
+    u, v, angle, *_ = _required(particles)
+    voltage, aberration, contrast = _shared_optics(particles)
+    phase_shift = None if particles.ctf is None else particles.ctf.phase_shift_rad
     # CryoLike takes |U - V|: with U < V its astigmatism would be turned by 90 degrees. Swapped and turned, the CTF is the same.
     swap = u < v
-    phase = np.zeros_like(u) if ctf.phase_shift_rad is None else ctf.phase_shift_rad
+    phase = np.zeros_like(u) if phase_shift is None else phase_shift
     paths = particles.blob_paths
     indexed = paths is not None
     used, file = np.unique(particles.file, return_inverse=True)
@@ -283,11 +303,6 @@ def _stack_optics(dataset: ParticleDataset, number: int, rows: range) -> dict[st
 
 #: CryoLike reads an array of no elements as None; unlike None itself it needs no pickle.
 _NONE = np.empty(0)
-
-
-def _identity(dataset: ParticleDataset, rows: range) -> dict[str, Any]:
-    part = slice(rows.start, rows.stop)
-    return {"uid": dataset.particles.uid[part], "row": dataset.particles.row[part]}
 
 
 def _npz(arrays: dict[str, Any]) -> bytes:

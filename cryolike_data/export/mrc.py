@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,8 @@ from ..dataset import ParticleDataset
 from ..errors import ArgumentError, TableError
 from ..memory import own_tensor
 from ..mrc import HEADER_BYTES
-from ..relion import require_optics, require_starfile, star_tables, write_star
+from ..particles import Particles
+from ..relion import optics_block, particle_block, require_starfile, star_optics, write_star
 from ..transforms import Downsample
 from ..transforms.downsample import cache_sized_groups
 from .folder import FolderFormat
@@ -107,7 +109,7 @@ def plan_mrc(
     if star:
         require_starfile()
         try:
-            require_optics(dataset.particles)
+            star_optics(dataset.particles.stretches())
         except TableError as error:
             raise TableError(f"{error} Or pass star=False (--no-star) to write no star file.") from error
     return plan
@@ -155,22 +157,40 @@ class MrcFormat(FolderFormat):
 
     def write_rest(self, dataset: ParticleDataset, place: Place) -> list[WrittenFile]:
         """See ``Format``."""
-        stack, image = np.divmod(np.arange(len(dataset)), self.unit_images)
         names = [self.files(unit)[0] for unit in range(-(-len(dataset) // self.unit_images))]
-        box, pixel_size = self.pixels.box, self.pixels.pixel_size
         # With a leading ">" CryoSPARC takes a path from the folder of its table on.
-        particles = dataset.particles.apart()
-        table = table_of(particles, paths=[f">{name}" for name in names], file=stack, image=image, box=box, pixel_size=pixel_size)
+        paths = [f">{name}" for name in names]
+        box, pixel_size = self.pixels.box, self.pixels.pixel_size
+        tables = (
+            table_of(part, paths=paths, file=stack, image=image, box=box, pixel_size=pixel_size)
+            for part, stack, image in _placed(dataset, self.unit_images)
+        )
         with place.create("particles.cs") as file:
-            save_table(table, OutputStream(file))
+            save_table(tables, len(dataset), OutputStream(file))
         files = [file.written]
-        del table
         if self.star:
-            images = [f"{z + 1:06d}@{names[k]}" for k, z in zip(stack.tolist(), image.tolist(), strict=True)]
+            groups = star_optics(dataset.particles.stretches())
+            pieces = (
+                particle_block(part, groups, image_names=_image_names(names, stack, image))
+                for part, stack, image in _placed(dataset, self.unit_images)
+            )
             with place.create("particles.star") as file:
-                write_star(star_tables(particles, image_names=images, box=box, pixel_size=pixel_size), OutputStream(file))
+                write_star({"optics": optics_block(groups, box=box, pixel_size=pixel_size), "particles": pieces}, OutputStream(file))
             files.append(file.written)
         return files
+
+
+def _placed(dataset: ParticleDataset, per_stack: int) -> Iterator[tuple[Particles, np.ndarray, np.ndarray]]:
+    """All particles, stretch by stretch, and the new stack of each and its place in there."""
+    start = 0
+    for part in dataset.particles.stretches():
+        yield part, *np.divmod(np.arange(start, start + len(part)), per_stack)
+        start += len(part)
+
+
+def _image_names(files: list[str], stack: np.ndarray, image: np.ndarray) -> list[str]:
+    """As RELION writes them."""
+    return [f"{z + 1:06d}@{files[k]}" for k, z in zip(stack.tolist(), image.tolist(), strict=True)]
 
 
 class _Statistics:
