@@ -23,14 +23,16 @@ from torch import Tensor
 
 from .errors import StackError
 from .mrc import open_to_map, require_size
+from .pages import PAGE, is_resident, libc, page_runs, will_need
 
-_PAGE = mmap.PAGESIZE
 #: Files start at multiples of this, so that the kernel can map them with huge pages where it has them.
 _ALIGNMENT = 2 << 20
 # The range is only reserved: no memory stands behind it, and touching it outside a file would be an error.
 _RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
 _MAP_FIXED = 0x10
 _FAILED = ctypes.c_void_p(-1).value
+#: Images of a request whose presence in memory is looked at.
+_SAMPLED = 8
 #: Images whose places are worked out at a time.
 _LOCATED = 1 << 16
 #: Maps that the rest of the process (libraries, threads, other arenas) may still need.
@@ -91,11 +93,11 @@ class Arena:
         self._sizes = np.where(counts > 0, starts + counts * image_bytes, 0).astype(np.int64)
         # A gap between two files is a map of its own to the kernel.
         gaps_allowed = 2 * np.count_nonzero(counts) + _SPARE_MAPS <= _max_maps()
-        alignment = _ALIGNMENT if gaps_allowed and self._sizes.max(initial=0) >= _ALIGNMENT else _PAGE
+        alignment = _ALIGNMENT if gaps_allowed and self._sizes.max(initial=0) >= _ALIGNMENT else PAGE
         spans = -(-self._sizes // alignment) * alignment
         self._places = np.cumsum(spans) - spans
         length = int(spans.sum())
-        self._step = math.gcd(_PAGE, image_bytes, *np.unique(starts[counts > 0]).tolist())
+        self._step = math.gcd(PAGE, image_bytes, *np.unique(starts[counts > 0]).tolist())
         self._first = (self._places + starts) // self._step
         self._rows_per_image = image_bytes // self._step
         self._dtype = _GATHERED[dtype.kind + str(dtype.itemsize)]
@@ -169,9 +171,9 @@ class Arena:
         """
         begin = np.sort(self._address + rows.astype(np.int64) * self._step)
         sample = begin[:: max(1, len(begin) // _SAMPLED)]
-        if all(_is_resident(int(address), self._image_bytes) for address in sample):
+        if all(is_resident(int(address), self._image_bytes) for address in sample):
             return False
-        _will_need(*_page_runs(begin, self._image_bytes))
+        will_need(*page_runs(begin, self._image_bytes))
         return True
 
     @property
@@ -187,7 +189,7 @@ class Arena:
         descriptor = open_to_map(path, size)
         try:
             place = self._address + int(self._places[number])
-            if _libc().mmap(place, size, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor, 0) != place:
+            if libc().mmap(place, size, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor, 0) != place:
                 code = ctypes.get_errno()
                 raise NoMoreMapsError(f"{path} cannot be mapped into memory: {os.strerror(code)}.")
         finally:
@@ -212,26 +214,14 @@ def _max_maps() -> int:
 
 
 def _reserve(length: int) -> int:
-    address = _libc().mmap(None, length, 0, _RESERVED, -1, 0)
+    address = libc().mmap(None, length, 0, _RESERVED, -1, 0)
     if address in (None, _FAILED):
         raise NoMoreMapsError(f"No range of {length} bytes of addresses can be reserved: {os.strerror(ctypes.get_errno())}.")
     return int(address)
 
 
 def _unmap(address: int, length: int) -> None:
-    _libc().munmap(address, length)
-
-
-@cache
-def _libc() -> Any:
-    library = ctypes.CDLL(None, use_errno=True)
-    library.mmap.restype = ctypes.c_void_p
-    library.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-    library.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    library.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-    library.syscall.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint]
-    return library
+    libc().munmap(address, length)
 
 
 @cache
@@ -239,55 +229,6 @@ def _statx() -> Any:
     # Through PyDLL, which keeps the interpreter lock: the call takes microseconds, and giving the lock up for each file would
     # hand it to a busy main thread for milliseconds.
     return getattr(ctypes.PyDLL(None, use_errno=True), "statx", None)
-
-
-#: Images of a request whose presence in memory is looked at.
-_SAMPLED = 8
-_MADV_WILLNEED = 3
-_MAX_RANGES = 1024
-_SYS_PROCESS_MADVISE = 440
-
-
-def _page_runs(begin: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Page-aligned (begin, length) of the ranges that sorted, equally long stretches of memory make up; neighbours merge."""
-    first = begin // _PAGE * _PAGE
-    last = -(-(begin + length) // _PAGE) * _PAGE
-    starts = np.flatnonzero(np.concatenate([[True], first[1:] > last[:-1]]))
-    runs = first[starts]
-    return runs, np.maximum.reduceat(last, starts) - runs
-
-
-def _is_resident(address: int, length: int) -> bool:
-    first = address // _PAGE * _PAGE
-    pages = -(-(address + length - first) // _PAGE)
-    state = (ctypes.c_ubyte * pages)()
-    return _libc().mincore(first, pages * _PAGE, state) == 0 and all(page & 1 for page in state)
-
-
-def _own_pidfd() -> int | None:
-    """A descriptor of this process, or None on a system that gives none."""
-    try:
-        return os.pidfd_open(os.getpid())
-    except (AttributeError, OSError):
-        return None
-
-
-def _will_need(begin: np.ndarray, length: np.ndarray) -> None:
-    """Advice only: where the kernel takes none, the images are read when they are needed."""
-    ranges = np.stack([begin, length], axis=1).astype(np.uint64)
-    done = 0
-    descriptor = _own_pidfd()
-    if descriptor is not None:
-        try:
-            while done < len(ranges):
-                part = np.ascontiguousarray(ranges[done : done + _MAX_RANGES])
-                if _libc().syscall(_SYS_PROCESS_MADVISE, descriptor, part.ctypes.data, len(part), _MADV_WILLNEED, 0) < 0:
-                    break  # an old kernel, or not permitted: one by one
-                done += len(part)
-        finally:
-            os.close(descriptor)
-    for address, size in ranges[done:].tolist():
-        _libc().madvise(address, size, _MADV_WILLNEED)
 
 
 _STATX_BUFFER = 256

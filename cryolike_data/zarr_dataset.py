@@ -13,7 +13,8 @@ import numpy as np
 from .ctf import Ctf
 from .dataset import ParticleDataset
 from .errors import StackError
-from .particles import Later, Particles, Selection, take_rows_of
+from .later import Later, take_rows_of
+from .particles import Particles, Selection
 from .stacks import ImageSource
 from .zarr_images import ZarrImages
 from .zarr_layout import layout_of, open_files, require_all_keys

@@ -18,6 +18,7 @@ import cryolike_data.arena as arena_module
 import cryolike_data.stacks as stacks_module
 from cryolike_data.arena import Arena, NoMoreMapsError
 from cryolike_data.errors import StackError
+from cryolike_data.pages import page_runs
 from cryolike_data.stacks import Stacks, open_stacks
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="arenas are for Linux")
@@ -478,7 +479,7 @@ def test_sizes_are_known_where_the_c_library_has_no_statx(tmp_path: Path, monkey
 def test_neighbouring_ranges_of_pages_merge(length: int) -> None:
     rng = np.random.default_rng(4)
     begin = np.sort(rng.integers(0, 200 * 4096, 50))
-    runs, sizes = arena_module._page_runs(begin, length)
+    runs, sizes = page_runs(begin, length)
     pages = {page for address in begin.tolist() for page in range(address // 4096, -(-(address + length) // 4096))}
     assert {
         page for run, size in zip(runs.tolist(), sizes.tolist(), strict=True) for page in range(run // 4096, (run + size) // 4096)

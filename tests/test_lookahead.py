@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from support import own_threads, run_python, write_particles
 
-import cryolike_data.arena as arena
 import cryolike_data.lookahead as lookahead
 from cryolike_data import IndexedDataset
 from cryolike_data.lookahead import MAX_PATIENCE, LookAhead
+from cryolike_data.pages import is_resident
 from cryolike_data.sampler import ParticleSampler
 
 
@@ -187,7 +187,7 @@ def test_a_touch_of_a_page_on_the_disk_counts_as_a_wait(tmp_path: Path) -> None:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         pixels = np.frombuffer(mapped, np.uint8)
-        resident, before = arena._is_resident(pixels.ctypes.data + place, 1), lookahead._waits_for_disk()
+        resident, before = is_resident(pixels.ctypes.data + place, 1), lookahead._waits_for_disk()
         assert pixels[place] == 0
         after = lookahead._waits_for_disk()
         del pixels

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArgumentError, StackError, TableError
-from ..particles import Later, Particles, shortest
+from ..later import Later
+from ..particles import Particles, shortest
 from ..stacks import Stacks
 from .columns import Details, detail_names, one_value_once, read_sign
 from .table import Table

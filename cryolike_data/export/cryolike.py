@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ..dataset import ParticleDataset
 from ..descriptor import ImageDescriptor
-from ..errors import ArgumentError, MixedParticlesError, TableError
+from ..errors import ArgumentError
 from ..memory import own_tensor
-from ..particles import STRETCH_ROWS, Particles
 from ..transforms import Downsample, Normalize, PolarTransform, normalize_polar
 from ..transforms.polar import require_finufft
+from .cryolike_optics import require_optics, stack_optics
 from .folder import FolderFormat
 from .pixels import Pixels
 from .place import Output, Place, WrittenFile
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 #: Images that are transformed at a time.
 _CHUNK = 16
-_SHARED_OPTICS = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast")
 
 
 def export_cryolike(
@@ -125,7 +124,7 @@ def plan_cryolike(
     if n_stacks_max != -1:
         dataset = dataset.select(slice(0, n_stacks_max * batch_size))
     plan = make_plan(dataset, folder, CryoLikeFormat(pixels, grid, batch_size, fourier, plots))
-    _require_optics(dataset.particles, batch_size)
+    require_optics(dataset.particles, batch_size)
     if plots:
         from ..plots import require_matplotlib
 
@@ -210,7 +209,7 @@ class CryoLikeFormat(FolderFormat):
         if self.plots:
             files += self._draw(torch.cat(shown), torch.cat(drawn), unit, place)
         particles = dataset.particles.part(rows)
-        metadata = self.grid.to_npz_dict() | _stack_optics(particles) | {"uid": particles.uid, "row": particles.row}
+        metadata = self.grid.to_npz_dict() | stack_optics(particles) | {"uid": particles.uid, "row": particles.row}
         metadata["downsampling"] = np.str_("none" if self.pixels.downsample is None else repr(self.pixels.downsample))
         files.append(place.write(names[-1], _npz(metadata)))
         return UnitRecord(unit, tuple(files), {"constant": constant})
@@ -236,73 +235,6 @@ def _tensor(place: Place, name: str, shape: tuple[int, ...], dtype: torch.dtype)
         file.write(before)
         yield file
         file.write(after)
-
-
-def _require_optics(particles: Particles, stack: int) -> None:
-    """Raise an error if CryoLike cannot have the optics of particles in stacks of so many."""
-    first = 0
-    for part in particles.stretches(max(1, STRETCH_ROWS // stack) * stack):
-        known = _required(part)
-        if any((column != column[0]).any() for column in known[-len(_SHARED_OPTICS) :]):
-            for start in range(0, len(part), stack):
-                rows = range(start, min(len(part), start + stack))
-                try:
-                    _shared_optics(part[rows.start : rows.stop])
-                except MixedParticlesError as error:
-                    raise MixedParticlesError(
-                        "CryoLike keeps one voltage, spherical aberration and amplitude contrast per stack; stack "
-                        f"{(first + start) // stack} (rows {first + rows.start} to {first + rows.stop - 1}) would need several. "
-                        f"Export each exposure group to a folder of its own. {error}"
-                    ) from error
-        first += len(part)
-
-
-def _required(particles: Particles) -> list[np.ndarray]:
-    if particles.ctf is None:
-        raise TableError(
-            "CryoLike needs the optics of each particle and the table has no ctf/* columns; pass the file that has as passthrough=."
-        )
-    return particles.ctf.require("defocus_u", "defocus_v", "astigmatism_angle_rad", *_SHARED_OPTICS)
-
-
-def _shared_optics(particles: Particles) -> list[np.float64]:
-    return [np.float64(particles.one_value(f"ctf/{name}", "dataset.select({})")) for name in _SHARED_OPTICS]
-
-
-def _stack_optics(particles: Particles) -> dict[str, Any]:
-    """The optics of one stack under CryoLike's names, dtypes and units."""
-    u, v, angle, *_ = _required(particles)
-    voltage, aberration, contrast = _shared_optics(particles)
-    phase_shift = None if particles.ctf is None else particles.ctf.phase_shift_rad
-    # CryoLike takes |U - V|: with U < V its astigmatism would be turned by 90 degrees. Swapped and turned, the CTF is the same.
-    swap = u < v
-    phase = np.zeros_like(u) if phase_shift is None else phase_shift
-    paths = particles.blob_paths
-    indexed = paths is not None
-    used, file = np.unique(particles.file, return_inverse=True)
-    names = np.array([] if paths is None else [paths[number].encode("utf-8", "surrogateescape") for number in used.tolist()])
-    return {
-        "defocusU": np.where(swap, v, u),
-        "defocusV": np.where(swap, u, v),
-        "defocusAngle": np.where(swap, angle + np.float32(np.pi / 2), angle),
-        "phaseShift": phase,
-        "sphericalAberration": aberration,
-        "voltage": voltage,
-        "amplitudeContrast": contrast,
-        "angleRotation": _NONE,
-        "angleTilt": _NONE,
-        "anglePsi": _NONE,
-        "ref_pixel_size": np.full(2, particles.pixel_size[0], np.float64) if indexed else _NONE,
-        "files": names[file] if indexed else _NONE,
-        "idxs": particles.slice.astype(np.uint32) if indexed else _NONE,
-        "ctfBfactor": _NONE,
-        "ctfScalefactor": _NONE,
-        "n_images": np.int64(len(particles)),
-    }
-
-
-#: CryoLike reads an array of no elements as None; unlike None itself it needs no pickle.
-_NONE = np.empty(0)
 
 
 def _npz(arrays: dict[str, Any]) -> bytes:
