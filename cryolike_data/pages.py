@@ -30,7 +30,7 @@ def is_resident(address: int, length: int) -> bool:
     first = address // PAGE * PAGE
     pages = -(-(address + length - first) // PAGE)
     state = (ctypes.c_ubyte * pages)()
-    return libc().mincore(first, pages * PAGE, state) == 0 and all(page & 1 for page in state)
+    return _mincore()(first, pages * PAGE, state) == 0 and all(page & 1 for page in state)
 
 
 def _own_pidfd() -> int | None:
@@ -67,6 +67,13 @@ def libc() -> Any:
     library.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
     library.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    library.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     library.syscall.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint]
     return library
+
+
+@cache
+def _mincore() -> Any:
+    # Through PyDLL, which keeps the interpreter lock: the call takes a microsecond, and other threads would have the lock for longer.
+    mincore = ctypes.PyDLL(None).mincore
+    mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    return mincore

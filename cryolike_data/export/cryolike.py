@@ -33,6 +33,8 @@ from .tensor_file import around_tensor
 if TYPE_CHECKING:
     from distributed import Client
 
+#: Bytes of images that are normalised at a time: what is made of them is still in the cache when it is written.
+_PIECE_BYTES = 4 << 20
 #: Images that are transformed at a time.
 _CHUNK = 16
 
@@ -188,7 +190,9 @@ class CryoLikeFormat(FolderFormat):
         with ExitStack() as stack:
             phys = stack.enter_context(_tensor(place, names[0], phys_shape, torch.float32))
             fourier = stack.enter_context(_tensor(place, names[1], fourier_shape, self.grid.complex_dtype)) if self.fourier else None
-            for read in self.pixels.pieces(dataset, rows, images=None if transform is None else _CHUNK):
+            for read in self.pixels.pieces(
+                dataset, rows, images=max(1, _PIECE_BYTES // dataset.image_bytes) if transform is None else _CHUNK
+            ):
                 # The pictures need all images, and they may be written over otherwise.
                 buffer = own_tensor(read.shape, read.dtype) if buffer is None or self.plots else buffer[: len(read)]
                 images, constant_here = normalize.apply(read, out=buffer)

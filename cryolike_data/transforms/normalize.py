@@ -65,35 +65,46 @@ class Normalize:
         box = square_box(images)
         outside = _outside(box, self.background_radius).to(images.device) if self.method == "background" else None
         flat = images.reshape(-1, box * box)
-        normalized, constant = torch.empty_like(flat) if out is None else out.view(flat.shape), 0
+        normalized = torch.empty_like(flat) if out is None else out.view(flat.shape)
+        mean, peak = (torch.empty((len(flat), 1), dtype=computing_dtype(images.dtype), device=images.device) for _ in range(2))
+        by_peak = self.method == "max"
         for group in cache_sized_groups(flat):
-            pixels = flat[group].to(computing_dtype(images.dtype))
+            pixels = flat[group].to(mean.dtype)
             # In place, because every temporary of this size costs fresh pages from the system.
             work = normalized[group] if pixels.dtype == images.dtype else torch.empty_like(pixels)
-            constant += _standardize(pixels, work, outside, by_peak=self.method == "max")
+            _subtract_mean(pixels, work, mean[group], peak[group], outside)
+            _scale(work, peak[group], outside, by_peak=by_peak)
             if work.dtype != images.dtype:
                 normalized[group] = work
+        # A mean carries the rounding of an offset: 1e-3 where that is 1e4. Each image is judged by itself, so that what becomes of it
+        # does not depend on those beside it. A NaN passes no comparison.
+        trusted = mean.abs() < peak
+        constant = 0
+        if not bool(trusted.all()):
+            rows = (~trusted[:, 0]).nonzero()[:, 0]
+            for group in cache_sized_groups(flat[: len(rows)]):
+                centred, scale, constant_here = _centred(flat[rows[group]].to(mean.dtype), outside)
+                _scale(centred, scale, outside, by_peak=by_peak)
+                normalized[rows[group]] = centred.to(images.dtype)
+                constant += constant_here
         return normalized.reshape(images.shape), constant
 
 
-def _standardize(pixels: Tensor, out: Tensor, chosen: Tensor | None, *, by_peak: bool) -> int:
-    """Fill ``out`` with (B, P) pixels shifted and scaled by the statistics of the ``chosen`` ones; the number of images that have none."""
-    mean = _part(pixels, chosen).mean(-1, keepdim=True)
+def _subtract_mean(pixels: Tensor, out: Tensor, mean: Tensor, peak: Tensor, chosen: Tensor | None) -> None:
+    """Fill ``out`` with (B, P) pixels without the mean of the ``chosen`` ones, and ``peak`` with the largest magnitude of these."""
+    # Few calls: each gives the interpreter lock away, which another thread of an export then has.
+    torch.mean(_part(pixels, chosen), -1, keepdim=True, out=mean)
     torch.sub(pixels, mean, out=out)
-    peak = _peak(_part(out, chosen))
-    constant = 0
-    # A mean carries the rounding of an offset: 1e-3 where that is 1e4. Each image is judged by itself, so that what becomes of it does
-    # not depend on those beside it. A NaN passes no comparison.
-    trusted = mean.abs() < peak
-    if not bool(trusted.all()):
-        rows = (~trusted[:, 0]).nonzero()[:, 0]
-        out[rows], peak[rows], constant = _centred(pixels[rows], chosen)
-    out.div_(peak)
+    _peak(_part(out, chosen), out=peak)
+
+
+def _scale(pixels: Tensor, peak: Tensor, chosen: Tensor | None, *, by_peak: bool) -> None:
+    """Divide (B, P) pixels by the largest magnitude of the ``chosen`` ones, or by their deviation, in place."""
+    pixels.div_(peak)
     if not by_peak:
         # The largest measured magnitude is 1 here, so squaring can neither overflow nor underflow to zero.
-        deviation = _part(out, chosen).square().mean(-1, keepdim=True).sqrt()
-        out.div_(torch.where(deviation == 0, 1, deviation))
-    return constant
+        deviation = _part(pixels, chosen).square().mean(-1, keepdim=True).sqrt()
+        pixels.div_(torch.where(deviation == 0, 1, deviation))
 
 
 def _centred(pixels: Tensor, chosen: Tensor | None) -> tuple[Tensor, Tensor, int]:
@@ -109,9 +120,10 @@ def _centred(pixels: Tensor, chosen: Tensor | None) -> tuple[Tensor, Tensor, int
     return out, torch.where(constant, 1, _peak(_part(out, chosen))), int(constant.sum())
 
 
-def _peak(pixels: Tensor) -> Tensor:
+def _peak(pixels: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Largest magnitude of each image."""
-    return torch.maximum(-pixels.amin(-1, keepdim=True), pixels.amax(-1, keepdim=True))  # torch.aminmax is slow along an axis
+    # torch.aminmax is slow along an axis.
+    return torch.maximum(pixels.amin(-1, keepdim=True).neg_(), pixels.amax(-1, keepdim=True), out=out)
 
 
 def _part(pixels: Tensor, chosen: Tensor | None) -> Tensor:
