@@ -33,16 +33,16 @@ class OpticsGroups:
     Attributes
     ----------
     columns : by RELION's name, one row per group
+    left_out : fields of ``Ctf`` that some particle has and a star file does not tell: beam shift, trefoil and tetrafoil
     """
 
     columns: dict[str, np.ndarray]
+    left_out: tuple[str, ...]
     _numbers: dict[bytes, int]
 
     @classmethod
     def of(cls, parts: Iterable[Ctf[np.ndarray]]) -> Self:
         """The groups of particles whose optics come in pieces.
-
-        Beam shift, trefoil and tetrafoil are left out, with one warning where any particle has them.
 
         Raises
         ------
@@ -67,12 +67,15 @@ class OpticsGroups:
                 f"The beam tilt (tilt_A) of {len(tilted)} particles, the first in row {tilted[0]}, is larger than their "
                 "spherical aberration, so it is no angle. Correct ctf/tilt_A and ctf/cs_mm in the table."
             )
-        if left_out:
-            told = ", ".join(left_out)
-            log.warning("%s: left out of the star file, because RELION has no equivalent that holds for every box.", told)
         found = np.array(list(rows.values())).reshape(-1, sum(_SHARED.values()))
         found = found[np.lexsort(found.T[::-1])]
-        return cls(_columns(found, dtypes), {row.tobytes(): number for number, row in enumerate(found, 1)})
+        return cls(_columns(found, dtypes), tuple(left_out), {row.tobytes(): number for number, row in enumerate(found, 1)})
+
+    def warn_of_left_out(self) -> None:
+        """Log what is lost, if anything is."""
+        if self.left_out:
+            told = ", ".join(self.left_out)
+            log.warning("%s: left out of the star file, because RELION has no equivalent that holds for every box.", told)
 
     def numbers(self, ctf: Ctf[np.ndarray]) -> np.ndarray:
         """(N,) int64, the group of each of N of the particles, from 1 without gaps."""
@@ -95,6 +98,10 @@ def _shared(ctf: Ctf[np.ndarray]) -> np.ndarray:
     return shared
 
 
+def _by_name(shared: np.ndarray) -> dict[str, np.ndarray]:
+    return dict(zip(_SHARED, np.split(shared, np.cumsum(list(_SHARED.values()))[:-1], axis=1), strict=True))
+
+
 def _different(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where each different row is met first, in the order of the rows, and each row's place among them."""
     code = np.zeros(len(rows), np.int64)
@@ -108,8 +115,7 @@ def _different(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _columns(groups: np.ndarray, dtypes: dict[str, np.dtype[Any]]) -> dict[str, np.ndarray]:
     """The block of these groups."""
-    parts = np.split(groups, np.cumsum(list(_SHARED.values()))[:-1], axis=1)
-    of = {name: part.astype(dtypes.get(name, np.float64)) for name, part in zip(_SHARED, parts, strict=True)}
+    of = {name: part.astype(dtypes.get(name, np.float64)) for name, part in _by_name(groups).items()}
     names = np.array(list(_group_names(of["exposure_group"][:, 0].astype(np.int64).tolist())), object)
     columns = {"rlnOpticsGroupName": names, "rlnOpticsGroup": np.arange(1, len(groups) + 1)}
     columns |= zip(("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast"), (of[name][:, 0] for name in _KNOWN), strict=True)
@@ -123,7 +129,8 @@ def _columns(groups: np.ndarray, dtypes: dict[str, np.dtype[Any]]) -> dict[str, 
 
 def _impossible_tilt(shared: np.ndarray) -> np.ndarray:
     """Whether a beam tilt is larger than the spherical aberration that it is a part of."""
-    impossible: np.ndarray = (np.abs(shared[:, 4:6]) > shared[:, 2:3] * 1e7).any(axis=1)
+    of = _by_name(shared)
+    impossible: np.ndarray = (np.abs(of["tilt_A"]) > of["spherical_aberration_mm"] * 1e7).any(axis=1)
     return impossible
 
 

@@ -25,39 +25,14 @@ _ROWS = 1 << 14
 _UNREADABLE = re.compile("[\0-\x1f\x85\u2028\u2029\ud800-\udfff\"'#]|  ")
 
 
-def star_tables(particles: Particles, *, image_names: Sequence[str], box: int, pixel_size: float) -> dict[str, dict[str, np.ndarray]]:
-    """The blocks of a star file for particles whose images lie where ``image_names`` says.
-
-    What is not known of the particles has no column. Beam tilt and anisotropic magnification are given with the optics groups;
-    trefoil, tetrafoil and beam shift are left out, with a warning where there are any.
-
-    Parameters
-    ----------
-    particles : N rows; their own files, box and pixel size are not used
-    image_names : N names as RELION writes them (``000001@path/to/stack.mrcs``, which counts from 1)
-    box : box of the images, pixels
-    pixel_size : of the images, angstrom
-
-    Returns
-    -------
-    blocks ``optics`` (one row per optics group) and ``particles`` (N rows), each a dictionary of columns by RELION's names
+def star_optics(parts: Iterable[Particles]) -> OpticsGroups:
+    """The optics groups of particles that come in pieces, for ``optics_block`` and ``particle_block``.
 
     Raises
     ------
     TableError
         if voltage, spherical aberration, amplitude contrast or defocus are not known, or a beam tilt is impossible
-    ExportError
-        if an image name cannot be written in a star file
     """
-    groups = star_optics([particles])
-    return {
-        "optics": optics_block(groups, box=box, pixel_size=pixel_size),
-        "particles": particle_block(particles, groups, image_names=image_names),
-    }
-
-
-def star_optics(parts: Iterable[Particles]) -> OpticsGroups:
-    """The optics groups of particles that come in pieces, or a ``TableError`` if a star file cannot be made of them."""
     try:
         return OpticsGroups.of(_optics_of(part) for part in parts)
     except TableError as error:
@@ -71,13 +46,38 @@ def _optics_of(particles: Particles) -> Ctf[np.ndarray]:
 
 
 def optics_block(groups: OpticsGroups, *, box: int, pixel_size: float) -> dict[str, np.ndarray]:
-    """The block ``optics`` of ``star_tables``."""
+    """The block ``optics`` of a star file: one row per optics group, columns by RELION's names.
+
+    Beam tilt and anisotropic magnification are given here; trefoil, tetrafoil and beam shift are left out, with a warning where there
+    are any.
+
+    Parameters
+    ----------
+    groups : of all particles
+    box : box of the images, pixels
+    pixel_size : of the images, angstrom
+    """
+    groups.warn_of_left_out()
     images = {"rlnImagePixelSize": float(pixel_size), "rlnImageSize": box, "rlnImageDimensionality": 2}
     return groups.columns | {name: np.full(len(groups.columns["rlnOpticsGroup"]), value) for name, value in images.items()}
 
 
 def particle_block(particles: Particles, groups: OpticsGroups, *, image_names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The block ``particles`` of ``star_tables``, or of a piece of it."""
+    """The block ``particles`` of a star file, or a piece of it: one row per particle, columns by RELION's names.
+
+    What is not known of the particles has no column.
+
+    Parameters
+    ----------
+    particles : N rows; their own files, box and pixel size are not used
+    groups : of all particles
+    image_names : N names as RELION writes them (``000001@path/to/stack.mrcs``, which counts from 1)
+
+    Raises
+    ------
+    ExportError
+        if an image name cannot be written in a star file
+    """
     bad = [name for name in image_names if _UNREADABLE.search(name)]
     if bad:
         raise ExportError(
@@ -144,7 +144,7 @@ def write_star(tables: Mapping[str, Columns | Iterable[Columns]], target: str | 
 
     Parameters
     ----------
-    tables : blocks by name, each a dictionary of columns (``star_tables``), or one after the other the pieces of it
+    tables : blocks by name, each a dictionary of columns (``optics_block``), or one after the other the pieces of it (``particle_block``)
     target : a path, or a binary stream
 
     Raises

@@ -306,7 +306,7 @@ def test_the_star_file_holds_optics_poses_shifts_and_half_sets(ds: IndexedDatase
 def test_what_a_star_file_cannot_tell_is_said_and_stays_in_the_table(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     table, _ = write_particles(tmp_path / "source", N, box=BOX, ctf__trefoil_A=np.ones((N, 2), "f4"))
     read = IndexedDataset(export_mrc(IndexedDataset(table), tmp_path / "out"))
-    assert "trefoil_A: left out of the star file" in caplog.text
+    assert caplog.text.count("trefoil_A: left out of the star file") == 1
     assert (read.particles.ctf.trefoil_A == 1).all()
 
 

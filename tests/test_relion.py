@@ -24,7 +24,7 @@ from cryolike_data.ctf import Ctf
 from cryolike_data.demo import DemoProject
 from cryolike_data.errors import ExportError, MissingDependencyError, TableError
 from cryolike_data.particles import Particles
-from cryolike_data.relion import Columns, euler_angles_deg, optics_block, particle_block, star_optics, star_tables, write_star
+from cryolike_data.relion import Columns, euler_angles_deg, optics_block, particle_block, star_optics, write_star
 
 N = 6
 NAMES = [f"{k + 1:06d}@images/stack_0.mrcs" for k in range(N)]
@@ -59,7 +59,13 @@ def particles(n: int = N, *, pose: Any = None, shift_A: Any = None, half_set: An
 
 
 def tables(chosen: Particles, names: list[str] = NAMES) -> dict[str, dict[str, np.ndarray]]:
-    return star_tables(chosen, image_names=names, box=64, pixel_size=2.62)
+    return star_tables(chosen, names, box=64, pixel_size=2.62)
+
+
+def star_tables(chosen: Particles, names: list[str], *, box: int, pixel_size: float) -> dict[str, dict[str, np.ndarray]]:
+    groups = star_optics([chosen])
+    optics = optics_block(groups, box=box, pixel_size=pixel_size)
+    return {"optics": optics, "particles": particle_block(chosen, groups, image_names=names)}
 
 
 def written(blocks: Mapping[str, Columns | Iterable[Columns]]) -> bytes:
@@ -384,7 +390,7 @@ def test_the_real_pair_agrees(shared: Path) -> None:
     chosen = dataset.particles
     names = [f"{k + 1}@{Path(chosen.paths[file]).name}" for file, k in zip(chosen.file, chosen.slice, strict=True)]
     pixel_size = float(real["rlnDetectorPixelSize"][0] / real["rlnMagnification"][0] * 1e4)
-    blocks = star_tables(chosen, image_names=names, box=320, pixel_size=pixel_size)
+    blocks = star_tables(chosen, names, box=320, pixel_size=pixel_size)
     assert blocks["particles"]["rlnImageName"].tolist() == real["rlnImageName"].tolist()
     for name in ("rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle"):
         np.testing.assert_allclose(blocks["particles"][name], real[name], rtol=2e-7, err_msg=name)

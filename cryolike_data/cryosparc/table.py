@@ -145,9 +145,9 @@ class _OnDisk:
 
     def load(self, fields: Mapping[str, np.dtype[Any]], rows: np.ndarray | None, *, own_memory: bool) -> dict[str, np.ndarray]:
         table = self.map()
-        if rows is None or not len(rows):
-            return copy_columns(table[: None if rows is None else 0], fields, own_memory=own_memory)[0]
-        first, end = int(rows.min()), int(rows.max()) + 1
+        if rows is None:
+            return copy_columns(table, fields, own_memory=own_memory)[0]
+        first, end = (int(rows.min()), int(rows.max()) + 1) if len(rows) else (0, 0)
         if end - first > _SPARSE * len(rows):
             return copy_columns(table[rows], fields, own_memory=own_memory)[0]
         columns = copy_columns(table[first:end], fields, own_memory=own_memory)[0]
