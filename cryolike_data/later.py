@@ -13,6 +13,7 @@ import numpy as np
 
 from .ctf import Ctf
 from .errors import CryolikeDataError
+from .repeated import take
 
 log = logging.getLogger(__name__)
 
@@ -76,4 +77,4 @@ def take_rows_of(value: Any, rows: np.ndarray | None) -> Any:
     """The rows (None for all) of a column or of all optics; what is None stays None."""
     if value is None or rows is None:
         return value
-    return value.map(lambda column: column[rows]) if isinstance(value, Ctf) else value[rows]
+    return value.map(lambda column: take(column, rows)) if isinstance(value, Ctf) else take(value, rows)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 #: Bytes of an array that is worth pages of its own.
 _OWN_PAGES = 1 << 16
+#: Bytes of a large page of most systems.
+_HUGE_PAGE = 1 << 21
 
 
 def own_array(shape: tuple[int, ...], dtype: Any, *, huge_pages: bool = False) -> np.ndarray:
@@ -28,10 +30,13 @@ def own_array(shape: tuple[int, ...], dtype: Any, *, huge_pages: bool = False) -
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size < _OWN_PAGES or not hasattr(mmap, "MAP_ANONYMOUS"):
         return np.zeros(shape, dtype)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # With a whole number of large pages the system lets them start where one can, and none is taken apart.
+    whole = -(-size // _HUGE_PAGE) * _HUGE_PAGE
+    room = whole if huge_pages and whole - size < size // 8 else size
+    pages = mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(pages, dtype).reshape(shape)
+    return np.frombuffer(pages, dtype, math.prod(shape)).reshape(shape)
 
 
 def own_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

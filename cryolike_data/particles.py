@@ -12,6 +12,7 @@ import torch
 from .ctf import Ctf
 from .errors import ArgumentError, MixedParticlesError, RowIndexError
 from .later import Later, take_rows_of
+from .repeated import Repeated, is_repeated, once, repeat
 
 #: Particles that are looked at together by who goes through all of them.
 STRETCH_ROWS = 1 << 15
@@ -87,11 +88,11 @@ class Particles:
 
     def __getstate__(self) -> dict[str, Any]:
         # Columns of a table are read again elsewhere, and a value that all rows share travels once.
-        return {name: _Repeated(value[:1].copy(), value.shape) if _is_repeated(value) else value for name, value in self.__dict__.items()}
+        return {name: Repeated(value[:1].copy(), len(value)) if is_repeated(value) else value for name, value in self.__dict__.items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        repeated = {name: value for name, value in state.items() if isinstance(value, _Repeated)}
-        self.__dict__.update(state | {name: np.broadcast_to(one.value, one.shape) for name, one in repeated.items()})
+        repeated = {name: value for name, value in state.items() if isinstance(value, Repeated)}
+        self.__dict__.update(state | {name: repeat(one.row, one.rows) for name, one in repeated.items()})
 
     def __getitem__(self, key: Selection) -> Particles:
         """The chosen rows, by mask, integer array, slice or single row, with every column in step."""
@@ -167,9 +168,9 @@ class Particles:
             naming the groups, their sizes and how to select one
         """
         column = getattr(self, name) if name in _COLUMNS else self.columns()[name]
-        short = name.removeprefix("ctf/")
-        if (column == column[0]).all() or (column.dtype.kind == "f" and np.allclose(column, column[0], rtol=1e-5, atol=0)):
-            return column[0]
+        short, first, seen = name.removeprefix("ctf/"), column[0], once(column)
+        if (seen == first).all() or (column.dtype.kind == "f" and np.allclose(seen, first, rtol=1e-5, atol=0)):
+            return first
         values, counts = np.unique(column, return_counts=True)
         where = f"p.ctf.{short}" if name.startswith("ctf/") else f"p.{short}"
         shown = [
@@ -192,19 +193,6 @@ class Particles:
 
 
 _COLUMNS = ("row", "uid", "file", "slice", "box", "pixel_size", "pose", "shift_A", "half_set", "sign")
-
-
-@dataclass(frozen=True)
-class _Repeated:
-    """A column of one value, as it travels."""
-
-    value: np.ndarray
-    shape: tuple[int, ...]
-
-
-def _is_repeated(column: Any) -> bool:
-    """Whether a column is one value, seen once for each row."""
-    return isinstance(column, np.ndarray) and len(column) > 1 and column.strides[0] == 0
 
 
 def resolve_rows(selection: Selection, n: int, particles: Particles | None = None) -> np.ndarray:

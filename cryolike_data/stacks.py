@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 #: Threads that read headers, which mostly wait for the file system.
 _THREADS = 8
 
+#: Rows in a row of one file, on average, from which on they are looked at together.
+_FEW_RUNS = 8
+
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
@@ -228,6 +231,9 @@ class StackImages:
 def images_needed(file: np.ndarray, image: np.ndarray, n_files: int) -> np.ndarray:
     """How many images each file must have, at the least, for all rows to be in it."""
     last = np.full(n_files, -1, image.dtype)
+    starts = np.flatnonzero(np.concatenate([[len(file) > 0], file[1:] != file[:-1]]))
+    if len(starts) < len(file) // _FEW_RUNS:  # rows of one file lie together: one number for each run of them
+        file, image = file[starts], np.maximum.reduceat(image, starts)
     np.maximum.at(last, file, image)
     return last + 1
 

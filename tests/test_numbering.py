@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cryolike_data.cryosparc import numbering as numbering_module
 from cryolike_data.cryosparc import rows as rows_module
-from cryolike_data.cryosparc.rows import copy_columns, number_rows
+from cryolike_data.cryosparc.rows import RowsInMemory, copy_columns, number_rows
 
 
 def one_by_one(values: list[Any]) -> tuple[list[Any], list[int]]:
@@ -19,6 +19,12 @@ def one_by_one(values: list[Any]) -> tuple[list[Any], list[int]]:
     known: dict[Any, int] = {}
     numbers = [known.setdefault(value, len(known)) for value in values]
     return list(known), numbers
+
+
+def by_bytes(columns: list[np.ndarray]) -> tuple[int, list[int]]:
+    """How many different rows there are, and which of them each row is."""
+    values, numbers = one_by_one(list(zip(*([value.tobytes() for value in column] for column in columns), strict=True)))
+    return len(values), numbers
 
 
 def check(column: np.ndarray) -> None:
@@ -80,10 +86,7 @@ def test_values_that_look_alike_to_the_keys_are_told_apart(monkeypatch: pytest.M
         self._keys[:] = 0
 
     monkeypatch.setattr(numbering_module.Numbering, "__init__", without_keys)
-    column = np.random.default_rng(0).permutation(np.repeat([f"{k:040d}".encode() for k in range(50)], 9))
-    values, numbers = number_rows(column)
-    assert len(values) == 50
-    np.testing.assert_array_equal(np.array(values)[numbers], column)
+    check(np.random.default_rng(0).permutation(np.repeat([f"{k:040d}".encode() for k in range(50)], 9)))
 
 
 FIELDS = st.lists(
@@ -110,13 +113,19 @@ def test_columns_are_copied_whatever_lies_between_and_beside_them(formats: list[
         part = rng.integers(97, 100, rows[name].shape)
         rows[name] = part.astype(dtype.base) if dtype.base.kind not in "SU" else part.astype("u1").view("S1")
     wanted = data.draw(st.sets(st.sampled_from(names)))
-    strings = [name for name, dtype in zip(names, dtypes, strict=True) if dtype.kind in "SU"]
-    numbered = data.draw(st.sampled_from([None, *strings]))
-    columns, (values, numbers) = copy_columns(rows, {name: rows.dtype[name] for name in wanted}, numbered=numbered)
+    counted = data.draw(st.sets(st.sampled_from(names)))
+    columns, kinds = copy_columns(RowsInMemory(rows), wanted, kinds_of=counted)
     assert set(columns) == wanted
     for name in wanted:
         np.testing.assert_array_equal(columns[name], rows[name])
         assert columns[name].dtype.isnative
         assert columns[name].flags.c_contiguous
-    if numbered is not None:
-        assert (values, numbers.tolist()) == one_by_one(rows[numbered].tolist())
+    if not counted:
+        return
+    assert (len(kinds.rows), kinds.number.tolist()) == by_bytes([rows[name] for name in sorted(counted)])
+    for name in counted:
+        np.testing.assert_array_equal(kinds.column(name), rows[name])
+        assert kinds.column(name).dtype.isnative
+        if rows.dtype[name].kind in "SU":
+            values, numbers = kinds.values(name)
+            assert (values, numbers.tolist()) == one_by_one(rows[name].tolist())

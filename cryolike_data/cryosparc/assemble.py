@@ -11,8 +11,9 @@ import numpy as np
 from ..errors import ArgumentError, StackError, TableError
 from ..later import Later
 from ..particles import Particles, shortest
+from ..repeated import once, one_value_once, repeat
 from ..stacks import Stacks
-from .columns import Details, detail_names, one_value_once, read_sign
+from .columns import Details, detail_names, read_sign
 from .table import Table
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def _missing_images(pool: Stacks, file: np.ndarray, image: np.ndarray, needed: n
 
 def _spread(of_file: np.ndarray, file: np.ndarray) -> np.ndarray:
     """What is known of each file, for each particle."""
-    spread: np.ndarray = of_file[file] if (of_file != of_file[0]).any() else np.broadcast_to(of_file[0], (len(file), *of_file.shape[1:]))
+    spread: np.ndarray = of_file[file] if (of_file != of_file[0]).any() else repeat(of_file[:1], len(file))
     return spread
 
 
@@ -97,7 +98,7 @@ def _wrong_shapes(pool: Stacks, file: np.ndarray, used: np.ndarray, table: Table
     stated = table["blob/shape"]
     found = _spread(sides.astype(stated.dtype), file)
     # Column by column, because NumPy is slow along an axis of two.
-    if all((stated[:, side] == found[:, side]).all() for side in (0, 1)):
+    if all((once(stated[:, side]) == once(found[:, side])).all() for side in (0, 1)):
         return told
     differ = np.flatnonzero((stated != found).any(axis=1))
     if len(differ) and pixel_size is not None:
@@ -116,12 +117,12 @@ def _wrong_shapes(pool: Stacks, file: np.ndarray, used: np.ndarray, table: Table
 def _pixel_sizes(table: Table, pool: Stacks, file: np.ndarray, argument: Any) -> np.ndarray:
     """The argument, else blob/psize_A, else the MRC headers where plausible."""
     stated = table.get("blob/psize_A")
-    if stated is not None and not (stated.min() > 0 and stated.max() < np.inf):
+    if stated is not None and not (once(stated).min() > 0 and once(stated).max() < np.inf):
         log.warning("blob/psize_A of %s is not positive everywhere and is not used.", table.path)
         stated = None
     if argument is not None:
         given = square_pixel_size(argument)
-        if stated is not None and not np.allclose(stated, given, rtol=1e-3):
+        if stated is not None and not np.allclose(once(stated), given, rtol=1e-3):
             log.warning("pixel_size=%g is used; %s says %s in blob/psize_A.", given, table.path, shortest(stated[0]))
         return np.full(len(table), given)
     if stated is not None:

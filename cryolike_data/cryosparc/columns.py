@@ -11,6 +11,7 @@ import numpy as np
 
 from ..ctf import Ctf
 from ..errors import TableError
+from ..repeated import once, one_value_once
 from .table import Table
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class Details:
 
     def __call__(self, rows: np.ndarray | None = None) -> dict[str, Any]:
         """These columns of all rows, or of those given."""
-        loaded = self.table.load(is_detail, rows=rows, own_memory=True)
+        loaded = self.table.load(is_detail, rows=rows)
         # Taken out one by one, so that those that become something else are not kept beside it.
         found = {"uid": _read_uid(loaded), "ctf": _read_ctf(loaded), **_read_pose(loaded, shifts=self._shifts_have_a_unit)}
         return found | {"row": np.arange(len(loaded), dtype=np.int64) if loaded.kept is None else loaded.kept.astype(np.int64, copy=False)}
@@ -100,11 +101,6 @@ def _read_ctf(table: Table) -> Ctf[np.ndarray] | None:
     return Ctf(**columns) if columns else None
 
 
-def one_value_once(column: np.ndarray) -> np.ndarray:
-    """The column, in the memory of one row where all rows hold the same, as they do of most optics."""
-    return np.broadcast_to(column[:1].copy(), column.shape) if len(column) and (column == column[0]).all() else column
-
-
 def _read_pose(table: Table, *, shifts: bool) -> dict[str, np.ndarray]:
     """Whichever of ``pose``, ``shift_A`` and ``half_set`` the table holds, from alignments3D, else from alignments2D.
 
@@ -127,7 +123,7 @@ def _read_pose(table: Table, *, shifts: bool) -> dict[str, np.ndarray]:
 def read_sign(table: Table) -> np.ndarray | None:
     """``blob/sign``, with a warning if it differs within the table."""
     sign = table.get("blob/sign")
-    if sign is not None and len(sign) and sign.min() != sign.max():
+    if sign is not None and len(sign) and once(sign).min() != once(sign).max():
         log.warning("%s mixes particles of both contrast signs (blob/sign); the pixels are given as stored.", table.path)
     return None if sign is None else one_value_once(sign)
 

@@ -67,10 +67,10 @@ class IndexedDataset(ParticleDataset):
             raise ArgumentError(f"index_base is 0 or 1, not {index_base!r}")
         table = load_table(Path(file_cs).expanduser(), passthrough=passthrough, unmatched=unmatched)
         require_images(table)
-        blob, values, file = table.load_numbered(says_where, "blob/path")
+        blob, values, file = table.load_numbered(says_where, "blob/path", few=("blob/shape", "blob/psize_A", "blob/sign"))
         names = decode(values)
         paths = resolve_paths(names, lambda: np.bincount(file).tolist(), table=table.origin("blob/path"), folder=folder or None)
-        image = blob["blob/idx"].astype(np.int64) - index_base
+        image = np.subtract(blob["blob/idx"], index_base, dtype=np.int64)
         needed = images_needed(file, image, len(paths))
         pool = open_stacks(paths, mode0=mode0, expected=None if check_headers else needed)
         hint = _HINTS[index_base]

@@ -114,7 +114,7 @@ class _SideBySide:
         part = self.parts[name]
         return part.table[name] if part.rows is None else part.table[name][part.rows]
 
-    def load(self, fields: Mapping[str, np.dtype[Any]], rows: np.ndarray | None, *, own_memory: bool) -> dict[str, np.ndarray]:
+    def load(self, fields: Mapping[str, np.dtype[Any]], rows: np.ndarray | None) -> dict[str, np.ndarray]:
         columns: dict[str, np.ndarray] = {}
         for name in fields:
             if name in columns:
@@ -123,7 +123,7 @@ class _SideBySide:
             # All that come from the same rows of the same table, in one pass over it.
             beside = {other for other in fields if self.parts[other].table is table and self.parts[other].rows is of_table}
             taken = of_table if rows is None else rows if of_table is None else of_table[rows]
-            loaded = table.load(beside.__contains__, rows=taken, own_memory=own_memory)
+            loaded = table.load(beside.__contains__, rows=taken)
             columns |= {other: loaded[other] for other in beside}
         return {name: columns[name] for name in fields}
 

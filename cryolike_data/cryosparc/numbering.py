@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
-#: Where fewer rows than one in so many differ from the row before, Python looks each of these up.
-_RARE = 8
+#: Where fewer words than one for so many rows are other than in the row before, Python looks up the rows that differ.
+_COMMON = 4
 #: Values whose number is found without Python have a place of so many bits; two that fall on one place take turns there.
 _PLACE_BITS = 20
 #: Of the keys that choose a place; how well they spread the values decides the speed and nothing else.
@@ -16,109 +16,158 @@ _SEED = 20261124
 
 
 class Numbering:
-    """The different values of a column, numbered in order of appearance, while blocks of the column come one after the other.
+    """The different rows of a few columns, numbered in order of appearance, while blocks of rows come one after the other.
 
     Each row is compared, as whole words, with the row before. Where most rows differ, those words that ever did lead to the number
-    of a value that is known, and are compared with that value. Python sees each value when it is new, and rarely again.
+    of a row that is known, and are compared with that one. Python sees each row when it is new, and rarely again.
 
     Parameters
     ----------
-    size : bytes of a string
-    words : (1 + rows of the largest block, a multiple of 8) contiguous uint64; row 0 belongs to the numbering
-    start : the word of each row at which its string starts; the rest of the string's last word is cleared
+    row : dtype of a row
+    names : of the columns
+    block_rows : rows of the largest block
 
     Attributes
     ----------
-    known : the values, with their numbers
+    known : the different rows, byte for byte (see ``records``), with their numbers
     """
 
-    def __init__(self, size: int, words: np.ndarray, start: int) -> None:
-        self.known: dict[Any, int] = {}
-        width = max(1, -(-size // 8))
-        self._rows, self._words = words, words[:, start : start + width]
-        self._mask = np.uint64((1 << 8 * (size - 8 * (width - 1))) - 1)
-        self._of_string = np.isin(np.arange(words.shape[1]), np.arange(start, start + width)).view(np.uint64)
-        self._start = start
+    def __init__(self, row: np.dtype[Any], names: Collection[str], block_rows: int) -> None:
+        self.known: dict[bytes, int] = {}
+        size = _packed(row, names).itemsize
+        width = -(-size // 8)
+        # Row 0 is the last one of the block before; the last word of each row is filled up with zeros.
+        self._words = np.zeros((1 + -(-block_rows // 8) * 8, width), np.uint64)
+        self._records = np.ndarray(len(self._words), f"S{size}", self._words, strides=(8 * width,))
+        self._source, self._copied = _runs(row, names, 8 * width)
+        self._differ = np.zeros((len(self._words) - 1, width), bool)
         self._last: int | None = None
-        self._varied: dict[int, np.ndarray] = {}  # words in which rows have differed, and what they are in each value
+        self._varied: dict[int, np.ndarray] = {}  # words in which rows have differed, and what they are in each row that is known
         self._at = np.empty(0, np.int32)  # the number that was last seen at a place, plus one
         self._keys = np.random.default_rng(_SEED).integers(1 << 63, size=width, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 
     def add(self, block: np.ndarray) -> np.ndarray:
-        """The numbers (int32) of the strings of the next block, which lie in ``words`` from row 1 on."""
-        n = len(block)
-        self._words[1 : n + 1, -1] &= self._mask
-        # All words, because NumPy is fast where there are no gaps, and of the differences those in the string.
-        differ = (self._rows[1 : n + 1].ravel() != self._rows[:n].ravel()).view(np.uint64).reshape(n, -1)
+        """The numbers (int32) of the next rows."""
+        n, words = len(block), self._words
+        source, copy = block.view(self._source), words[1 : n + 1].reshape(-1).view(self._copied)
+        for run in self._source.names or ():
+            copy[run] = source[run]
         if self._last is None:
-            differ[0] = 0
-        changed, ever = np.zeros(n, bool), np.zeros_like(self._of_string)
-        for k in np.flatnonzero(self._of_string).tolist():
-            in_string = differ[:, k] & self._of_string[k]
-            changed |= in_string.view(np.int64).astype(bool)
-            ever[k] = np.bitwise_or.reduce(in_string)
-        changed[0] |= self._last is None
-        self._add_varied(ever)
-        heads = np.flatnonzero(changed)
-        if len(heads) * _RARE < n:
-            # Rows before the first that differs go with the last block's last row.
-            found = np.append(np.array([self._last or 0], np.int32), self._by_python(block[heads]))
-            numbers = np.repeat(found, np.diff(np.append(heads, n), prepend=0))
-        else:
-            numbers = self._look_up(block)
+            words[0] = words[1]
+        differ = self._differ[:n]
+        np.not_equal(words[1 : n + 1], words[:n], out=differ)
+        few = _COMMON * np.count_nonzero(differ) < n
+        numbers = self._by_runs(n, np.flatnonzero(differ)) if few else self._look_up(n)
         self._last = int(numbers[-1])
-        self._rows[0] = self._rows[n]
+        words[0] = words[n]
         return numbers
 
-    def _add_varied(self, differ: np.ndarray) -> None:
-        new = [word for word in (np.flatnonzero(differ.view(bool)) - self._start).tolist() if word not in self._varied]
-        if new:
-            self._varied |= {word: np.empty(1, np.uint64) for word in new}
-            self._at[:] = 0  # another word leads to other places
+    def _by_runs(self, n: int, changes: np.ndarray) -> np.ndarray:
+        """The numbers of n rows, of whose words few (these, among all) are other than in the row before."""
+        rows, words = np.divmod(changes, self._words.shape[1])
+        self._add_varied(np.bincount(words))
+        heads = rows[np.append(True, rows[1:] != rows[:-1])] if len(rows) else rows
+        # Rows before the first that differs go with the last row of the block before.
+        first = self._by_python(np.zeros(1, np.int64)) if self._last is None else np.array([self._last], np.int32)
+        return np.repeat(np.append(first, self._by_python(heads)), np.diff(heads, prepend=0, append=n))
 
-    def _look_up(self, block: np.ndarray) -> np.ndarray:
-        words = self._words[1 : len(block) + 1]
+    def _look_up(self, n: int) -> np.ndarray:
+        words = self._words[1 : n + 1]
+        # Eight rows at a time, as NumPy is slow along short rows; behind the block there is what lay there before.
+        ever = np.bitwise_or.reduce(self._differ.reshape(-1).view(np.uint64).reshape(-1, words.shape[1]), axis=0)
+        self._add_varied(ever.view(bool).reshape(8, -1).any(axis=0))
         if not len(self._at):
             self._at = np.zeros(1 << _PLACE_BITS, np.int32)
-        mixed = np.zeros(len(block), np.uint64)
+        mixed = np.zeros(n, np.uint64)
         for word in self._varied:
-            mixed += words[:, word] * self._keys[word]
+            mixed ^= words[:, word]
+            mixed *= self._keys[word]
+            mixed ^= mixed >> np.uint64(32)  # differences in the first bits alone would stay there, and meet
         place = (mixed >> np.uint64(64 - _PLACE_BITS)).view(np.int64)
         numbers = self._at.take(place) - np.int32(1)
         unknown = np.flatnonzero(self._unlike(numbers, words))
         if len(unknown):
-            # One of those that look alike first, so that Python sees few; then the others that looked like it in vain.
-            _, first = np.unique(mixed[unknown], return_index=True)
-            new = unknown[np.sort(first)]
-            found = self._by_python(block[new])
+            # Python sees one of those that look alike, if they all are.
+            _, first, which = np.unique(mixed[unknown], return_index=True, return_inverse=True)
+            alike = all((words[unknown, word] == words[unknown[first], word][which]).all() for word in self._varied)
+            new = unknown[np.sort(first)] if alike else unknown
+            found = self._by_python(new)
             self._at[place[new]] = found + 1
             self._remember(found, words[new])
             numbers[unknown] = again = self._at.take(place[unknown]) - np.int32(1)
             left = unknown[self._unlike(again, words[unknown])]
-            numbers[left] = self._by_python(block[left])
+            numbers[left] = self._by_python(left)
         return numbers
 
+    def _add_varied(self, often: np.ndarray) -> None:
+        """Note which words have varied, from how often each did."""
+        new = [word for word in np.flatnonzero(often).tolist() if word not in self._varied]
+        if new:
+            self._varied |= {word: np.empty(1, np.uint64) for word in new}
+            self._at[:] = 0  # another word leads to other places
+
     def _unlike(self, numbers: np.ndarray, words: np.ndarray) -> np.ndarray:
-        """Whether rows are other than the values of these numbers, in a word that has ever varied (all other words are alike)."""
+        """Whether rows are other than the known ones of these numbers, in a word that has ever varied (all other words are alike)."""
         unlike = numbers < 0
-        for word, of_values in self._varied.items():
-            unlike |= of_values.take(numbers, mode="clip") != words[:, word]
+        for word, of_known in self._varied.items():
+            unlike |= of_known.take(numbers, mode="clip") != words[:, word]
         return unlike
 
     def _remember(self, numbers: np.ndarray, words: np.ndarray) -> None:
-        for word, of_values in self._varied.items():
-            if len(of_values) < len(self.known):
-                of_values = self._varied[word] = np.concatenate([of_values, np.empty(len(self.known), np.uint64)])
-            of_values[numbers] = words[:, word]
+        for word, of_known in self._varied.items():
+            if len(of_known) < len(self.known):
+                of_known = self._varied[word] = np.concatenate([of_known, np.empty(len(self.known), np.uint64)])
+            of_known[numbers] = words[:, word]
 
-    def _by_python(self, values: np.ndarray) -> np.ndarray:
-        return np.array([self.known.setdefault(value, len(self.known)) for value in values.tolist()], np.int32)
+    def _by_python(self, rows: np.ndarray) -> np.ndarray:
+        return np.array([self.known.setdefault(record, len(self.known)) for record in self._records[1 + rows].tolist()], np.int32)
 
 
-def merge(parts: Sequence[tuple[dict[Any, int], np.ndarray]]) -> list[Any]:
-    """The values of all parts of a column in order of appearance; the numbers of later parts are changed to mean them."""
+def merge(parts: Sequence[tuple[dict[bytes, int], np.ndarray]]) -> list[bytes]:
+    """The known rows of all parts of a table in order of appearance; the numbers of later parts are changed to mean them."""
     known, _ = parts[0]
-    for values, numbers in parts[1:]:
-        of_all = np.array([known.setdefault(value, len(known)) for value in values], np.int32)
-        np.take(of_all, numbers, out=numbers, mode="clip")
+    for of_part, numbers in parts[1:]:
+        of_all = np.array([known.setdefault(record, len(known)) for record in of_part], np.int32)
+        if (np.diff(of_all) == 1).all():
+            numbers += of_all[:1]
+        else:
+            np.take(of_all, numbers, out=numbers, mode="clip")
     return list(known)
+
+
+def records(known: Sequence[bytes], row: np.dtype[Any], names: Collection[str]) -> np.ndarray:
+    """The structured array of these columns whose rows are known as bytes."""
+    dtype = _packed(row, names)
+    return np.array(known, np.dtype(("S", dtype.itemsize))).view(dtype)
+
+
+def _packed(row: np.dtype[Any], names: Collection[str]) -> np.dtype[Any]:
+    """Of the columns by themselves, in the order in which they lie in a row and without gaps."""
+    inside = sorted(names, key=lambda name: _start(row, name))
+    sizes = [row[name].itemsize for name in inside]
+    offsets = np.cumsum([0, *sizes])[:-1].tolist()
+    layout: Any = {"names": inside, "formats": [row[name] for name in inside], "offsets": offsets, "itemsize": max(1, sum(sizes))}
+    packed: np.dtype[Any] = np.dtype(layout)
+    return packed
+
+
+def _runs(row: np.dtype[Any], names: Collection[str], size: int) -> tuple[np.dtype[Any], np.dtype[Any]]:
+    """Of a row, and of the columns by themselves in so many bytes, with columns that lie side by side in both taken as one."""
+    packed = _packed(row, names)
+    runs: list[list[int]] = []  # where each starts in a row and by itself, and its bytes
+    for name in packed.names or ():
+        start, start_packed, bytes_ = _start(row, name), _start(packed, name), packed[name].itemsize
+        if runs and sum(runs[-1][::2]) == start:
+            runs[-1][2] += bytes_
+        else:
+            runs.append([start, start_packed, bytes_])
+    runs = [run for run in runs if run[2]]
+    both = [([start for start, _, _ in runs], row.itemsize), ([start for _, start, _ in runs], size)]
+    shared = {"names": [f"run {k}" for k in range(len(runs))], "formats": [f"V{run[2]}" for run in runs]}
+    layouts: list[Any] = [shared | {"offsets": offsets, "itemsize": itemsize} for offsets, itemsize in both]
+    return np.dtype(layouts[0]), np.dtype(layouts[1])
+
+
+def _start(row: np.dtype[Any], name: str) -> int:
+    assert row.fields is not None
+    return int(row.fields[name][1])

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import struct
 import tokenize
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from ..errors import MissingDependencyError, MissingStackError, TableError
-from .rows import copy_columns, number_rows
+from ..memory import own_array
+from ..repeated import take
+from .rows import ColumnsInMemory, RowsInMemory, copy_columns
 
 _NUMPY, _CSDAT, _SNAPPY = b"\x93NUMPY", b"\x95CSDAT", b"\x94CSDAT"
 _OTHERS = {
@@ -69,7 +73,7 @@ class Table:
             del self._source.columns[name]
         return column
 
-    def load(self, wanted: Callable[[str], bool], *, rows: np.ndarray | None = None, own_memory: bool = False) -> Table:
+    def load(self, wanted: Callable[[str], bool], *, rows: np.ndarray | None = None) -> Table:
         """The table with the wanted columns in memory (see ``copy_columns``), and without the others; all rows, or these in this order.
 
         Rows of a table on disk are wide: all columns are copied in one pass over it, which is several times as fast as a pass
@@ -77,16 +81,23 @@ class Table:
         """
         fields = {name: dtype for name, dtype in self.fields.items() if wanted(name)}
         if isinstance(self._source, Loads):
-            return self._with(self._source.load(fields, rows, own_memory=own_memory), rows)
+            return self._with(self._source.load(fields, rows), rows)
         return self._with({name: self[name] if rows is None else self[name][rows] for name in fields}, rows)
 
-    def load_numbered(self, wanted: Callable[[str], bool], name: str) -> tuple[Table, list[Any], np.ndarray]:
-        """The same, and of a column of strings its different values in order of appearance and each row's place (int32) among them."""
-        if not isinstance(self._source, _OnDisk):
-            return self.load(wanted), *number_rows(self[name])
-        fields = {name: dtype for name, dtype in self.fields.items() if wanted(name)}
-        columns, numbered = copy_columns(self._source.map(), fields, numbered=name)
-        return self._with(columns), *numbered
+    def load_numbered(self, wanted: Callable[[str], bool], name: str, *, few: Collection[str] = ()) -> tuple[Table, list[Any], np.ndarray]:
+        """The same, and of a column of strings its different values in order of appearance and each row's place (int32) among them.
+
+        ``few`` are columns of which rows with the same string rarely differ; they are read together with it, and in no time.
+        """
+        together = [name, *(other for other in few if wanted(other) and other in self.fields)]
+        alone = [other for other in self.fields if wanted(other) and other not in together]
+        if isinstance(self._source, _OnDisk):
+            columns, kinds = copy_columns(self._source, alone, kinds_of=together)
+        else:
+            loaded = self.load(lambda other: other in together or other in alone)
+            columns = {other: loaded[other] for other in alone}
+            kinds = copy_columns(ColumnsInMemory({other: loaded[other] for other in together}), (), kinds_of=together)[1]
+        return self._with(columns | {other: kinds.column(other) for other in together if wanted(other)}), *kinds.values(name)
 
     def take_kept(self, rows: np.ndarray | None) -> np.ndarray | None:
         """``kept`` of a table of these rows of this one; None for all."""
@@ -120,13 +131,13 @@ class Table:
 class Loads(Protocol):
     """Where a table's columns come from, if it gives many in less time than one by one."""
 
-    def load(self, fields: Mapping[str, np.dtype[Any]], rows: np.ndarray | None, *, own_memory: bool) -> dict[str, np.ndarray]:
+    def load(self, fields: Mapping[str, np.dtype[Any]], rows: np.ndarray | None) -> dict[str, np.ndarray]:
         """Columns (see ``copy_columns``) of all rows, or of these in this order."""
 
 
 @dataclass(frozen=True)
 class _OnDisk:
-    """The rows of a NumPy table, which are mapped whenever they are needed, as long as the file is the one that was opened."""
+    """The rows of a NumPy table, which are read whenever they are needed, as long as the file is the one that was opened."""
 
     path: Path
     dtype: np.dtype[Any]
@@ -134,30 +145,49 @@ class _OnDisk:
     rows: int
     stamp: tuple[int, ...]
 
-    def map(self) -> np.ndarray:
-        try:
-            with self.path.open("rb") as file:
-                if _stamp(file) != self.stamp:
-                    raise TableError(f"{self.path} has changed since it was opened; open the data set again.")
-                return np.memmap(file, self.dtype, "r", self.start, (self.rows,)).view(np.ndarray)
-        except OSError as error:
-            raise TableError(f"{self.path} cannot be read any more: {error.strerror}.") from error
+    def __len__(self) -> int:
+        return self.rows
 
-    def load(self, fields: Mapping[str, np.dtype[Any]], rows: np.ndarray | None, *, own_memory: bool) -> dict[str, np.ndarray]:
-        table = self.map()
+    def blocks(self, start: int, stop: int, rows: int) -> Iterator[np.ndarray]:
+        """These rows, so many at a time, in one buffer: reading them into the cache takes less than mapping their pages."""
+        size = self.dtype.itemsize
+        buffer = own_array((min(rows, stop - start),), self.dtype, huge_pages=True)
+        with self._opened() as file:
+            file.seek(self.start + start * size)
+            for first in range(start, stop, rows):
+                block = buffer[: stop - first]
+                if file.readinto(block.view(np.uint8).data) != block.nbytes:
+                    raise TableError(f"{self.path} has become shorter since it was opened; open the data set again.")
+                yield block
+
+    def load(self, fields: Mapping[str, np.dtype[Any]], rows: np.ndarray | None) -> dict[str, np.ndarray]:
         if rows is None:
-            return copy_columns(table, fields, own_memory=own_memory)[0]
+            return copy_columns(self, fields)[0]
         first, end = (int(rows.min()), int(rows.max()) + 1) if len(rows) else (0, 0)
         if end - first > _SPARSE * len(rows):
-            return copy_columns(table[rows], fields, own_memory=own_memory)[0]
-        columns = copy_columns(table[first:end], fields, own_memory=own_memory)[0]
+            return copy_columns(RowsInMemory(self._map()[rows]), fields)[0]
+        stretch = replace(self, start=self.start + first * self.dtype.itemsize, rows=end - first)
+        columns = copy_columns(stretch, fields)[0]
         if end - first == len(rows) and (np.diff(rows) == 1).all():
             return columns
-        return {name: column[rows - first] for name, column in columns.items()}
+        return {name: take(column, rows - first) for name, column in columns.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        column: np.ndarray = self.map()[name]
-        return column
+        return self.load({name: self.dtype[name]}, None)[name]
+
+    def _map(self) -> np.ndarray:
+        with self._opened() as file:
+            return np.memmap(file, self.dtype, "r", self.start, (self.rows,)).view(np.ndarray)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[io.FileIO]:
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                if _stamp(file) != self.stamp:
+                    raise TableError(f"{self.path} has changed since it was opened; open the data set again.")
+                yield file
+        except OSError as error:
+            raise TableError(f"{self.path} cannot be read any more: {error.strerror}.") from error
 
 
 def _stamp(file: IO[bytes]) -> tuple[int, ...]:
