@@ -58,14 +58,14 @@ def export(settings: Settings) -> Iterator[Figure]:
 
 def _zarr(settings: Settings, out: Path) -> Iterator[Figure]:
     dataset, project = _dataset(settings, Project(20_000, 20))
-    dataset = dataset.select(np.resize(np.arange(len(dataset)), settings.count(24_576)))  # 6 files that all cores share evenly
+    dataset = _evened(dataset, settings.count(24_576))  # 6 files
     rates = in_turn([partial(_plain, out, _FILE_BYTES, _payload(dataset)), partial(_rate, dataset, out, _to_zarr)], _ROUNDS)
     yield rate_figure("export", f"Zarr, {project.label} / plain writing", rates, "GB/s", bound=PLAIN_BOUND, scale=_gigabytes(dataset))
 
 
 def _downsampled(settings: Settings, out: Path) -> Iterator[Figure]:
     dataset, project = _dataset(settings, Project(3_200, 20, box=256))
-    dataset = dataset.select(np.tile(np.arange(len(dataset)), 3))
+    dataset = _evened(dataset, 4 * settings.count(2_560))  # 10 files
     crop = Downsample(box=128)
     images = dataset.read(np.arange(min(len(dataset), 512)))
     small = len(dataset) * 128 * 128 * 4
@@ -94,6 +94,7 @@ def _downsampled(settings: Settings, out: Path) -> Iterator[Figure]:
 
 def _physical(settings: Settings, out: Path) -> Iterator[Figure]:
     dataset, project = _dataset(settings, Project(20_000, 20))
+    dataset = _evened(dataset, settings.count(20_480))  # 20 files
     per_file = 1024 * dataset.image_bytes
     ours = partial(_rate, dataset, out, partial(_to_cryolike, fourier=False))
     rates = in_turn([partial(_plain, out, per_file, _payload(dataset)), ours], _ROUNDS)
@@ -175,6 +176,11 @@ def _dataset(settings: Settings, project: Project, images: int | None = None) ->
     for start in range(0, len(dataset), 1024):
         dataset.read(slice(start, start + 1024))
     return dataset, sized
+
+
+def _evened(dataset: ParticleDataset, images: int) -> ParticleDataset:
+    """So many images, some of them more than once: for files that are all of a size and that two cores share evenly."""
+    return dataset.select(np.resize(np.arange(len(dataset)), images))
 
 
 def _payload(dataset: ParticleDataset) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import uuid
 from collections.abc import Iterator
@@ -10,6 +12,10 @@ from pathlib import Path
 from typing import Protocol
 
 from .errors import ExportError
+from .pages import libc
+
+_KEEP_SIZE = 1
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Writable(Protocol):
@@ -37,3 +43,20 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ExportError(f"The folder {path} cannot be made: {error}") from error
+
+
+def keep_room(descriptor: int, size: int) -> None:
+    """Have the system set aside room for so many bytes of a file that is about to be written, where it can (Linux); its size stays.
+
+    All at once that takes less than with each piece that is written.
+
+    Raises
+    ------
+    OSError
+        if there is not enough room
+    """
+    fallocate = getattr(libc(), "fallocate", None)  # not posix_fallocate, which writes into every block where the system cannot do it
+    if size and fallocate is not None and fallocate(descriptor, _KEEP_SIZE, 0, size) != 0:
+        code = ctypes.get_errno()
+        if code in _FULL:
+            raise OSError(code, os.strerror(code))

@@ -17,7 +17,6 @@ from .zarr_store import is_url
 
 def fingerprint(dataset: ParticleDataset) -> dict[str, Any]:
     """What tells one set of inputs from another: paths, sizes and modification times of the files, and the columns of the table."""
-    files = input_files(dataset)
     of_column: defaultdict[str, Any] = defaultdict(partial(hashlib.blake2b, digest_size=16))
     for part in dataset.particles.stretches():
         for name, column in part.columns().items():
@@ -25,8 +24,19 @@ def fingerprint(dataset: ParticleDataset) -> dict[str, Any]:
     columns = hashlib.blake2b(f"{len(dataset)}".encode(), digest_size=16)
     for name, hashed in sorted(of_column.items()):
         columns.update(f"{name} {hashed.hexdigest()}".encode())
+    return {
+        "kind": type(dataset).__name__,
+        "files": len(input_files(dataset)),
+        "table": columns.hexdigest(),
+        "stacks": fingerprint_of_files(dataset),
+        "pixel_size_A": dataset.pixel_size,
+    }
+
+
+def fingerprint_of_files(dataset: ParticleDataset) -> str:
+    """The part of a fingerprint that tells whether files have changed: ``stacks``."""
     state = hashlib.blake2b(digest_size=16)
-    gone = []
+    files, gone = input_files(dataset), []
     for path in files:
         try:
             status = None if is_url(path) else os.stat(path)
@@ -37,14 +47,7 @@ def fingerprint(dataset: ParticleDataset) -> dict[str, Any]:
         state.update(os.fsencode(f"{path}\0{seen}\n"))
     if gone:
         raise MissingStackError("\n".join([f"{len(gone)} of {len(files)} stacks are gone:", *(f"  {path}" for path in gone)]))
-    kind = type(dataset).__name__
-    return {
-        "kind": kind,
-        "files": len(files),
-        "table": columns.hexdigest(),
-        "stacks": state.hexdigest(),
-        "pixel_size_A": dataset.pixel_size,
-    }
+    return state.hexdigest()
 
 
 def input_files(dataset: ParticleDataset) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from torch import Tensor
 _OWN_PAGES = 1 << 16
 #: Bytes of a large page of most systems.
 _HUGE_PAGE = 1 << 21
+#: A little less than the largest piece from which glibc learns what to keep (32 MB).
+_LEARNED_BYTES = 31 << 20
 
 
 def own_array(shape: tuple[int, ...], dtype: Any, *, huge_pages: bool = False) -> np.ndarray:
@@ -43,3 +46,13 @@ def own_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor for images that are worked on piece by piece, in memory of its own, filled with zeros."""
     flat = own_array((math.prod(shape) * dtype.itemsize,), np.uint8, huge_pages=True)
     return torch.from_numpy(flat).view(dtype).view(shape)
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed, up to some 60 MB, for intermediates of a few MB that come and go.
+
+    glibc gives memory back as soon as twice the largest piece is free that it saw freed. With several intermediates of a size that is
+    each time: finding their pages again then takes as long as the work on them.
+    """
+    np.empty(_LEARNED_BYTES, np.uint8)  # freed at once; it was never written, so that it costs nothing

@@ -12,6 +12,7 @@ import pytest
 from support import ctf_columns, uids, write_table
 
 from cryolike_data import read_table
+from cryolike_data.cryosparc import table as table_module
 from cryolike_data.errors import MissingDependencyError, MissingStackError, TableError
 
 
@@ -113,7 +114,7 @@ def test_field_names_beyond_latin_1_keep_their_letters(tmp_path: Path) -> None:
     assert list(read_table(path).fields) == ["uid", "user/αβ"]
 
 
-def test_a_table_is_mapped_and_not_loaded(tmp_path: Path) -> None:
+def test_a_table_is_not_loaded_when_it_is_opened(tmp_path: Path) -> None:
     path = tmp_path / "huge.cs"
     rows = 100_000_000
     with path.open("wb") as file:
@@ -241,6 +242,18 @@ def test_a_table_shorter_than_its_header_says_is_truncated(tmp_path: Path, lost:
     path.write_bytes(path.read_bytes()[:-lost])
     with pytest.raises(TableError, match="truncated: 20 rows need"):
         read_table(path)
+
+
+@pytest.mark.parametrize("seen", [True, False], ids=["noticed when it is opened again", "noticed while it is read"])
+def test_a_table_that_shrinks_after_it_was_opened_is_a_table_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: bool) -> None:
+    path = write_table(tmp_path / "t.cs", uid=uids(20))
+    table = read_table(path)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 8)
+    if not seen:
+        monkeypatch.setattr(table_module, "_stamp", lambda file: table._source.stamp)
+    with pytest.raises(TableError, match="has changed since" if seen else "has become shorter"):
+        table["uid"]
 
 
 @pytest.mark.parametrize("cut", [7, 9, 30, 200])

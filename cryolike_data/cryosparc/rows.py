@@ -120,17 +120,17 @@ def copy_columns(source: Rows, names: Collection[str], *, kinds_of: Collection[s
     numbers = own_array((len(source) if kinds_of else 0,), np.int32, huge_pages=True)
 
     def copy(start: int, stop: int) -> tuple[dict[bytes, int], np.ndarray]:
-        numbering = Numbering(source.dtype, kinds_of, min(BLOCK_ROWS, stop - start))
+        numbering = Numbering(source.dtype, kinds_of, min(BLOCK_ROWS, stop - start)) if kinds_of else None
         done = start
         for block in source.blocks(start, stop, BLOCK_ROWS):
             rows = slice(done, done + len(block))
             words = block.view(layout)
             for name, column in copied.items():
                 column[rows] = words[name]
-            if kinds_of:
+            if numbering is not None:
                 numbers[rows] = numbering.add(block)
             done = rows.stop
-        return numbering.known, numbers[start:stop]
+        return {} if numbering is None else numbering.known, numbers[start:stop]
 
     known = merge(in_row_ranges(len(source), copy))
     columns = {name: _native(column, source.dtype[name]) for name, column in copied.items()}

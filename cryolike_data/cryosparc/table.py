@@ -207,8 +207,8 @@ class _Loaded:
 def read_table(path: str | os.PathLike[str]) -> Table:
     """Open a CryoSPARC table of any container format.
 
-    NumPy tables are memory-mapped: opening costs milliseconds and only the columns that are used are ever read. CSDAT tables
-    (LZ4, from cryosparc-tools >= 4.4) are read whole and need the extra ``csdat``.
+    Opening a NumPy table costs milliseconds; its columns are copied out when they are asked for. CSDAT tables (LZ4, from
+    cryosparc-tools >= 4.4) are read whole and need the extra ``csdat``.
 
     Raises
     ------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -235,7 +236,7 @@ class CryoLikeFormat(FolderFormat):
 def _tensor(place: Place, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Output]:
     """A file that ``torch.load`` reads as one tensor, whose numbers are to be written."""
     before, after = around_tensor(shape, dtype)
-    with place.create(name) as file:
+    with place.create(name, room=len(before) + math.prod(shape) * dtype.itemsize + len(after)) as file:
         file.write(before)
         yield file
         file.write(after)

@@ -147,7 +147,8 @@ class MrcFormat(FolderFormat):
     def write_unit(self, dataset: ParticleDataset, unit: int, rows: range, place: Place, advance: Advance) -> UnitRecord:
         """See ``Format``."""
         statistics = _Statistics()
-        with place.create(self.files(unit)[0], head_bytes=HEADER_BYTES) as file:
+        room = HEADER_BYTES + self.needed_bytes(len(rows))
+        with place.create(self.files(unit)[0], head_bytes=HEADER_BYTES, room=room) as file:
             for images in self.pixels.pieces(dataset, rows):
                 statistics.add(images)
                 file.write(images.numpy())

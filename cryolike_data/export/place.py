@@ -16,7 +16,7 @@ import numpy as np
 
 from ..checksum import crc32c
 from ..errors import ExportError
-from ..files import make_folder
+from ..files import keep_room, make_folder
 from ..zarr_store import is_url
 
 #: Folder of an export that is at work: its plan, what is finished, who is at it, and files that are being written.
@@ -95,8 +95,11 @@ class Place(Protocol):
 
     before_placing: Callable[[], None] | None
 
-    def create(self, name: str, *, head_bytes: int = 0) -> AbstractContextManager[Output]:
-        """A file to be written, which is in its place when the context ends without an error; ``head_bytes`` are left for its head."""
+    def create(self, name: str, *, head_bytes: int = 0, room: int = 0) -> AbstractContextManager[Output]:
+        """A file to be written, which is in its place when the context ends without an error.
+
+        ``head_bytes`` are left for its head; it will have ``room`` bytes, or more.
+        """
 
     def write(self, name: str, content: bytes) -> WrittenFile:
         """Write a whole file."""
@@ -135,7 +138,7 @@ class LocalPlace:
         return str(self.root)
 
     @contextmanager
-    def create(self, name: str, *, head_bytes: int = 0) -> Iterator[Output]:
+    def create(self, name: str, *, head_bytes: int = 0, room: int = 0) -> Iterator[Output]:
         """See ``Place``; an ``ExportError`` names the file that cannot be written, and no part of it stays behind."""
         target, partial = self.root / name, self.root / _PARTIAL / uuid.uuid4().hex
         make_folder(partial.parent)
@@ -144,6 +147,8 @@ class LocalPlace:
             with _explained(target):
                 descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
+                with _explained(target):
+                    keep_room(descriptor, room)
                 yield _LocalOutput(name, target, descriptor, head_bytes)
             finally:
                 with _explained(target):  # a network file system may tell here that it is full

@@ -29,8 +29,8 @@ def look(plan: ExportPlan, place: Place) -> tuple[Literal["nothing", "clearing",
     return "nothing", []
 
 
-def prepare(plan: ExportPlan, place: Place, *, overwrite: bool, alone: bool) -> None:
-    """Make sure that this plan may be at work in the place, and note that it is.
+def prepare(plan: ExportPlan, place: Place, *, overwrite: bool, alone: bool) -> bool:
+    """Make sure that this plan may be at work in the place, and note that it is; whether it has been sealed there already.
 
     Raises
     ------
@@ -53,14 +53,14 @@ def prepare(plan: ExportPlan, place: Place, *, overwrite: bool, alone: bool) -> 
     elif there == "nothing":
         if found := plan.format.leftovers(place):
             if read_plan(place) is not None:  # others that share the work have begun between the two looks
-                prepare(plan, place, overwrite=overwrite, alone=alone)
-                return
+                return prepare(plan, place, overwrite=overwrite, alone=alone)
             raise ExportExistsError(
                 f"{plan.target} holds {len(found)} files or folders that this export did not write ({found[0]}, ...). Choose another "
                 "place, or pass overwrite=True to replace them."
             )
         _require_room(plan, freed=0)
         write_plan(place, plan.about)
+    return there == "sealed" and not overwrite
 
 
 def _clear(plan: ExportPlan, place: Place) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..errors import ArgumentError, ExportError
-from ..fingerprint import fingerprint
+from ..fingerprint import fingerprint_of_files
 from ..progress import Progress
 from .cluster import require_executor, run_on_cluster
 from .place import STATE, Place, WrittenFile, open_place
@@ -133,9 +133,7 @@ def run_unit(plan: ExportPlan, unit: int, *, advance: Advance = lambda images, s
 
     place = open_place(plan.target)
     rows = plan.rows(unit)
-    sealed = is_sealed(plan, place)
-    if not sealed:
-        prepare(plan, place, overwrite=False, alone=False)
+    sealed = prepare(plan, place, overwrite=False, alone=False)
     place.before_placing = require_ours
     with _one_thread():
         record = plan.format.write_unit(plan.dataset, unit, rows, place, advance)
@@ -176,7 +174,7 @@ def finish(plan: ExportPlan) -> ExportReport:
             f"{plan.target} cannot be sealed yet: {len(missing)} of {len(plan)} units are not there ({_told(missing)}). "
             "Run the same export again to write them."
         )
-    if fingerprint(plan.dataset) != plan.about["inputs"]:
+    if fingerprint_of_files(plan.dataset) != plan.about["inputs"]["stacks"]:
         raise ExportError(
             f"The input stacks of {plan.target} have changed while they were exported; export them again with overwrite=True."
         )

@@ -26,7 +26,7 @@ class StorePlace:
         return self._url
 
     @contextmanager
-    def create(self, name: str, *, head_bytes: int = 0) -> Iterator[Output]:
+    def create(self, name: str, *, head_bytes: int = 0, room: int = 0) -> Iterator[Output]:
         """See ``Place``; the whole file is in memory until it is sent."""
         from zarr.core.buffer import default_buffer_prototype
 

@@ -149,7 +149,7 @@ class ZarrFormat:
     def write_unit(self, dataset: ParticleDataset, unit: int, rows: range, place: Place, advance: Advance) -> UnitRecord:
         """See ``Format``."""
         images = self._images(dataset, rows, advance)
-        with place.create(self.files(unit)[0]) as file:
+        with place.create(self.files(unit)[0], room=self.needed_bytes(len(rows))) as file:
             for part in self._packed(images, len(rows)) if self.compression is None else self._encoded(images, len(rows)):
                 file.write(part)
         return UnitRecord(unit, (file.written,), {})

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..memory import keep_freed_memory
 
 Method = Literal["fourier", "mean", "max"]
 
@@ -123,6 +124,7 @@ def crop_fourier(images: Tensor, box: int) -> Tensor:
         return images
     if images.numel() == 0:  # FFT libraries refuse an empty batch
         return images.new_empty(*images.shape[:-2], box, box)
+    keep_freed_memory()
     flat = images.reshape(-1, source, source)
     cropped = images.new_empty(len(flat), box, box)
     for group in cache_sized_groups(flat):
