@@ -33,11 +33,12 @@ def own_array(shape: tuple[int, ...], dtype: Any, *, huge_pages: bool = False) -
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size < _OWN_PAGES or not hasattr(mmap, "MAP_ANONYMOUS"):
         return np.zeros(shape, dtype)
+    huge_pages = huge_pages and size >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE")
     # With a whole number of large pages the system lets them start where one can, and none is taken apart.
     whole = -(-size // _HUGE_PAGE) * _HUGE_PAGE
     room = whole if huge_pages and whole - size < size // 8 else size
     pages = mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
+    if huge_pages:
         pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, dtype, math.prod(shape)).reshape(shape)
 

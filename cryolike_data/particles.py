@@ -15,7 +15,7 @@ from .later import Later, take_rows_of
 from .repeated import Repeated, is_repeated, once, repeat
 
 #: Particles that are looked at together by who goes through all of them.
-STRETCH_ROWS = 1 << 15
+STRETCH_ROWS = 1 << 14
 
 #: What selects rows: a boolean mask, row numbers, a slice, or a function of the particles that gives one of these.
 Selection = Any
