@@ -12,7 +12,7 @@ import pytest
 from support import ctf_columns, uids, write_table
 
 from cryolike_data import read_table
-from cryolike_data.cryosparc import table as table_module
+from cryolike_data.cryosparc import rows as rows_module
 from cryolike_data.errors import MissingDependencyError, MissingStackError, TableError
 
 
@@ -251,7 +251,7 @@ def test_a_table_that_shrinks_after_it_was_opened_is_a_table_error(tmp_path: Pat
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - 8)
     if not seen:
-        monkeypatch.setattr(table_module, "_stamp", lambda file: table._source.stamp)
+        monkeypatch.setattr(rows_module, "stamp_of", lambda file: table._source.stamp)
     with pytest.raises(TableError, match="has changed since" if seen else "has become shorter"):
         table["uid"]
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any, Protocol, TypeVar
 
 import numpy as np
 
+from ..errors import TableError
 from ..memory import own_array
-from ..repeated import is_repeated, one_value_once, repeat
+from ..repeated import is_repeated, one_value_once, repeat, take
 from .numbering import Numbering, merge, records
 
 #: Rows that are looked at together at the most: few enough to stay in the cache, and many, because threads wait for each other in between.
 BLOCK_ROWS = 1 << 14
+#: Bytes of such rows at the most, for tables with hundreds of fields.
+_BLOCK_BYTES = 8 << 20
+#: Where fewer rows than one in so many are wanted, those between them are not read.
+_SPARSE = 4
 #: Threads that go through a table at the most; memory is the limit before many are busy.
 _MOST_THREADS = 4
 _WORDS = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}
@@ -80,6 +88,68 @@ class ColumnsInMemory:
 
 
 @dataclass(frozen=True)
+class RowsOnDisk:
+    """The rows of a NumPy table, which are read whenever they are needed, as long as the file is the one that was opened."""
+
+    path: Path
+    dtype: np.dtype[Any]
+    start: int
+    rows: int
+    stamp: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def blocks(self, start: int, stop: int, rows: int) -> Iterator[np.ndarray]:
+        """These rows, so many at a time, in one buffer: reading them into the cache takes less than mapping their pages."""
+        size = self.dtype.itemsize
+        buffer = own_array((min(rows, stop - start),), self.dtype, huge_pages=True)
+        with self._opened() as file:
+            file.seek(self.start + start * size)
+            for first in range(start, stop, rows):
+                block = buffer[: stop - first]
+                if file.readinto(block.view(np.uint8).data) != block.nbytes:
+                    raise TableError(f"{self.path} has become shorter since it was opened; open the data set again.")
+                yield block
+
+    def load(self, fields: Collection[str], rows: np.ndarray | None) -> dict[str, np.ndarray]:
+        """Columns (see ``copy_columns``) of all rows, or of these in this order."""
+        if rows is None:
+            return copy_columns(self, fields)[0]
+        first, end = (int(rows.min()), int(rows.max()) + 1) if len(rows) else (0, 0)
+        if end - first > _SPARSE * len(rows):
+            return copy_columns(RowsInMemory(self._map()[rows]), fields)[0]
+        stretch = replace(self, start=self.start + first * self.dtype.itemsize, rows=end - first)
+        columns = copy_columns(stretch, fields)[0]
+        if end - first == len(rows) and (np.diff(rows) == 1).all():
+            return columns
+        return {name: take(column, rows - first) for name, column in columns.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.load([name], None)[name]
+
+    def _map(self) -> np.ndarray:
+        with self._opened() as file:
+            return np.memmap(file, self.dtype, "r", self.start, (self.rows,)).view(np.ndarray)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[io.FileIO]:
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                if stamp_of(file) != self.stamp:
+                    raise TableError(f"{self.path} has changed since it was opened; open the data set again.")
+                yield file
+        except OSError as error:
+            raise TableError(f"{self.path} cannot be read any more: {error.strerror}.") from error
+
+
+def stamp_of(file: IO[bytes]) -> tuple[int, ...]:
+    """What changes with the content of a file."""
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@dataclass(frozen=True)
 class Kinds:
     """The different rows of a few columns.
 
@@ -116,13 +186,14 @@ def copy_columns(source: Rows, names: Collection[str], *, kinds_of: Collection[s
     In the same pass the different rows of a few columns (``kinds_of``) are found, which then need not be copied row by row.
     """
     layout = _as_words(source.dtype, names)
+    step = min(BLOCK_ROWS, -(-_BLOCK_BYTES // source.dtype.itemsize))
     copied = {name: own_array((len(source),), layout[name], huge_pages=True) for name in names}
     numbers = own_array((len(source) if kinds_of else 0,), np.int32, huge_pages=True)
 
     def copy(start: int, stop: int) -> tuple[dict[bytes, int], np.ndarray]:
-        numbering = Numbering(source.dtype, kinds_of, min(BLOCK_ROWS, stop - start)) if kinds_of else None
+        numbering = Numbering(source.dtype, kinds_of, min(step, stop - start)) if kinds_of else None
         done = start
-        for block in source.blocks(start, stop, BLOCK_ROWS):
+        for block in source.blocks(start, stop, step):
             rows = slice(done, done + len(block))
             words = block.view(layout)
             for name, column in copied.items():

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import struct
 import tokenize
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from ..errors import MissingDependencyError, MissingStackError, TableError
-from ..memory import own_array
-from ..repeated import take
-from .rows import ColumnsInMemory, RowsInMemory, copy_columns
+from .rows import ColumnsInMemory, RowsOnDisk, copy_columns, stamp_of
 
 _NUMPY, _CSDAT, _SNAPPY = b"\x93NUMPY", b"\x95CSDAT", b"\x94CSDAT"
 _OTHERS = {
@@ -29,8 +25,6 @@ _OTHERS = {
 }
 # Parent classifications leave hundreds of fields behind; NumPy's own limit of 10 kB is soon passed.
 _MAX_HEADER_BYTES = 1 << 30
-#: Where fewer rows than one in so many are wanted, those between them are not read.
-_SPARSE = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +85,7 @@ class Table:
         """
         together = [name, *(other for other in few if wanted(other) and other in self.fields)]
         alone = [other for other in self.fields if wanted(other) and other not in together]
-        if isinstance(self._source, _OnDisk):
+        if isinstance(self._source, RowsOnDisk):
             columns, kinds = copy_columns(self._source, alone, kinds_of=together)
         else:
             loaded = self.load(lambda other: other in together or other in alone)
@@ -133,66 +127,6 @@ class Loads(Protocol):
 
     def load(self, fields: Mapping[str, np.dtype[Any]], rows: np.ndarray | None) -> dict[str, np.ndarray]:
         """Columns (see ``copy_columns``) of all rows, or of these in this order."""
-
-
-@dataclass(frozen=True)
-class _OnDisk:
-    """The rows of a NumPy table, which are read whenever they are needed, as long as the file is the one that was opened."""
-
-    path: Path
-    dtype: np.dtype[Any]
-    start: int
-    rows: int
-    stamp: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def blocks(self, start: int, stop: int, rows: int) -> Iterator[np.ndarray]:
-        """These rows, so many at a time, in one buffer: reading them into the cache takes less than mapping their pages."""
-        size = self.dtype.itemsize
-        buffer = own_array((min(rows, stop - start),), self.dtype, huge_pages=True)
-        with self._opened() as file:
-            file.seek(self.start + start * size)
-            for first in range(start, stop, rows):
-                block = buffer[: stop - first]
-                if file.readinto(block.view(np.uint8).data) != block.nbytes:
-                    raise TableError(f"{self.path} has become shorter since it was opened; open the data set again.")
-                yield block
-
-    def load(self, fields: Mapping[str, np.dtype[Any]], rows: np.ndarray | None) -> dict[str, np.ndarray]:
-        if rows is None:
-            return copy_columns(self, fields)[0]
-        first, end = (int(rows.min()), int(rows.max()) + 1) if len(rows) else (0, 0)
-        if end - first > _SPARSE * len(rows):
-            return copy_columns(RowsInMemory(self._map()[rows]), fields)[0]
-        stretch = replace(self, start=self.start + first * self.dtype.itemsize, rows=end - first)
-        columns = copy_columns(stretch, fields)[0]
-        if end - first == len(rows) and (np.diff(rows) == 1).all():
-            return columns
-        return {name: take(column, rows - first) for name, column in columns.items()}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.load({name: self.dtype[name]}, None)[name]
-
-    def _map(self) -> np.ndarray:
-        with self._opened() as file:
-            return np.memmap(file, self.dtype, "r", self.start, (self.rows,)).view(np.ndarray)
-
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator[io.FileIO]:
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                if _stamp(file) != self.stamp:
-                    raise TableError(f"{self.path} has changed since it was opened; open the data set again.")
-                yield file
-        except OSError as error:
-            raise TableError(f"{self.path} cannot be read any more: {error.strerror}.") from error
-
-
-def _stamp(file: IO[bytes]) -> tuple[int, ...]:
-    status = os.fstat(file.fileno())
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -255,7 +189,7 @@ def _read_numpy(path: Path, file: IO[bytes]) -> Table:
         raise TableError(f"{path} is truncated: {shape[0]} rows need {expected} bytes and {found} are there. Copy it again.")
     fields = {name: dtype[name] for name in names}
     empty = shape[0] == 0 or dtype.itemsize == 0
-    source = np.empty(shape, dtype) if empty else _OnDisk(path.absolute(), dtype, start, shape[0], _stamp(file))
+    source = np.empty(shape, dtype) if empty else RowsOnDisk(path.absolute(), dtype, start, shape[0], stamp_of(file))
     return Table(path, fields, shape[0], source)
 
 
