@@ -3,7 +3,7 @@ from __future__ import annotations
 import logging
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mrcfile
 import numpy as np
@@ -67,6 +67,18 @@ def test_image_numbers_from_one_are_noticed_where_they_run_over_and_the_remedy_n
     one_based, _ = write_particles(tmp_path, N, blob__idx=np.load(cs)["blob/idx"] + 1)
     with pytest.raises(StackError, match=r"has 3 images, 0 to 2; image 3 is asked for.*index_base=1"):
         IndexedDataset(one_based)
+
+
+@pytest.mark.parametrize("kind", ["u1", "i8", "u8", "f4", "f8", ">u4"])
+@pytest.mark.parametrize("base", [0, 1])
+def test_image_numbers_of_any_type_are_read(tmp_path: Path, kind: str, base: Literal[0, 1]) -> None:
+    write_stack(tmp_path / "a.mrc", np.arange(3 * 16, dtype="f4").reshape(3, 4, 4))
+    write_table(
+        tmp_path / "a.cs", blob__path=["a.mrc"] * 3, blob__idx=np.array([2, 0, 1]).astype(kind) + base, blob__psize_A=np.ones(3, "f4")
+    )
+    dataset = IndexedDataset(tmp_path / "a.cs", index_base=base)
+    assert dataset.particles.slice.tolist() == [2, 0, 1]
+    assert dataset.read([0])[0, 0, 0] == 32
 
 
 def test_image_numbers_from_zero_with_index_base_one_are_an_error(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ class IndexedDataset(ParticleDataset):
         blob, values, file = table.load_numbered(says_where, "blob/path", few=("blob/shape", "blob/psize_A", "blob/sign"))
         names = decode(values)
         paths = resolve_paths(names, lambda: np.bincount(file).tolist(), table=table.origin("blob/path"), folder=folder or None)
-        image = np.subtract(blob["blob/idx"], index_base, dtype=np.int64)
+        image = np.subtract(blob["blob/idx"], index_base, dtype=np.int64, casting="unsafe")
         needed = images_needed(file, image, len(paths))
         pool = open_stacks(paths, mode0=mode0, expected=None if check_headers else needed)
         hint = _HINTS[index_base]

@@ -56,7 +56,8 @@ class Table:
             raise TableError(f"{self.path} has no column {name!r}. It has {self.describe_slots()}.")
         if isinstance(self._source, _Loaded):
             return self._source.columns[name]
-        # Always a copy: a view would keep the file mapped, and fault if it is truncated.
+        if isinstance(self._source, RowsOnDisk):
+            return self._source[name]
         column = np.array(self._source[name], order="C")
         return column.astype(column.dtype.newbyteorder("="), copy=False)
 
