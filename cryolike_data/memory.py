@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import threading
 from functools import cache
 from typing import Any
 
@@ -43,10 +44,26 @@ def own_array(shape: tuple[int, ...], dtype: Any, *, huge_pages: bool = False) -
     return np.frombuffer(pages, dtype, math.prod(shape)).reshape(shape)
 
 
-def own_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor for images that are worked on piece by piece, in memory of its own, filled with zeros."""
-    flat = own_array((math.prod(shape) * dtype.itemsize,), np.uint8, huge_pages=True)
-    return torch.from_numpy(flat).view(dtype).view(shape)
+class _OfThread(threading.local):
+    """What a thread keeps by what it is used for."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, np.ndarray] = {}
+
+
+_OF_THREAD = _OfThread()
+
+
+def kept_tensor(use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor for images that are worked on piece by piece, in memory that a thread has for a use and keeps as long as it lives.
+
+    The next tensor for the same use lies in the same memory, which then need not be found again. What is in it is left to chance.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    kept = _OF_THREAD.kept.get(use)
+    if kept is None or len(kept) < size:
+        kept = _OF_THREAD.kept[use] = own_array((size,), np.uint8, huge_pages=True)
+    return torch.from_numpy(kept[:size]).view(dtype).view(shape)
 
 
 @cache

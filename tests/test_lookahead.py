@@ -17,7 +17,8 @@ import pytest
 from support import own_threads, run_python, write_particles
 
 import cryolike_data.lookahead as lookahead
-from cryolike_data import IndexedDataset
+from cryolike_data import IndexedDataset, export_zarr
+from cryolike_data.export import pixels
 from cryolike_data.lookahead import MAX_PATIENCE, LookAhead
 from cryolike_data.pages import is_resident
 from cryolike_data.sampler import ParticleSampler
@@ -375,3 +376,28 @@ def test_a_program_may_end_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     table, _ = write_particles(tmp_path, 40, stacks=2)
     run = run_python(AT_EXIT, table)
     assert (run.returncode, run.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_an_export_asks_for_all_that_has_to_be_brought_and_seldom_looks_at_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cold: bool
+) -> None:
+    n, stretch = 96, 4
+    asked: list[np.ndarray] = []
+
+    class Counting(IndexedDataset):
+        def ask_ahead(self, rows: np.ndarray) -> bool:
+            asked.append(rows)
+            return cold
+
+    dataset = Counting(write_particles(tmp_path, n)[0])
+    monkeypatch.setattr(pixels, "_PIECE_BYTES", 2 * dataset.image_bytes)
+    monkeypatch.setattr(pixels, "_AHEAD_BYTES", stretch * dataset.image_bytes)
+    export_zarr(dataset, tmp_path / "store", progress=False)
+    first, *rest = asked  # the first is that of the run, for one image
+    assert len(first) == 1
+    if cold:
+        assert np.unique(np.concatenate(rest)).tolist() == list(range(n))
+        assert len(rest) == n // stretch
+    else:
+        assert 1 < len(rest) <= n // stretch // 2

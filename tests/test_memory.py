@@ -6,17 +6,19 @@ import ctypes
 import errno
 import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from support import disk_of, run_python, uids, write_particles, write_stack, write_table
 
 from cryolike_data import IndexedDataset, export_zarr, files
 from cryolike_data.files import keep_room
-from cryolike_data.memory import own_array
+from cryolike_data.memory import kept_tensor, own_array
 from cryolike_data.repeated import Repeated, is_repeated, once, one_value_once, repeat, take
 
 ROOM = 3 << 20
@@ -126,3 +128,20 @@ def test_particles_keep_what_all_share_once_when_they_are_selected_and_sent(tmp_
         assert is_repeated(column)
     assert isinstance(some.__getstate__()["box"], Repeated)
     assert some.box.tolist() == particles.box[:3].tolist()
+
+
+def test_a_thread_works_in_the_same_memory_again_and_other_threads_elsewhere() -> None:
+    def place(use: str, images: int) -> int:
+        return kept_tensor(use, (images, 8, 8), torch.float32).data_ptr()
+
+    first = kept_tensor("one", (4, 8, 8), torch.float32)
+    first.fill_(1)
+    assert place("one", 4) == place("one", 3) == first.data_ptr()
+    assert place("two", 4) != first.data_ptr()
+    larger = kept_tensor("one", (1000, 8, 8), torch.float64)
+    assert larger.shape == (1000, 8, 8)
+    assert larger.dtype == torch.float64
+    assert place("one", 4) == larger.data_ptr()
+    assert first.sum() == first.numel()  # who still has it keeps it
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(place, "one", 4).result() != larger.data_ptr()

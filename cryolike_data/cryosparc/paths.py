@@ -69,9 +69,9 @@ def resolve_paths(
 
 def _find(names: Sequence[str], places: Callable[[str], Iterator[str]]) -> list[str]:
     """The file that each path stands for, or "" where there is none. Paths that differ in the file name only are looked for together."""
-    cuts = [name.rfind("/") + 1 or name.startswith(">") for name in names]
     of_prefix: defaultdict[str, dict[int, str]] = defaultdict(dict)
-    for k, (name, cut) in enumerate(zip(names, cuts, strict=True)):
+    for k, name in enumerate(names):
+        cut = name.rfind("/") + 1 or name.startswith(">")
         of_prefix[name[:cut]][k] = name[cut:]
     found = [""] * len(names)
     folders = _Folders()
@@ -86,11 +86,14 @@ def _find(names: Sequence[str], places: Callable[[str], Iterator[str]]) -> list[
 
 def _look(place: str, wanted: dict[int, str], folders: _Folders, found: list[str]) -> dict[int, str]:
     """Fill in the files that are in a folder; those that are not."""
-    there = folders.which(place, wanted.values()) if wanted else ()
-    hits = [k for k, name in wanted.items() if name in there]
-    for k in hits:
-        found[k] = place + wanted[k]
-    return wanted if not hits else {} if len(hits) == len(wanted) else {k: name for k, name in wanted.items() if not found[k]}
+    there = folders.which(place, wanted.values()) if wanted else set()
+    if there.isdisjoint(wanted.values()):
+        return wanted
+    left = {} if there.issuperset(wanted.values()) else {k: name for k, name in wanted.items() if name not in there}
+    for k, name in wanted.items():
+        if k not in left:
+            found[k] = place + name
+    return left
 
 
 def _places(name: str, *, roots: tuple[str, list[str]], folder: str | None) -> Iterator[str]:

@@ -170,9 +170,11 @@ class Kinds:
 
     def values(self, name: str) -> tuple[list[Any], np.ndarray]:
         """The different values of a column in order of appearance, and each row's place (int32) among them."""
-        known: dict[Any, int] = {}
-        of_kind = np.array([known.setdefault(value, len(known)) for value in self.rows[name].tolist()], np.int32)
-        return list(known), self.number if len(known) == len(of_kind) else of_kind[self.number]
+        of_kind = self.rows[name].tolist()
+        known = {value: number for number, value in enumerate(dict.fromkeys(of_kind))}
+        if len(known) == len(of_kind):
+            return of_kind, self.number
+        return list(known), np.array([known[value] for value in of_kind], np.int32)[self.number]
 
 
 def number_rows(column: np.ndarray) -> tuple[list[Any], np.ndarray]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..dataset import ParticleDataset
 from ..descriptor import ImageDescriptor
 from ..errors import ArgumentError
-from ..memory import own_tensor
+from ..memory import kept_tensor
 from ..transforms import Downsample, Normalize, PolarTransform, normalize_polar
 from ..transforms.polar import require_finufft
 from .cryolike_optics import require_optics, stack_optics
@@ -187,7 +187,6 @@ class CryoLikeFormat(FolderFormat):
         )
         phys_shape = (len(rows), self.grid.n_pixels, self.grid.n_pixels)
         fourier_shape = (len(rows), polar.n_shells, polar.n_inplanes)
-        buffer: Tensor | None = None
         with ExitStack() as stack:
             phys = stack.enter_context(_tensor(place, names[0], phys_shape, torch.float32))
             fourier = stack.enter_context(_tensor(place, names[1], fourier_shape, self.grid.complex_dtype)) if self.fourier else None
@@ -195,8 +194,8 @@ class CryoLikeFormat(FolderFormat):
                 dataset, rows, images=max(1, _PIECE_BYTES // dataset.image_bytes) if transform is None else _CHUNK
             ):
                 # The pictures need all images, and they may be written over otherwise.
-                buffer = own_tensor(read.shape, read.dtype) if buffer is None or self.plots else buffer[: len(read)]
-                images, constant_here = normalize.apply(read, out=buffer)
+                room = torch.empty_like(read) if self.plots else kept_tensor("normalised", read.shape, read.dtype)
+                images, constant_here = normalize.apply(read, out=room)
                 constant += constant_here
                 phys.write(images.numpy())
                 size = images.numpy().nbytes

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..cryosparc.write import save_table, table_of
 from ..dataset import ParticleDataset
 from ..errors import ArgumentError, TableError
-from ..memory import own_tensor
+from ..memory import kept_tensor
 from ..mrc import HEADER_BYTES
 from ..particles import Particles
 from ..relion import optics_block, particle_block, require_starfile, star_optics, write_star
@@ -200,20 +200,20 @@ class _Statistics:
     def __init__(self) -> None:
         self.low, self.high = math.inf, -math.inf
         self._middle = 0.0  # near the mean: squares of the distance from it lose no digits
-        self._away: Tensor | None = None  # room for these distances: what many threads ask for and give back adds up
         self._count, self._sum, self._squares = 0, 0.0, 0.0
 
     def add(self, images: Tensor) -> None:
-        """Take in a piece, which is no larger than the first one was."""
+        """Take in a piece."""
         flat = images.flatten(1)
         for group in cache_sized_groups(flat):
             self._add(flat[group].to(torch.float32))
 
     def _add(self, pixels: Tensor) -> None:
         self.low, self.high = min(self.low, float(pixels.amin())), max(self.high, float(pixels.amax()))
-        if self._away is None:
-            self._middle, self._away = float(pixels[0].mean()), own_tensor(pixels.shape, pixels.dtype)
-        away = torch.sub(pixels, self._middle, out=self._away[: len(pixels)])
+        if not self._count:
+            self._middle = float(pixels[0].mean())
+        # In memory that is kept: what many threads ask for and give back adds up.
+        away = torch.sub(pixels, self._middle, out=kept_tensor("distances", pixels.shape, pixels.dtype))
         self._count += pixels.numel()
         # In double precision, and not of ``away``: mrcfile.validate wants two digits even of a mean that is little but rounding.
         self._sum += float(pixels.sum(dtype=torch.float64))

@@ -13,13 +13,15 @@ from torch import Tensor
 from ..collate import Collate
 from ..dataset import ParticleDataset
 from ..errors import ArgumentError, ExportError
-from ..memory import own_tensor
+from ..memory import kept_tensor
 from ..transforms import Downsample
 
 #: Bytes that are worked on at a time: so many that threads seldom wait for the interpreter lock, and little memory.
 _PIECE_BYTES = 8 << 20
 #: Bytes whose pages are asked for ahead of what is read.
 _AHEAD_BYTES = 16 << 20
+#: Such stretches that go by without a look where the pages were in memory.
+_PATIENCE = 4
 _DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -101,19 +103,17 @@ class Pixels:
         computed = torch.float64 if self.dtype == "float64" else torch.float32
         collate = None if self.as_stored else Collate(downsample=self.downsample, dtype=computed)
         step = images or max(1, _PIECE_BYTES // dataset.image_bytes)
-        buffer: Tensor | None = None
         ahead = max(step, _AHEAD_BYTES // dataset.image_bytes)
         asked = rows.start
         for start in range(rows.start, rows.stop, step):
             if start >= asked:
-                # A whole stretch at a time, the next one while this one is read.
-                dataset.ask_ahead(np.arange(asked, min(rows.stop, asked + 2 * ahead)))
-                asked += ahead
+                # A whole stretch at a time, the next one while this one is read; less often where nothing has to be brought.
+                cold = dataset.ask_ahead(np.arange(asked, min(rows.stop, asked + 2 * ahead)))
+                asked += ahead if cold else _PATIENCE * ahead
             chosen = np.arange(start, min(rows.stop, start + step))
             read = dataset.view_rows(chosen)  # rows in order lie side by side, and need not be copied
             if read is None:
-                buffer = own_tensor((min(step, len(rows)), dataset.box, dataset.box), dataset.dtype) if buffer is None else buffer
-                read = dataset.read_rows(chosen, buffer[: len(chosen)])
+                read = dataset.read_rows(chosen, kept_tensor("read", (len(chosen), dataset.box, dataset.box), dataset.dtype))
             done = read if collate is None else collate.process_images(read)
             yield _as_float16(done) if self.dtype == "float16" and collate is not None else done
 

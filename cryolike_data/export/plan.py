@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from ..errors import ArgumentError
 from ..fingerprint import fingerprint
 from ..zarr_store import is_url
 from .place import Place, WrittenFile
-from .state import UnitRecord
+from .state import UnitRecord, to_bytes
 
 #: Told of images and bytes as they are written.
 Advance = Callable[[int, int], object]
@@ -103,6 +104,11 @@ class ExportPlan:
     def needed_bytes(self) -> int:
         """Bytes that all files together take at the least."""
         return self.format.needed_bytes(len(self.dataset))
+
+    @cached_property
+    def about_bytes(self) -> bytes:
+        """What ``plan.json`` holds while this plan is at work."""
+        return to_bytes(self.about)
 
     def __repr__(self) -> str:
         return f"ExportPlan({len(self.dataset):,} particles as {self.format.kind} to {self.target}, {len(self)} units)"

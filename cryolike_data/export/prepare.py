@@ -12,7 +12,7 @@ from ..errors import ArgumentError, ExportError, ExportExistsError
 from ..fingerprint import differences, input_files
 from .place import STATE, LocalPlace, Place
 from .plan import ExportPlan
-from .state import UnitRecord, at_work_on, read_plan, read_record, recorded_units, write_plan
+from .state import PLAN, UnitRecord, at_work_on, read_plan, read_record, recorded_units, write_plan
 
 #: More units than any export has.
 _ANY_UNIT = 1 << 62
@@ -80,6 +80,11 @@ def _clear(plan: ExportPlan, place: Place) -> None:
             place.remove(name)
         place.remove(f"{STATE}/units")
         write_plan(place, plan.about)
+
+
+def is_at_work(plan: ExportPlan, place: Place) -> bool:
+    """Whether the plan at work in the place is this very one: what ``look`` says of it too, after much less work."""
+    return place.read(PLAN) == plan.about_bytes
 
 
 def is_sealed(plan: ExportPlan, place: Place) -> bool:

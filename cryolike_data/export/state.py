@@ -20,7 +20,8 @@ from .place import STATE, Place, WrittenFile
 #: A run on another machine that has not been heard of for so long is taken for dead. The clocks of the machines may differ by less.
 _SILENCE_SECONDS = 120.0
 _HEARTBEAT_SECONDS = 15.0
-_PLAN = f"{STATE}/plan.json"
+#: Where the plan of the export at work lies.
+PLAN = f"{STATE}/plan.json"
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,13 @@ def read_json(place: Place, name: str) -> Any:
 
 def read_plan(place: Place) -> dict[str, Any] | None:
     """The plan of the export at work, with ``clearing`` in it (see ``write_plan``) while that goes on; None if there is none."""
-    found = read_json(place, _PLAN)
+    found = read_json(place, PLAN)
     return found if isinstance(found, dict) else None
 
 
 def write_plan(place: Place, plan: dict[str, Any], *, clearing: Sequence[str] | None = None) -> None:
     """Note the plan of the export that is at work from now on, and what of earlier ones has to be removed before it begins."""
-    write_json(place, _PLAN, plan | ({} if clearing is None else {"clearing": list(clearing)}))
+    write_json(place, PLAN, plan | ({} if clearing is None else {"clearing": list(clearing)}))
 
 
 def read_record(place: Place, unit: int) -> UnitRecord | None:

@@ -20,8 +20,8 @@ from ..memory import keep_freed_memory
 Method = Literal["fourier", "mean", "max"]
 
 # On a CPU the intermediates of a large batch fall out of the cache and each costs fresh pages from the system; groups of about this
-# many bytes of images are faster than the whole batch at once.
-_CPU_GROUP_BYTES = 2 * 2**20
+# many bytes of images for each thread (of a few: their cache is shared) are faster than the whole batch at once.
+_CPU_GROUP_BYTES, _MOST_THREADS = 2 << 20, 4
 
 
 @dataclass(frozen=True, repr=False)
@@ -179,7 +179,8 @@ def cache_sized_groups(images: Tensor) -> list[slice]:
     """Slices of (B, ...) images that keep their intermediates in the cache of a CPU; the whole batch on other devices."""
     count = len(images)
     if images.device.type == "cpu" and count:
-        count = max(1, _CPU_GROUP_BYTES // (images[0].numel() * images.element_size()))
+        room = _CPU_GROUP_BYTES * min(torch.get_num_threads(), _MOST_THREADS)
+        count = max(1, room // (images[0].numel() * images.element_size()))
     return [slice(start, start + count) for start in range(0, len(images), count or 1)]
 
 
@@ -192,25 +193,26 @@ def divisors(number: int) -> list[int]:
 def _crop_group(images: Tensor, box: int) -> Tensor:
     """(B, D0, D0) to (B, box, box), box < D0, on the half-plane kx >= 0 of the Fourier transform."""
     source, half = images.shape[-1], box // 2
-    # Columns are dropped before the second transform, so that it runs over box // 2 + 1 columns only.
+    # Columns are dropped before the second transform, so that it runs over box // 2 + 1 columns only. What it leaves lies side by side
+    # in memory along y: the axes are kx, ky from there on, and nothing has to be turned round until the last transform.
     columns = torch.fft.rfft(images.to(computing_dtype(images.dtype)), dim=-1, norm="forward")[..., : half + 1]
-    spectrum = torch.fft.fft(columns, dim=-2, norm="forward")
-    kept = torch.cat([spectrum[..., : box - half, :], spectrum[..., source - half :, :]], dim=-2)
-    plus = spectrum[..., half, :]  # the row at ky = +box/2, which only an even box needs
+    spectrum = torch.fft.fft(columns.mT, dim=-1, norm="forward")
+    kept = torch.cat([spectrum[..., : box - half], spectrum[..., source - half :]], dim=-1)
+    plus = spectrum[..., half]  # ky = +box/2, which only an even box needs
     if source % 2 or box % 2:  # for two even boxes the phases are 1
         phase = _centre_phase(source, box, spectrum)
-        kept = kept * phase[:box].roll(-half)[:, None] * phase[half:]
+        kept = kept * phase[half:, None] * phase[:box].roll(-half)
         plus = plus * phase[-1] * phase[half:]
     if box % 2 == 0:
-        # Row ky = -box/2 and its partner at +box/2 are one frequency of the new grid. In the corner (kx = ky = box/2) the partner
+        # ky = -box/2 and its partner at +box/2 are one frequency of the new grid. In the corner (kx = ky = box/2) the partner
         # of +,+ is -,- and not +,-, so the corner takes +,+ alone and gets its partner with the column below.
-        kept[..., half, :half] = 0.5 * (kept[..., half, :half] + plus[..., :half])
+        kept[..., :half, half] = 0.5 * (kept[..., :half, half] + plus[..., :half])
         kept[..., half, half] = plus[..., half]
-    rows = torch.fft.ifft(kept, dim=-2, norm="forward")
+    rows = torch.fft.ifft(kept, dim=-1, norm="forward")
     if box % 2 == 0:
-        # Column kx = +box/2 averaged with its partner at -box/2, which the half-plane does not hold: the real part along y.
-        rows[..., half] = rows[..., half].real.to(rows.dtype)
-    cropped: Tensor = torch.fft.irfft(rows, n=box, dim=-1, norm="forward")
+        # kx = +box/2 averaged with its partner at -box/2, which the half-plane does not hold: the real part along y.
+        rows[..., half, :] = rows[..., half, :].real.to(rows.dtype)
+    cropped: Tensor = torch.fft.irfft(rows.mT, n=box, dim=-1, norm="forward")
     return cropped.to(images.dtype)
 
 
