@@ -16,6 +16,8 @@ from .repeated import Repeated, is_repeated, once, repeat
 
 #: Particles that are looked at together by who goes through all of them.
 STRETCH_ROWS = 1 << 14
+#: Columns of no more particles are some megabytes: they are read as a whole and kept, which takes less than one stretch after the other.
+FEW_ROWS = 1 << 16
 
 #: What selects rows: a boolean mask, row numbers, a slice, or a function of the particles that gives one of these.
 Selection = Any
@@ -112,15 +114,15 @@ class Particles:
     def part(self, rows: range) -> Particles:
         """The particles of a stretch of rows, for who goes through all of them: no column is read as a whole where it need not be."""
         for value in self.__dict__.values():
-            if isinstance(value, Later) and not value.by_rows:
+            if isinstance(value, Later) and (len(self) <= FEW_ROWS or not value.by_rows):
                 value["uid"]  # all of them, once and not for every stretch
         return self[rows.start : rows.stop]
 
     def stretches(self, rows: int = STRETCH_ROWS) -> Iterator[Particles]:
-        """All particles, so many at a time; columns that were not read yet are let go of with each stretch."""
-        apart = self.apart()
+        """All particles, so many at a time; unless these are few, columns that were not read yet are let go of with each stretch."""
+        particles = self if len(self) <= FEW_ROWS else self.apart()
         for start in range(0, len(self), rows):
-            yield apart.part(range(start, min(len(self), start + rows)))
+            yield particles.part(range(start, min(len(self), start + rows)))
 
     def apart(self) -> Particles:
         """The same particles, for who looks at all columns once: those that were not read yet go when this copy goes."""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from support import ctf_columns, mapped_files, open_files, run_python, uids, write_particles, write_stack, write_table
 
+import cryolike_data.particles
 from cryolike_data import IndexedDataset, Particles, stream
 from cryolike_data.cryosparc.table import Table
 from cryolike_data.errors import TableError
@@ -205,7 +206,10 @@ def test_columns_that_were_looked_through_give_their_memory_back(tmp_path: Path)
     assert left < 24 * n  # of 48 that were read, and what the threads that read them needed
 
 
-def test_a_plan_to_export_leaves_no_columns_behind(cs: Path, loads: list[Path], tmp_path: Path) -> None:
+def test_a_plan_to_export_leaves_no_columns_of_a_large_table_behind(
+    cs: Path, loads: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cryolike_data.particles, "FEW_ROWS", N - 1)
     dataset = IndexedDataset(cs)
     plan_export(dataset, tmp_path / "store", format="zarr")
     assert len(loads) == 1

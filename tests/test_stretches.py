@@ -13,7 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import ctf_columns, uids, write_particles, write_table
 
-from cryolike_data import ImageDescriptor, IndexedDataset, ParticleDataset, Particles, ZarrDataset, export_zarr
+from cryolike_data import (
+    ImageDescriptor,
+    IndexedDataset,
+    ParticleDataset,
+    Particles,
+    ZarrDataset,
+    export_cryolike,
+    export_zarr,
+    particles,
+)
 from cryolike_data.cryosparc.table import Table, read_table
 from cryolike_data.export import plan_export, run_unit
 from cryolike_data.fingerprint import fingerprint
@@ -30,7 +39,8 @@ ALIGNED: dict[str, Any] = {
 
 @pytest.fixture
 def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[list[int] | None]:
-    """Which rows of tables were loaded, None for all, in order."""
+    """Which rows of tables were loaded, None for all, in order; no table has few rows."""
+    monkeypatch.setattr(particles, "FEW_ROWS", 0)
     read: list[list[int] | None] = []
     load = Table.load
 
@@ -72,8 +82,11 @@ SELECTED: dict[str, Callable[[ParticleDataset], ParticleDataset]] = {
 
 @pytest.mark.parametrize("select", SELECTED)
 @pytest.mark.parametrize("make", [in_order, joined, in_zarr])
-@pytest.mark.parametrize("size", [1, 16, 1000])
-def test_stretches_make_up_the_columns(make: Callable[[Path], ParticleDataset], select: str, size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "few"), [(1, 0), (16, 0), (16, N), (1000, 0)])
+def test_stretches_make_up_the_columns(
+    make: Callable[[Path], ParticleDataset], select: str, size: int, few: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(particles, "FEW_ROWS", few)
     ds = make(tmp_path)
     stretches = list(SELECTED[select](ds).particles.stretches(size))
     whole = SELECTED[select](make(tmp_path / "again")).particles.columns()
@@ -86,14 +99,24 @@ def test_stretches_make_up_the_columns(make: Callable[[Path], ParticleDataset], 
 
 
 def test_no_more_of_a_table_is_read_than_the_stretch(tmp_path: Path, rows_read: list[list[int] | None]) -> None:
-    particles = in_order(tmp_path).particles
-    for part in particles.stretches(20):
+    all_rows = in_order(tmp_path).particles
+    for part in all_rows.stretches(20):
         assert part.uid.tolist() == uids(N)[part.row].tolist()
     assert rows_read == [list(range(20)), list(range(20, 40)), list(range(40, 50))]
-    _ = particles.uid
+    _ = all_rows.uid
     assert rows_read[3:] == [None]
-    assert [len(part.uid) for part in particles.stretches(20)] == [20, 20, 10]
+    assert [len(part.uid) for part in all_rows.stretches(20)] == [20, 20, 10]
     assert len(rows_read) == 4  # they were there already
+
+
+def test_columns_of_few_particles_are_read_once_and_kept(
+    tmp_path: Path, rows_read: list[list[int] | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(particles, "FEW_ROWS", N)
+    dataset = in_order(tmp_path)
+    grid = ImageDescriptor.from_individual_values(dataset.box, dataset.pixel_size)
+    export_cryolike(dataset, tmp_path / "out", descriptor=grid, batch_size=20, fourier=False, progress=False)
+    assert rows_read == [None]
 
 
 def test_a_stack_of_cryolike_reads_its_own_rows(tmp_path: Path, rows_read: list[list[int] | None]) -> None:
