@@ -177,6 +177,16 @@ def test_found_files_do_not_depend_on_the_working_directory(table: Path, monkeyp
     assert resolve("stacks/a.mrc", Path("particles.cs"), "stacks" if with_folder else None) == [table.parent / "stacks/a.mrc"]
 
 
+@pytest.mark.parametrize(
+    "more", [[], ["J1/sub/b.mrc"], ["J1/sub/deep/b.mrc", "J1/sub2/b.mrc"], ["J2/b.mrc"], ["b.mrc"], [">J1/c.mrc"], [">d.mrc"]]
+)
+def test_stacks_of_one_folder_are_found_whatever_lies_beside_and_below_it(table: Path, tmp_path: Path, more: list[str]) -> None:
+    names = ["J1/sub/a.mrc", "J1/sub/z.mrc", *more, "J1/sub/k.mrc"]
+    expected = [(table.parent if name.startswith(">") else table.parent.parent) / name.removeprefix(">") for name in names]
+    touch(*expected)
+    assert resolve(names, table) == expected
+
+
 def test_a_link_to_a_stack_is_a_stack(table: Path, tmp_path: Path) -> None:
     touch(tmp_path / "elsewhere/real.mrc")
     (table.parent / "a.mrc").symlink_to(tmp_path / "elsewhere/real.mrc")

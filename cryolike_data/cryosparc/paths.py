@@ -69,19 +69,30 @@ def resolve_paths(
 
 def _find(names: Sequence[str], places: Callable[[str], Iterator[str]]) -> list[str]:
     """The file that each path stands for, or "" where there is none. Paths that differ in the file name only are looked for together."""
-    of_prefix: defaultdict[str, dict[int, str]] = defaultdict(dict)
-    for k, name in enumerate(names):
-        cut = name.rfind("/") + 1 or name.startswith(">")
-        of_prefix[name[:cut]][k] = name[cut:]
     found = [""] * len(names)
     folders = _Folders()
-    for prefix, wanted in of_prefix.items():
+    for prefix, wanted in _by_prefix(names).items():
         for place in places(prefix):
             wanted = _look(place, wanted, folders, found)
         swapped = {k: _swapped(name) for k, name in wanted.items()}
         for place in places(prefix) if swapped else ():
             swapped = _look(place, swapped, folders, found)
     return found
+
+
+def _by_prefix(names: Sequence[str]) -> dict[str, dict[int, str]]:
+    """File names by number, for each way in which paths begin: up to the last slash, or with ">" alone."""
+    shared = names[0][: names[0].rfind("/") + 1] if names else ""
+    # All between the first and the last in the alphabet begin as these do: in most tables all paths do.
+    if shared and min(names).startswith(shared) and max(names).startswith(shared):
+        rest = [name[len(shared) :] for name in names]
+        if "/" not in "".join(rest):
+            return {shared: dict(enumerate(rest))}
+    of_prefix: defaultdict[str, dict[int, str]] = defaultdict(dict)
+    for k, name in enumerate(names):
+        cut = name.rfind("/") + 1 or name.startswith(">")
+        of_prefix[name[:cut]][k] = name[cut:]
+    return of_prefix
 
 
 def _look(place: str, wanted: dict[int, str], folders: _Folders, found: list[str]) -> dict[int, str]:

@@ -171,10 +171,11 @@ class Kinds:
     def values(self, name: str) -> tuple[list[Any], np.ndarray]:
         """The different values of a column in order of appearance, and each row's place (int32) among them."""
         of_kind = self.rows[name].tolist()
-        known = {value: number for number, value in enumerate(dict.fromkeys(of_kind))}
-        if len(known) == len(of_kind):
-            return of_kind, self.number
-        return list(known), np.array([known[value] for value in of_kind], np.int32)[self.number]
+        different = list(dict.fromkeys(of_kind))
+        if len(different) == len(of_kind):
+            return different, self.number
+        place = {value: k for k, value in enumerate(different)}
+        return different, np.array([place[value] for value in of_kind], np.int32)[self.number]
 
 
 def number_rows(column: np.ndarray) -> tuple[list[Any], np.ndarray]:
