@@ -20,7 +20,7 @@ from ..transforms import Downsample
 _PIECE_BYTES = 8 << 20
 #: Bytes whose pages are asked for ahead of what is read.
 _AHEAD_BYTES = 16 << 20
-#: Such stretches that go by without a look where the pages were in memory.
+#: Such stretches from one look to the next where the pages were in memory.
 _PATIENCE = 4
 _DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
