@@ -12,7 +12,7 @@ from ..errors import ArgumentError, ExportError, ExportExistsError
 from ..fingerprint import differences, input_files
 from .place import STATE, LocalPlace, Place
 from .plan import ExportPlan
-from .state import PLAN, UnitRecord, at_work_on, read_plan, read_record, recorded_units, write_plan
+from .state import PLAN, UnitRecord, at_work_on, plan_of, read_plan, read_record, recorded_units, write_plan
 
 #: More units than any export has.
 _ANY_UNIT = 1 << 62
@@ -20,7 +20,11 @@ _ANY_UNIT = 1 << 62
 
 def look(plan: ExportPlan, place: Place) -> tuple[Literal["nothing", "clearing", "unfinished", "sealed"], list[str]]:
     """What is in a place, and how its plan differs from this one."""
-    at_work, manifest = read_plan(place), plan.format.read_manifest(place)
+    written = place.read(PLAN)
+    manifest = plan.format.read_manifest(place)
+    if written == plan.about_bytes and manifest is None:
+        return "unfinished", []  # as it is several times for each unit: nothing has to be taken apart
+    at_work = plan_of(written)
     # Both are there when a run was stopped between sealing and tidying up, or while it removed what was there before it.
     if at_work is not None and (manifest is None or "clearing" in at_work):
         return "clearing" if "clearing" in at_work else "unfinished", differences(at_work, plan.about)
@@ -80,11 +84,6 @@ def _clear(plan: ExportPlan, place: Place) -> None:
             place.remove(name)
         place.remove(f"{STATE}/units")
         write_plan(place, plan.about)
-
-
-def is_at_work(plan: ExportPlan, place: Place) -> bool:
-    """Whether the plan at work in the place is this very one: what ``look`` says of it too, after much less work."""
-    return place.read(PLAN) == plan.about_bytes
 
 
 def is_sealed(plan: ExportPlan, place: Place) -> bool:

@@ -20,7 +20,7 @@ from ..progress import Progress
 from .cluster import require_executor, run_on_cluster
 from .place import STATE, Place, WrittenFile, open_place
 from .plan import Advance, ExportPlan
-from .prepare import is_at_work, is_sealed, known_records, look, prepare
+from .prepare import is_sealed, known_records, look, prepare
 from .state import UnitRecord, at_work_on, living_runs, read_record, write_record
 
 if TYPE_CHECKING:
@@ -127,8 +127,6 @@ def run_unit(plan: ExportPlan, unit: int, *, advance: Advance = lambda images, s
     """
 
     def require_ours() -> None:
-        if is_at_work(plan, place):
-            return
         there, unlike = look(plan, place)
         if unlike or there not in ("unfinished", "sealed"):
             raise ExportError(f"{plan.target} was given to another export while unit {unit} was written for this one.")

@@ -66,7 +66,10 @@ def write_json(place: Place, name: str, values: Any) -> None:
 
 def read_json(place: Place, name: str) -> Any:
     """The values in a file, or None if it is not there or damaged."""
-    content = place.read(name)
+    return _parsed(place.read(name))
+
+
+def _parsed(content: bytes | None) -> Any:
     try:
         return None if content is None else json.loads(content)
     except ValueError:
@@ -75,7 +78,12 @@ def read_json(place: Place, name: str) -> Any:
 
 def read_plan(place: Place) -> dict[str, Any] | None:
     """The plan of the export at work, with ``clearing`` in it (see ``write_plan``) while that goes on; None if there is none."""
-    found = read_json(place, PLAN)
+    return plan_of(place.read(PLAN))
+
+
+def plan_of(content: bytes | None) -> dict[str, Any] | None:
+    """The same of the content of its file, None if there is no file."""
+    found = _parsed(content)
     return found if isinstance(found, dict) else None
 
 
