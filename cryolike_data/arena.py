@@ -1,7 +1,8 @@
 """An arena: many files mapped read-only into one reserved range of addresses, so that one call gathers images from all of them.
 
-Every image is a row of one strided tensor over the whole range, and ``torch.index_select`` copies any rows, on all its
-threads, with the interpreter lock released once. Linux only; where an arena cannot serve, ``stacks.py`` reads file by file.
+Every image is a row of one strided tensor over the whole range (or a few rows, where it is large), and ``torch.index_select``
+copies any rows, on all its threads, with the interpreter lock released once. Linux only; where an arena cannot serve,
+``stacks.py`` reads file by file.
 """
 
 from __future__ import annotations
@@ -41,8 +42,13 @@ _SPARE_MAPS = 2000
 _CHECK_EVERY = 1.0
 #: With more than a thousand files: seconds per file, so that looking stays a small share of the time.
 _CHECK_SHARE = 1e-3
-#: The dtype of torch that gathers pixels of each kind; it cannot gather every unsigned one.
-_GATHERED = {
+#: ``index_select`` hands the rows out to its threads, which copy each with one ``memcpy``, if rows have fewer numbers than this
+#: (the grain size of torch); larger ones it copies one by one, each with all threads, which takes up to twice as long.
+_ROW_NUMBERS = 1 << 15
+#: What rows are seen as: the larger the numbers (by their bytes), the fewer of them.
+_NUMBERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+#: The dtype of torch for pixels of each kind where they lie; it has not every unsigned one.
+_SEEN_AS = {
     "i1": torch.int8,
     "u1": torch.uint8,
     "i2": torch.int16,
@@ -89,6 +95,7 @@ class Arena:
         self._check = check
         self._counts = counts.astype(np.uint64)
         ny, nx = shape
+        self._shape = shape
         self._image_bytes = image_bytes = ny * nx * dtype.itemsize
         self._sizes = np.where(counts > 0, starts + counts * image_bytes, 0).astype(np.int64)
         # A gap between two files is a map of its own to the kernel.
@@ -100,22 +107,21 @@ class Arena:
         self._step = math.gcd(PAGE, image_bytes, *np.unique(starts[counts > 0]).tolist())
         self._first = (self._places + starts) // self._step
         self._rows_per_image = image_bytes // self._step
-        self._dtype = _GATHERED[dtype.kind + str(dtype.itemsize)]
+        self._pieces = _pieces(image_bytes, self._step)
         self._seen = np.full(len(paths), -np.inf)
         self._mapped = np.zeros(len(paths), bool)
         reserved = _reserve(length + _ALIGNMENT)
         # Not at the end of the program: threads may be reading then, and the system unmaps by itself.
         weakref.finalize(self, _unmap, reserved, length + _ALIGNMENT).atexit = False
         self._address = -(-reserved // _ALIGNMENT) * _ALIGNMENT
-        # Rows overlap wherever an image starts at a multiple of the step; only those that are images are ever touched.
-        pixels = torch.frombuffer((ctypes.c_ubyte * length).from_address(self._address), dtype=self._dtype)
-        n_rows = (length - image_bytes) // self._step + 1
-        self._rows = pixels.as_strided((n_rows, ny, nx), (self._step // dtype.itemsize, nx, 1))
+        range_ = (ctypes.c_ubyte * length).from_address(self._address)
+        self._pixels = torch.frombuffer(range_, dtype=_SEEN_AS[dtype.kind + str(dtype.itemsize)])
+        self._n_rows = (length - image_bytes // self._pieces) // self._step + 1
 
     def rows_of(self, file: np.ndarray, image: np.ndarray) -> np.ndarray:
         """Where image ``image[k]`` of file ``file[k]`` lies, for all k: what ``gather`` takes; -1 for what is not in the arena."""
         # Half the memory for up to some terabytes, and half the cache that looking them up takes.
-        rows = np.empty(len(file), np.int32 if len(self._rows) < 1 << 31 else np.int64)
+        rows = np.empty(len(file), np.int32 if self._n_rows < 1 << 31 else np.int64)
         for start in range(0, len(file), _LOCATED):  # what is needed on the way stays small
             part = slice(start, start + _LOCATED)
             of_file, in_file = file[part], image[part].astype(np.int64, copy=False)
@@ -127,16 +133,23 @@ class Arena:
 
     def gather(self, rows: np.ndarray, out: Tensor) -> None:
         """Copy the images at ``rows``, none of them -1 and their files touched, into ``out``, (B, H, W) contiguous."""
-        if out.dtype != self._dtype:
-            out = out.view(self._dtype)
-        torch.index_select(self._rows, 0, torch.from_numpy(rows), out=out)
+        size = math.gcd(max(_NUMBERS), self._step, out.storage_offset() * out.element_size())
+        width = self._image_bytes // self._pieces // size
+        if self._pieces > 1:
+            steps = np.arange(self._pieces, dtype=rows.dtype) * (self._rows_per_image // self._pieces)
+            rows = (rows[:, None] + steps).reshape(-1)
+        # Rows overlap wherever an image may start at a multiple of the step; only those that are images are ever touched.
+        everything = self._pixels.view(_NUMBERS[size]).as_strided((self._n_rows, width), (self._step // size, 1))
+        wanted = out.view(-1).view(_NUMBERS[size]).view(len(rows), width)
+        torch.index_select(everything, 0, torch.from_numpy(rows), out=wanted)
 
     def view(self, rows: np.ndarray) -> Tensor | None:
         """The images at ``rows`` where they lie, if that is one after the other; touched files, and for reading only."""
         if (np.diff(rows) != self._rows_per_image).any():
             return None
-        ny, nx = self._rows.shape[1:]
-        return self._rows.as_strided((len(rows), ny, nx), (ny * nx, nx, 1), int(rows[0]) * self._rows.stride(0))
+        ny, nx = self._shape
+        first = int(rows[0]) * (self._step // self._pixels.element_size())
+        return self._pixels.as_strided((len(rows), ny, nx), (ny * nx, nx, 1), first)
 
     def seen_until(self, files: np.ndarray) -> float:
         """When the size of one of these files has to be looked at again, on the clock of ``time.monotonic``."""
@@ -199,9 +212,18 @@ class Arena:
 
 def can_map(n_files: int, starts: np.ndarray, dtype: np.dtype[Any]) -> bool:
     """Whether an arena can serve: on Linux, with pixels at multiples of their size, and enough maps allowed."""
-    if sys.platform != "linux" or dtype.kind + str(dtype.itemsize) not in _GATHERED or (starts % dtype.itemsize).any():
+    if sys.platform != "linux" or dtype.kind + str(dtype.itemsize) not in _SEEN_AS or (starts % dtype.itemsize).any():
         return False
     return n_files + _SPARE_MAPS <= _max_maps()
+
+
+def _pieces(image_bytes: int, step: int) -> int:
+    """Rows per image: as few as there can be, such that each starts at a multiple of the step and has few enough numbers."""
+    numbers, steps = image_bytes // math.gcd(max(_NUMBERS), step), image_bytes // step
+    for pieces in range(numbers // _ROW_NUMBERS + 1, steps + 1):
+        if steps % pieces == 0:
+            return pieces
+    return 1
 
 
 @cache

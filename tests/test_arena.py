@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from support import mapped_files, numbered_images, open_files, read_images, run_python, write_stack
 
 import cryolike_data.arena as arena_module
@@ -57,6 +58,25 @@ def check(stacks: Stacks, images: list[np.ndarray], *, through_arena: bool) -> N
 def test_images_of_every_dtype_and_box_are_those_of_the_files(tmp_path: Path, dtype: str, box: int) -> None:
     paths, images = written(tmp_path, [3, 1, 5], box, dtype=dtype)
     check(open_stacks(paths), images, through_arena=True)
+
+
+@pytest.mark.parametrize(("box", "dtype"), [(256, "f4"), (600, "f4"), (458, "f4"), (512, "f4"), (513, "i1"), (1031, "i1")])
+def test_large_images_are_read_whole_however_they_can_be_cut(tmp_path: Path, box: int, dtype: str) -> None:
+    paths, images = written(tmp_path, [2, 1, 3], box, dtype=dtype)
+    check(open_stacks(paths), images, through_arena=True)
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("box", [8, 600])
+def test_images_go_to_any_place_of_a_buffer(tmp_path: Path, box: int, before: int) -> None:
+    # An odd number of pixels before them: their place in the buffer is no multiple of anything larger than a pixel.
+    paths, (images,) = written(tmp_path, [3], box)
+    buffer = torch.full((before + images.size + 2,), 7.0)
+    located = open_stacks(paths).locate(np.zeros(3, np.int64), np.arange(3))
+    located.read_into(np.array([2, 0, 1]), buffer[before:-2].view(images.shape))
+    np.testing.assert_array_equal(buffer[before:-2].view(images.shape), images[[2, 0, 1]])
+    assert (buffer[:before] == 7).all()
+    assert (buffer[-2:] == 7).all()
 
 
 @pytest.mark.parametrize("extended", [0, 1024, 7168, 12, 4 * 1025])
