@@ -106,7 +106,7 @@ class Rounds:
 
 
 def in_turn(actions: Sequence[Callable[[], float]], repetitions: int) -> Rounds:
-    """Call all actions one after the other, again and again.
+    """Call all actions one after the other, again and again, every other time backwards: none always comes first.
 
     A round in which other processes had much of the machine is taken again, up to twice as many in all. Which rounds count is
     decided by what the others did and never by the result; the ones with least of it are kept where too few were quiet.
@@ -117,7 +117,9 @@ def in_turn(actions: Sequence[Callable[[], float]], repetitions: int) -> Rounds:
     while len(rounds) < repetitions * MOST_ROUNDS and sum(others <= QUIET for others, _ in rounds) < repetitions:
         before = others_seconds()
         start = time.perf_counter()
-        results = [action() for action in actions]
+        results = [0.0] * len(actions)
+        for place in range(len(actions)) if len(rounds) % 2 == 0 else reversed(range(len(actions))):
+            results[place] = actions[place]()
         others = (others_seconds() - before) / (time.perf_counter() - start)
         # The clocks of the system tick in hundredths of a second: below that nothing can be told apart.
         rounds.append((max(others, QUIET), results))

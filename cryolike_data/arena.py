@@ -45,8 +45,8 @@ _CHECK_SHARE = 1e-3
 #: ``index_select`` hands the rows out to its threads, which copy each with one ``memcpy``, if rows have fewer numbers than this
 #: (the grain size of torch); larger ones it copies one by one, each with all threads, which takes up to twice as long.
 _ROW_NUMBERS = 1 << 15
-#: What rows are seen as: the larger the numbers (by their bytes), the fewer of them.
-_NUMBERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+#: What rows are seen as, by bytes: the larger the numbers, the fewer of them.
+_NUMBERS = {1: "i1", 2: "i2", 4: "i4", 8: "i8", 16: "c16"}
 #: The dtype of torch for pixels of each kind where they lie; it has not every unsigned one.
 _SEEN_AS = {
     "i1": torch.int8,
@@ -94,8 +94,7 @@ class Arena:
         self._paths = tuple(paths)
         self._check = check
         self._counts = counts.astype(np.uint64)
-        ny, nx = shape
-        self._shape = shape
+        self._shape = ny, nx = shape
         self._image_bytes = image_bytes = ny * nx * dtype.itemsize
         self._sizes = np.where(counts > 0, starts + counts * image_bytes, 0).astype(np.int64)
         # A gap between two files is a map of its own to the kernel.
@@ -114,14 +113,19 @@ class Arena:
         # Not at the end of the program: threads may be reading then, and the system unmaps by itself.
         weakref.finalize(self, _unmap, reserved, length + _ALIGNMENT).atexit = False
         self._address = -(-reserved // _ALIGNMENT) * _ALIGNMENT
-        range_ = (ctypes.c_ubyte * length).from_address(self._address)
+        range_: Any = (ctypes.c_ubyte * length).from_address(self._address)
         self._pixels = torch.frombuffer(range_, dtype=_SEEN_AS[dtype.kind + str(dtype.itemsize)])
-        self._n_rows = (length - image_bytes // self._pieces) // self._step + 1
+        # Rows overlap wherever an image may start at a multiple of the step; only those that are images are ever touched.
+        self._number = np.dtype(_NUMBERS[math.gcd(max(_NUMBERS), self._step)])
+        width = image_bytes // self._pieces // self._number.itemsize
+        n_rows = (length - image_bytes // self._pieces) // self._step + 1
+        numbers = torch.from_numpy(np.frombuffer(range_, self._number))
+        self._rows = numbers.as_strided((n_rows, width), (self._step // self._number.itemsize, 1))
 
     def rows_of(self, file: np.ndarray, image: np.ndarray) -> np.ndarray:
         """Where image ``image[k]`` of file ``file[k]`` lies, for all k: what ``gather`` takes; -1 for what is not in the arena."""
         # Half the memory for up to some terabytes, and half the cache that looking them up takes.
-        rows = np.empty(len(file), np.int32 if self._n_rows < 1 << 31 else np.int64)
+        rows = np.empty(len(file), np.int32 if len(self._rows) < 1 << 31 else np.int64)
         for start in range(0, len(file), _LOCATED):  # what is needed on the way stays small
             part = slice(start, start + _LOCATED)
             of_file, in_file = file[part], image[part].astype(np.int64, copy=False)
@@ -133,15 +137,12 @@ class Arena:
 
     def gather(self, rows: np.ndarray, out: Tensor) -> None:
         """Copy the images at ``rows``, none of them -1 and their files touched, into ``out``, (B, H, W) contiguous."""
-        size = math.gcd(max(_NUMBERS), self._step, out.storage_offset() * out.element_size())
-        width = self._image_bytes // self._pieces // size
         if self._pieces > 1:
             steps = np.arange(self._pieces, dtype=rows.dtype) * (self._rows_per_image // self._pieces)
             rows = (rows[:, None] + steps).reshape(-1)
-        # Rows overlap wherever an image may start at a multiple of the step; only those that are images are ever touched.
-        everything = self._pixels.view(_NUMBERS[size]).as_strided((self._n_rows, width), (self._step // size, 1))
-        wanted = out.view(-1).view(_NUMBERS[size]).view(len(rows), width)
-        torch.index_select(everything, 0, torch.from_numpy(rows), out=wanted)
+        # Seen anew through NumPy: each call of torch gives the interpreter lock away, and a busy main thread keeps it for 5 ms.
+        wanted = out.numpy().reshape(-1).view(self._number).reshape(len(rows), -1)
+        torch.index_select(self._rows, 0, torch.from_numpy(rows), out=torch.from_numpy(wanted))
 
     def view(self, rows: np.ndarray) -> Tensor | None:
         """The images at ``rows`` where they lie, if that is one after the other; touched files, and for reading only."""

@@ -76,7 +76,8 @@ class Reader:
 
     def __iter__(self) -> Iterator[Placed]:
         while (read := self._next()) is not None:
-            if self._busy:
+            # Not for one batch at a time: each time the thread wakes, it takes the interpreter lock from a busy consumer once more.
+            if self._busy and len(self._filled) <= self._ahead // 2:
                 self._wake.set()
             left = time.perf_counter()
             yield read

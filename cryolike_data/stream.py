@@ -54,7 +54,7 @@ def stream(
     dtype : floating dtype of the images; by default the file's where nothing is done to them, else float32
     polar : also transform the images onto this grid: batches are ``PolarBatch``
     unit_power, ctf_terms : for the transforms and the CTF, see ``PolarCollate``
-    prefetch : batches that are read ahead of the consumer
+    prefetch : batches that are read ahead of the consumer, at most; more are read when half of them are used up
 
     Returns
     -------

@@ -225,8 +225,10 @@ def test_batches_are_read_ahead_of_a_slow_consumer(ds: IndexedDataset) -> None:
     loader = stream(ds, batch_size=2, prefetch=3)
     for k, batch in enumerate(loader):
         assert batch.index.tolist() == [2 * k, 2 * k + 1]
-        if k < 5:
-            wait_until(lambda: len(loader._reader._filled) == 3)
+        if k < 7:
+            # All three are read ahead again once no more than one of them is left, and not one at a time.
+            left = 3 if k % 2 == 0 else 2
+            wait_until(lambda left=left: len(loader._reader._filled) == left)
     assert k == 29
 
 
@@ -237,7 +239,7 @@ def test_no_more_than_prefetch_batches_are_read_ahead(ds: IndexedDataset, monkey
     monkeypatch.setattr(IndexedDataset, "read_rows", lambda self, rows, out=None: reads.append(len(rows)) or read_rows(self, rows, out))
     loader = stream(ds, batch_size=2, prefetch=3)
     for k, _ in enumerate(loader):
-        wait_until(lambda: len(loader._reader._filled) == 3 or loader._reader._finished)
+        wait_until(lambda: len(loader._reader._filled) > 1 or loader._reader._finished)
         assert sum(reads) <= 2 * (k + 1 + 3)
         if k == 10:
             break
@@ -479,7 +481,7 @@ def test_the_state_counts_only_what_was_handed_out(ds: IndexedDataset) -> None:
     loader = stream(ds, batch_size=3, shuffle=True, prefetch=5)
     assert loader.state_dict() == {"seed": 0, "epoch": 0, "position": 0}
     for k, _ in enumerate(loader):
-        wait_until(lambda: len(loader._reader._filled) == 5 or loader._reader._finished)
+        wait_until(lambda: len(loader._reader._filled) > 2 or loader._reader._finished)
         assert loader.state_dict() == {"seed": 0, "epoch": 0, "position": 3 * (k + 1)}
 
 
