@@ -1,0 +1,247 @@
+"""What is done on a GPU, on a device that the CPU stands in for (see ``other_device``): nothing there may lean on the CPU."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from other_device import CAN_STAND_IN, OTHER, Queue, other_device
+from torch import Tensor
+
+import cryolike_data.ring as ring_module
+import cryolike_data.transforms.polar as polar_module
+from cryolike_data import Collate, Downsample, IndexedDataset, Normalize, PolarCollate, PolarGrid, stream
+from cryolike_data.ctf import ctf_values, half_plane
+from cryolike_data.demo import DemoProject
+from cryolike_data.likelihood import Templates, displacement_grid, integrated_log_likelihood, stream_likelihood
+from cryolike_data.polar_batch import polar_ctf
+from cryolike_data.stream import ParticleStream
+from cryolike_data.transforms import normalize_polar, to_polar, to_polar_exact
+
+pytestmark = pytest.mark.skipif(not CAN_STAND_IN, reason="this torch lets no Python stand in for a device")
+
+GRID = PolarGrid(8.0, 0.25, 64)
+DISPLACEMENTS_A = displacement_grid(5, 2.5)
+
+Queues = Callable[[], AbstractContextManager[list[Queue]]]
+
+
+@pytest.fixture(scope="module")
+def particles(demo: DemoProject) -> IndexedDataset:
+    return IndexedDataset(demo.indexed)
+
+
+@pytest.fixture(scope="module")
+def templates(demo: DemoProject) -> Templates:
+    return Templates.from_volume(demo.volume, GRID, step_deg=45)
+
+
+def random_images(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5))
+
+
+def same_there(work: Callable[[Tensor], Tensor], tensor: Tensor) -> None:
+    """Whether some work gives the same on the other device, and leaves its result there."""
+    expected = work(tensor)
+    with other_device():
+        found = work(tensor.to(OTHER))
+        assert found.device == OTHER
+        torch.testing.assert_close(found.cpu(), expected, equal_nan=True)
+
+
+def test_tensors_of_both_devices_do_not_mix() -> None:
+    with other_device():
+        there = torch.ones(3, device=OTHER)
+        with pytest.raises(RuntimeError, match="two devices"):
+            there + torch.ones(3)
+        assert (there + 1).cpu().tolist() == [2, 2, 2]
+        with pytest.raises((RuntimeError, TypeError)):
+            there.numpy()
+
+
+@pytest.mark.parametrize("box", [32, 33])
+@pytest.mark.parametrize("smaller", [Downsample(box=16), Downsample(box=17)], ids=repr)
+def test_fourier_cropping(box: int, smaller: Downsample) -> None:
+    same_there(smaller, random_images(5, box, box))
+
+
+@pytest.mark.parametrize("method", ["mean", "max"])
+def test_pooling(method: Any) -> None:
+    same_there(Downsample(factor=3, method=method), random_images(5, 33, 33))
+
+
+@pytest.mark.parametrize("method", ["max", "std", "background"])
+def test_normalisation(method: Any) -> None:
+    images = random_images(6, 32, 32)
+    images[1] = 3
+    images[2] += 1e6
+    images[3, 4, 5] = torch.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the constant one
+        same_there(Normalize(method), images)
+
+
+def test_collation_of_stored_pixels(particles: IndexedDataset) -> None:
+    collate = Collate(downsample=Downsample(box=16), normalize="std", device=OTHER)
+    expected = replace(collate, device=None)(particles.batch(range(9)))
+    with other_device():
+        found = collate(particles.batch(range(9)))
+        assert found.images.device == found.pose.device == found.ctf.defocus_u.device == OTHER
+        assert torch.equal(found.images.cpu(), expected.images)
+        assert torch.equal(found.ctf.defocus_u.cpu(), expected.ctf.defocus_u)
+
+
+@pytest.mark.parametrize("n_inplanes", [64, 63])
+def test_the_ctf_on_a_polar_grid(particles: IndexedDataset, n_inplanes: int) -> None:
+    batch, grid = particles.batch(range(5)), PolarGrid(8.0, 0.25, n_inplanes)
+    expected = polar_ctf(batch.ctf, grid, 128.0, dtype=torch.float32)
+    with other_device():
+        found = polar_ctf(batch.to(OTHER).ctf, grid, 128.0, dtype=torch.float32)
+        torch.testing.assert_close(found.cpu(), expected)
+
+
+def test_the_ctf_on_a_half_plane_in_single_precision(particles: IndexedDataset) -> None:
+    batch = particles.batch(range(5))
+    frequency, angle = (part.float() for part in half_plane(32, 4.0))
+    expected = ctf_values(batch.ctf, frequency, angle)
+    with other_device():
+        found = ctf_values(batch.to(OTHER).ctf, frequency.to(OTHER), angle)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.cpu().double(), expected, rtol=0, atol=1e-3)
+
+
+def test_polar_transforms_by_summation_and_their_normalisation() -> None:
+    same_there(lambda images: to_polar_exact(images, GRID), random_images(3, 32, 32))
+    same_there(lambda fourier: normalize_polar(fourier, GRID), to_polar_exact(random_images(3, 32, 32), GRID))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("memory_bytes", [1, 1 << 22])
+def test_the_likelihood(particles: IndexedDataset, templates: Templates, dtype: torch.dtype, memory_bytes: int) -> None:
+    batch = PolarCollate(GRID, normalize="max", unit_power=True, dtype=dtype)(particles.batch(range(6)))
+    chosen = templates.to(dtype=dtype.to_complex())
+    expected = integrated_log_likelihood(batch, chosen, DISPLACEMENTS_A, by_template=True, memory_bytes=memory_bytes)
+    with other_device():
+        there = batch.to(OTHER), chosen.to(OTHER)
+        found = integrated_log_likelihood(*there, DISPLACEMENTS_A, by_template=True, memory_bytes=memory_bytes)
+    torch.testing.assert_close(found.log_likelihood, expected.log_likelihood)
+    torch.testing.assert_close(found.by_template, expected.by_template)
+    assert torch.equal(found.template, expected.template)
+
+
+# Streams: in place of those of CUDA there is a queue, whose copies are done as late as can be
+
+
+@pytest.fixture
+def queues(monkeypatch: pytest.MonkeyPatch) -> Queues:
+    """``stream`` takes the other device for CUDA while it exists; finufft stands in for cufinufft."""
+    make, plan = ring_module._aligned, polar_module._plan
+
+    def plan_there(*arguments: Any) -> Callable[..., object]:
+        execute = plan(*arguments)
+        return lambda *tensors: execute(*(getattr(tensor, "numbers", tensor) for tensor in tensors))
+
+    @contextmanager
+    def existing() -> Iterator[list[Queue]]:
+        consumer = Queue()
+        sides: list[Queue] = []
+        with other_device() as device, monkeypatch.context() as patch:
+
+            def pinned(shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> np.ndarray:
+                device.pinned.append(make(shape, dtype, pinned=False))
+                return device.pinned[-1]
+
+            def side(of: torch.device) -> Queue:
+                sides.append(Queue())
+                return sides[-1]
+
+            @contextmanager
+            def enter(queue: Queue) -> Iterator[None]:
+                device.queue, before = queue, device.queue
+                try:
+                    yield
+                finally:
+                    device.queue = before
+
+            patch.setattr(ParticleStream, "_cuda", property(lambda self: self.device == OTHER))
+            patch.setattr(ring_module, "_aligned", pinned)
+            patch.setattr(polar_module, "_plan", plan_there)
+            patch.setattr(torch.cuda, "Stream", side)
+            patch.setattr(torch.cuda, "stream", enter)
+            patch.setattr(torch.cuda, "current_stream", lambda of: consumer)
+            yield sides
+
+    return existing
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"downsample": Downsample(box=16), "normalize": "std"},
+    {"polar": GRID, "normalize": "max", "unit_power": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["raw", "transformed", "polar"])
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_streamed_batches_are_those_of_the_cpu_and_stay(
+    particles: IndexedDataset, queues: Queues, options: dict[str, Any], prefetch: int
+) -> None:
+    expected = list(stream(particles, batch_size=7, shuffle=True, **options))
+    with queues():
+        held = list(stream(particles, batch_size=7, shuffle=True, device=OTHER, prefetch=prefetch, **options))
+        assert len(held) == len(expected)
+        for ours, theirs in zip(held, expected, strict=True):
+            assert ours.device == OTHER
+            assert torch.equal(ours.images.cpu(), theirs.images)
+            assert torch.equal(ours.index.cpu(), theirs.index)
+            if "polar" in options:
+                torch.testing.assert_close(ours.fourier.cpu(), theirs.fourier, rtol=0, atol=1e-4 * float(theirs.fourier.abs().max()))
+                torch.testing.assert_close(ours.polar_ctf.cpu(), theirs.polar_ctf)
+
+
+def test_a_buffer_is_not_filled_again_before_its_copy_is_done(particles: IndexedDataset, queues: Queues) -> None:
+    with queues():
+        loader = stream(particles, batch_size=5, device=OTHER, prefetch=2)
+        for k, batch in enumerate(loader):  # nothing holds on to a batch, so buffers are used again as soon as they may be
+            assert torch.equal(batch.images.cpu(), particles.read(range(5 * k, 5 * k + len(batch))))
+
+
+@pytest.mark.parametrize("options", OPTIONS[:2], ids=["raw", "transformed"])
+def test_a_stream_that_is_left_early_waits_for_its_copies(particles: IndexedDataset, queues: Queues, options: dict[str, Any]) -> None:
+    with queues() as sides:
+        loader = stream(particles, batch_size=5, device=OTHER, **options)
+        batches = iter(loader)
+        batch = next(batches)
+        batches.close()
+        assert not any(queue.waiting for queue in sides)
+        assert len(loader._copying) == 0
+        assert loader.state_dict()["position"] == 5
+        expected = next(iter(stream(particles, batch_size=5, **options)))
+        assert torch.equal(batch.images.cpu(), expected.images)
+
+
+def test_streamed_likelihoods(particles: IndexedDataset, templates: Templates, queues: Queues, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"batch_size": 16, "dtype": torch.float64, "memory_bytes": 1 << 22}
+    expected = stream_likelihood(particles, templates, DISPLACEMENTS_A, **options)
+    with queues():
+        found = stream_likelihood(particles, templates, DISPLACEMENTS_A, device=OTHER, output=tmp_path / "out", **options)
+    np.testing.assert_allclose(found["log_likelihood"], expected["log_likelihood"], rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(found["template"], expected["template"])
+
+
+def test_one_transform_is_kept_for_each_device(queues: Queues) -> None:
+    images = random_images(4, 32, 32)
+    expected = to_polar(images, GRID, eps=1e-12)
+    with queues():
+        for _ in range(2):
+            found = to_polar(images.to(OTHER), GRID, eps=1e-12)
+            assert found.device == OTHER
+            torch.testing.assert_close(found.cpu(), expected)
+    assert torch.equal(to_polar(images, GRID, eps=1e-12), expected)
