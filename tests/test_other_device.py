@@ -25,7 +25,10 @@ from cryolike_data.polar_batch import polar_ctf
 from cryolike_data.stream import ParticleStream
 from cryolike_data.transforms import normalize_polar, to_polar, to_polar_exact
 
-pytestmark = pytest.mark.skipif(not CAN_STAND_IN, reason="this torch lets no Python stand in for a device")
+pytestmark = [
+    pytest.mark.skipif(not CAN_STAND_IN, reason="this torch lets no Python stand in for a device"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there, and the tests marked gpu take that"),
+]
 
 GRID = PolarGrid(8.0, 0.25, 64)
 DISPLACEMENTS_A = displacement_grid(5, 2.5)
