@@ -21,7 +21,7 @@ from ..errors import ArgumentError, TableError
 from ..polar_batch import PolarBatch
 from ..transforms import PolarGrid
 from .result import ImageLikelihood, pose_and_shift
-from .templates import Templates, as_displacements, require_even
+from .templates import Templates, as_displacements, require_fit
 
 #: Bytes that the arrays of one step take by default: on a CPU (True) few enough for its caches.
 _MEMORY_BYTES = {True: 64 << 20, False: 4 << 30}
@@ -238,20 +238,6 @@ def _result(images: _Images, found: _Found, templates: Templates, displacements_
     for numbers in (displacement, rotation, pose, shift):
         numbers[unknown] = torch.nan
     return ImageLikelihood((given + priors).logsumexp(1), template, displacement, rotation, pose, shift, given if by_template else None)
-
-
-def require_fit(grid: PolarGrid, box: int, pixel_size: float, templates: Templates, memory_bytes: int | None) -> None:
-    """Raise unless images of this box, transformed on this grid, can be compared with the templates."""
-    if memory_bytes is not None and memory_bytes < 1:
-        raise ArgumentError(f"memory_bytes is positive, not {memory_bytes}")
-    if box < 3:
-        raise ArgumentError(f"The likelihood needs images of at least 3 pixels a side, not {box}.")
-    require_even(grid)
-    if grid != templates.grid:
-        raise ArgumentError(f"Images and templates must share a grid; the images' is {grid}, the templates' {templates.grid}.")
-    if not math.isclose(box * pixel_size, templates.box_A, rel_tol=1e-3):
-        sizes = f"the images' is {box * pixel_size:.6g} A, the templates' {templates.box_A:.6g} A"
-        raise ArgumentError(f"Images and templates must share a box; {sizes}.")
 
 
 @contextmanager

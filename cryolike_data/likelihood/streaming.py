@@ -23,10 +23,10 @@ from ..sampler import ParticleSampler, place_among_ranks
 from ..stream import ParticleStream
 from ..transforms import Downsample
 from ..transforms.polar_grid import require_within_nyquist
-from .integrated import integrated_log_likelihood, require_fit
+from .integrated import integrated_log_likelihood
 from .records import Results
 from .result import ImageLikelihood
-from .templates import Templates, as_displacements
+from .templates import Templates, as_displacements, require_fit
 
 log = logging.getLogger(__name__)
 

@@ -194,6 +194,20 @@ def as_displacements(displacements_A: Any, box_A: float) -> Tensor:
     return tried
 
 
+def require_fit(grid: PolarGrid, box: int, pixel_size: float, templates: Templates, memory_bytes: int | None) -> None:
+    """Raise unless images of this box, transformed on this grid, can be compared with the templates."""
+    if memory_bytes is not None and memory_bytes < 1:
+        raise ArgumentError(f"memory_bytes is positive, not {memory_bytes}")
+    if box < 3:
+        raise ArgumentError(f"The likelihood needs images of at least 3 pixels a side, not {box}.")
+    require_even(grid)
+    if grid != templates.grid:
+        raise ArgumentError(f"Images and templates must share a grid; the images' is {grid}, the templates' {templates.grid}.")
+    if not math.isclose(box * pixel_size, templates.box_A, rel_tol=1e-3):
+        sizes = f"the images' is {box * pixel_size:.6g} A, the templates' {templates.box_A:.6g} A"
+        raise ArgumentError(f"Images and templates must share a box; {sizes}.")
+
+
 def require_even(grid: PolarGrid) -> None:
     """Raise unless half a turn on from every point of the grid there is another one."""
     if grid.n_inplanes % 2:
