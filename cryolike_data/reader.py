@@ -76,9 +76,7 @@ class Reader:
 
     def __iter__(self) -> Iterator[Placed]:
         while (read := self._next()) is not None:
-            # Not for one batch at a time: each time the thread wakes, it takes the interpreter lock from a busy consumer once more.
-            if self._busy and len(self._filled) <= self._ahead // 2:
-                self._wake.set()
+            self._fill_up()
             left = time.perf_counter()
             yield read
             # A consumer that finds what the thread has read is not too fast for it.
@@ -88,7 +86,11 @@ class Reader:
 
     def ready(self) -> Placed | None:
         """The next batch if it has been read ahead."""
-        return self._filled.popleft() if self._filled else None
+        if not self._filled:
+            return None
+        read = self._filled.popleft()
+        self._fill_up()
+        return read
 
     def close(self) -> None:
         """End the thread; what it has read ahead goes back to the ring."""
@@ -100,6 +102,11 @@ class Reader:
         self._thread.join()
         self._steps.close()
         self._filled.clear()
+
+    def _fill_up(self) -> None:
+        # Not for one batch at a time: each time the thread wakes, it takes the interpreter lock from a busy consumer once more.
+        if self._busy and len(self._filled) <= self._ahead // 2:
+            self._wake.set()
 
     def _next(self) -> Placed | None:
         if not self._filled:
