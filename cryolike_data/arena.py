@@ -45,6 +45,8 @@ _CHECK_SHARE = 1e-3
 #: ``index_select`` hands the rows out to its threads, which copy each with one ``memcpy``, if rows have fewer numbers than this
 #: (the grain size of torch); larger ones it copies one by one, each with all threads, which takes up to twice as long.
 _ROW_NUMBERS = 1 << 15
+#: Rows of fewer bytes take longer than is won by handing them out.
+_ROW_BYTES = 3 << 10
 #: What rows are seen as, by bytes: the larger the numbers, the fewer of them.
 _NUMBERS = {1: "i1", 2: "i2", 4: "i4", 8: "i8", 16: "c16"}
 #: The dtype of torch for pixels of each kind where they lie; it has not every unsigned one.
@@ -221,10 +223,8 @@ def can_map(n_files: int, starts: np.ndarray, dtype: np.dtype[Any]) -> bool:
 def _pieces(image_bytes: int, step: int) -> int:
     """Rows per image: as few as there can be, such that each starts at a multiple of the step and has few enough numbers."""
     numbers, steps = image_bytes // math.gcd(max(_NUMBERS), step), image_bytes // step
-    for pieces in range(numbers // _ROW_NUMBERS + 1, steps + 1):
-        if steps % pieces == 0:
-            return pieces
-    return 1
+    fitting = range(numbers // _ROW_NUMBERS + 1, image_bytes // _ROW_BYTES + 1)
+    return next((pieces for pieces in fitting if steps % pieces == 0), 1)
 
 
 @cache
