@@ -76,8 +76,8 @@ def naive(settings: Settings) -> Iterator[Figure]:
 def consumer(settings: Settings) -> Iterator[Figure]:
     """Speed of a Python-bound consumer beside ``stream`` / alone; the time inside ``next`` does not count.
 
-    The speed of one loop drifts by a tenth within a second or two on many machines, so blocks of a few loops alone and beside
-    alternate, many times. One stream serves them all; during the loops alone it has read as far ahead as it may, and sleeps.
+    The speed of one loop drifts within seconds, so blocks of a few loops alone and beside alternate, many times. One stream serves
+    them all; during the loops alone it has read as far ahead as it may, and sleeps.
     """
     project = Project(settings.count(20_000), 20)
     dataset = IndexedDataset(project.make(settings.data))

@@ -43,22 +43,14 @@ _CHECK_EVERY = 1.0
 #: With more than a thousand files: seconds per file, so that looking stays a small share of the time.
 _CHECK_SHARE = 1e-3
 #: ``index_select`` hands the rows out to its threads, which copy each with one ``memcpy``, if rows have fewer numbers than this
-#: (the grain size of torch); larger ones it copies one by one, each with all threads, which takes up to twice as long.
+#: (the grain size of torch); larger ones it copies one by one, each with all threads, which takes longer (figure ``read``, 256 px).
 _ROW_NUMBERS = 1 << 15
 #: Rows of fewer bytes take longer than is won by handing them out.
 _ROW_BYTES = 3 << 10
 #: What rows are seen as, by bytes: the larger the numbers, the fewer of them.
 _NUMBERS = {1: "i1", 2: "i2", 4: "i4", 8: "i8", 16: "c16"}
-#: The dtype of torch for pixels of each kind where they lie; it has not every unsigned one.
-_SEEN_AS = {
-    "i1": torch.int8,
-    "u1": torch.uint8,
-    "i2": torch.int16,
-    "u2": torch.int16,
-    "f2": torch.float16,
-    "f4": torch.float32,
-    "f8": torch.float64,
-}
+#: Pixels that torch knows, too.
+_PIXELS = {"i1", "u1", "i2", "u2", "f2", "f4", "f8"}
 
 
 class NoMoreMapsError(StackError):
@@ -116,7 +108,7 @@ class Arena:
         weakref.finalize(self, _unmap, reserved, length + _ALIGNMENT).atexit = False
         self._address = -(-reserved // _ALIGNMENT) * _ALIGNMENT
         range_: Any = (ctypes.c_ubyte * length).from_address(self._address)
-        self._pixels = torch.frombuffer(range_, dtype=_SEEN_AS[dtype.kind + str(dtype.itemsize)])
+        self._pixels = torch.from_numpy(np.frombuffer(range_, dtype))
         # Rows overlap wherever an image may start at a multiple of the step; only those that are images are ever touched.
         self._number = np.dtype(_NUMBERS[math.gcd(max(_NUMBERS), self._step)])
         width = image_bytes // self._pieces // self._number.itemsize
@@ -215,7 +207,7 @@ class Arena:
 
 def can_map(n_files: int, starts: np.ndarray, dtype: np.dtype[Any]) -> bool:
     """Whether an arena can serve: on Linux, with pixels at multiples of their size, and enough maps allowed."""
-    if sys.platform != "linux" or dtype.kind + str(dtype.itemsize) not in _SEEN_AS or (starts % dtype.itemsize).any():
+    if sys.platform != "linux" or dtype.kind + str(dtype.itemsize) not in _PIXELS or (starts % dtype.itemsize).any():
         return False
     return n_files + _SPARE_MAPS <= _max_maps()
 

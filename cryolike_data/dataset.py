@@ -142,8 +142,7 @@ class ParticleDataset(Dataset[Particle]):
 
         None where they do not lie one after the other in mapped files. Writing into the tensor ends the process.
         """
-        view = (self._located or self._images()).view(rows)
-        return None if view is None else view.view(self.dtype)
+        return (self._located or self._images()).view(rows)
 
     def _images(self) -> Images:
         if self._located is None:

@@ -9,6 +9,7 @@ import ctypes
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -150,16 +151,15 @@ class _Hook(torch._C._acc.PrivateUse1Hooks if CAN_STAND_IN else object):  # type
         return True
 
 
-_registered = False
+@cache
+def _register() -> None:
+    registration._setup_privateuseone_for_python_backend(hook=_Hook())
 
 
 @contextmanager
 def other_device() -> Iterator[_Device]:
     """Let that device exist for a while."""
-    global _registered
-    if not _registered:
-        registration._setup_privateuseone_for_python_backend(hook=_Hook())
-        _registered = True
+    _register()
     torch._C._set_only_lift_cpu_tensors(True)  # so that new tensors come through here before they go anywhere
     try:
         with _Device() as device:

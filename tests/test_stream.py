@@ -220,15 +220,18 @@ def busy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader_module, "_BUSY_SHARE", -1.0)
 
 
+def read_ahead(k: int, prefetch: int) -> int:
+    """Batches that are ready for a slow consumer that has taken number k: as many as may be, again whenever half of them are used up."""
+    return prefetch - k % (prefetch - prefetch // 2)
+
+
 @pytest.mark.usefixtures("busy")
 def test_batches_are_read_ahead_of_a_slow_consumer(ds: IndexedDataset) -> None:
     loader = stream(ds, batch_size=2, prefetch=3)
     for k, batch in enumerate(loader):
         assert batch.index.tolist() == [2 * k, 2 * k + 1]
         if k < 7:
-            # All three are read ahead again once no more than one of them is left, and not one at a time.
-            left = 3 if k % 2 == 0 else 2
-            wait_until(lambda left=left: len(loader._reader._filled) == left)
+            wait_until(lambda k=k: len(loader._reader._filled) == read_ahead(k, 3))
     assert k == 29
 
 
@@ -239,7 +242,7 @@ def test_no_more_than_prefetch_batches_are_read_ahead(ds: IndexedDataset, monkey
     monkeypatch.setattr(IndexedDataset, "read_rows", lambda self, rows, out=None: reads.append(len(rows)) or read_rows(self, rows, out))
     loader = stream(ds, batch_size=2, prefetch=3)
     for k, _ in enumerate(loader):
-        wait_until(lambda: len(loader._reader._filled) > 1 or loader._reader._finished)
+        wait_until(lambda k=k: len(loader._reader._filled) == read_ahead(k, 3) or loader._reader._finished)
         assert sum(reads) <= 2 * (k + 1 + 3)
         if k == 10:
             break
@@ -481,7 +484,7 @@ def test_the_state_counts_only_what_was_handed_out(ds: IndexedDataset) -> None:
     loader = stream(ds, batch_size=3, shuffle=True, prefetch=5)
     assert loader.state_dict() == {"seed": 0, "epoch": 0, "position": 0}
     for k, _ in enumerate(loader):
-        wait_until(lambda: len(loader._reader._filled) > 2 or loader._reader._finished)
+        wait_until(lambda k=k: len(loader._reader._filled) == read_ahead(k, 5) or loader._reader._finished)
         assert loader.state_dict() == {"seed": 0, "epoch": 0, "position": 3 * (k + 1)}
 
 
