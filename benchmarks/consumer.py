@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 
 import mrcfile
@@ -16,15 +15,13 @@ from cryolike_data import IndexedDataset
 from cryolike_data.stream import stream
 
 from .data import Project
-from .measure import MOST_ROUNDS, Bound, Figure, Settings, in_turn, rate_figure
+from .measure import Bound, Figure, Settings, in_turn, rate_figure
 from .reading import bare_copy, drain
 
 NAIVE_BOUNDS = {0: 2.5, 2: 8.0}
 CONSUMER_BOUND: Bound = ("at least", 0.95)
 _BATCH = 256
 _BUSY_SECONDS = 0.020
-#: Loops of a consumer in one block.
-_BLOCK = 10
 
 
 class NaiveDataset(Dataset[torch.Tensor]):
@@ -74,29 +71,23 @@ def naive(settings: Settings) -> Iterator[Figure]:
 
 
 def consumer(settings: Settings) -> Iterator[Figure]:
-    """Speed of a Python-bound consumer beside ``stream`` / alone; the time inside ``next`` does not count.
-
-    The speed of one loop drifts within seconds, so blocks of a few loops alone and beside alternate, many times. One stream serves
-    them all; during the loops alone it has read as far ahead as it may, and sleeps.
-    """
+    """Speed of a Python-bound consumer beside ``stream`` / alone; the time inside ``next`` does not count."""
     project = Project(settings.count(20_000), 20)
     dataset = IndexedDataset(project.make(settings.data))
-    rounds = settings.repetitions * (1 if settings.quick else 5)
-    rows = np.random.default_rng(2).integers(0, len(dataset), (1 + rounds * MOST_ROUNDS) * _BLOCK * _BATCH)
+    batches = 20 if settings.quick else 50
+    rows = np.random.default_rng(2).integers(0, len(dataset), batches * _BATCH)
+    epoch = dataset.select(rows)
     steps = 10_000
     while (taken := min(_spin(steps) for _ in range(5))) < _BUSY_SECONDS:
         steps = int(steps * max(1.1, min(4.0, 1.05 * _BUSY_SECONDS / taken)))
 
-    with stream(dataset.select(rows), batch_size=_BATCH) as batches:
-        epoch = iter(batches)
+    def alone() -> float:
+        return batches / sum(_spin(steps) for _ in range(batches))
 
-        def alone() -> float:
-            return _BLOCK / sum(_spin(steps) for _ in range(_BLOCK))
+    def beside() -> float:
+        return batches / sum(_spin(steps) for _ in stream(epoch, batch_size=_BATCH, shuffle=True))
 
-        def beside() -> float:
-            return _BLOCK / sum(_spin(steps) for _ in islice(epoch, _BLOCK))
-
-        rates = in_turn([alone, beside], rounds)
+    rates = in_turn([alone, beside], settings.repetitions)
     yield rate_figure("consumer", f"{project.label}, 20 ms of Python a batch", rates, "loops/s", bound=CONSUMER_BOUND)
 
 
