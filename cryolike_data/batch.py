@@ -195,7 +195,7 @@ def merge_particles(items: Sequence[Particle] | ParticleBatch) -> ParticleBatch:
     if len(parts) == 1:
         only: ParticleBatch = parts[0]
         return only
-    order = torch.as_tensor([p for positions in rows_of.values() for p in positions]).argsort()
+    order = torch.as_tensor([p for positions in rows_of.values() for p in positions], device="cpu").argsort()
     return _concatenate(parts).map(lambda tensor: tensor[order])
 
 

@@ -78,5 +78,6 @@ class Collate:
     def _process(self, batch: ParticleBatch) -> ParticleBatch:
         pixel_size = self.output_pixel_size(batch)
         if self.device is not None:
-            batch = batch.to(self.device, non_blocking=True)
+            # Towards a CPU, which reads the images at once, the copy has to be over.
+            batch = batch.to(self.device, non_blocking=torch.device(self.device).type != "cpu")
         return ParticleBatch(self.process_images(batch.images), pixel_size, batch.columns)

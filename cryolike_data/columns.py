@@ -55,7 +55,7 @@ class Columns:
             groups.setdefault(column.dtype, []).append(name)
         moved: dict[str, Tensor] = {}
         for names in groups.values():
-            flat = [self.tensors[name].reshape(len(self.tensors[name]), -1) for name in names]
+            flat = [self.tensors[name][:, None].flatten(1) for name in names]
             together = torch.cat(flat, dim=1).to(device, non_blocking=non_blocking)
             there = together.split([part.shape[1] for part in flat], dim=1)  # type: ignore[no-untyped-call]
             moved |= {name: part.reshape(self.tensors[name].shape) for name, part in zip(names, there, strict=True)}
@@ -72,6 +72,8 @@ def concatenate(parts: Sequence[Columns]) -> Columns:
 
 def concatenate_tensors(tensors: Sequence[Tensor]) -> Tensor:
     """Concatenated in the dtype that holds them all; torch itself does not know that of int16 and uint16."""
-    dtype = np.result_type(*[tensor[:0].cpu().numpy().dtype for tensor in tensors])
-    common = torch.from_numpy(np.empty(0, dtype)).dtype
-    return torch.cat([tensor.to(common) for tensor in tensors])
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        dtype = np.result_type(*[tensor[:0].cpu().numpy().dtype for tensor in tensors])
+        common = torch.from_numpy(np.empty(0, dtype)).dtype
+        tensors = [tensor.to(common) for tensor in tensors]
+    return torch.cat(list(tensors))

@@ -129,7 +129,7 @@ class ParticleDataset(Dataset[Particle]):
         """The same as ``read`` for row numbers that are int64 and in range, as a sampler gives them."""
         shape, dtype = (len(rows), self.box, self.box), self.dtype
         if out is None:
-            out = torch.empty(shape, dtype=dtype)
+            out = torch.empty(shape, dtype=dtype, device="cpu")
         elif out.shape != shape or out.dtype != dtype or not out.is_cpu or not out.is_contiguous():
             raise ArgumentError(
                 f"out has to be a contiguous {dtype} CPU tensor of shape {shape}, not {out.dtype} {tuple(out.shape)} on {out.device}"

@@ -137,7 +137,7 @@ def project_model(truth: Mapping[str, Any], rotvecs: Any, shifts_A: Any, box: in
     (B, box, box) float32 tensor, density times angstrom
     """
     v, shifts, centres, amplitudes = (
-        torch.as_tensor(np.asarray(a, np.float64)) for a in (rotvecs, shifts_A, truth["centres_A"], truth["amplitudes"])
+        torch.as_tensor(np.asarray(a, np.float64), device="cpu") for a in (rotvecs, shifts_A, truth["centres_A"], truth["amplitudes"])
     )
     sigma = float(truth["sigma_A"])
     seen = torch.einsum("kj,bji->bki", centres, rotation_matrices(v))[..., :2] - shifts[:, None]
@@ -164,7 +164,7 @@ def clean_images(project: DemoProject | str | os.PathLike[str], rows: Sequence[i
     chosen, n = np.asarray(rows, np.int64).reshape(-1), len(truth["uid"])
     if np.any((chosen < 0) | (chosen >= n)):
         raise RowIndexError(f"rows must lie in 0 to {n - 1}, the table's length is {n}")
-    images = torch.empty(len(chosen), int(truth["box"]), int(truth["box"]))
+    images = torch.empty(len(chosen), int(truth["box"]), int(truth["box"]), device="cpu")
     for part in chunks_of(len(chosen), images.shape[-1]):
         images[part] = _clean(truth, chosen[part])
     return images
@@ -292,5 +292,5 @@ def _volume(truth: Mapping[str, Any]) -> NDArray[Any]:
 
 def _bells(centres: Tensor, sigma: float, box: int, pixel_size: float) -> Tensor:
     """Gaussians of height 1 at centres (..., K), angstrom from the middle of the box, on its pixels: (..., K, box)."""
-    grid = (torch.arange(box, dtype=torch.float64) - box // 2) * pixel_size
+    grid = (torch.arange(box, dtype=torch.float64, device="cpu") - box // 2) * pixel_size
     return torch.exp(((grid - centres[..., None]) / sigma).square() / -2)

@@ -135,7 +135,7 @@ def _drain(batches: ParticleStream) -> None:
 def _copies(dataset: ParticleDataset, batch_size: int) -> Callable[[Any], None]:
     """Copying batches from all over a memory larger than the caches into one buffer."""
     images = max(batch_size, _COPIED_BYTES // dataset.image_bytes)
-    source = torch.zeros((images, dataset.box, dataset.box), dtype=dataset.dtype)
+    source = torch.zeros((images, dataset.box, dataset.box), dtype=dataset.dtype, device="cpu")
     target = torch.zeros_like(source[:batch_size])
 
     def run(_: Any) -> None:
@@ -148,7 +148,7 @@ def _copies(dataset: ParticleDataset, batch_size: int) -> Callable[[Any], None]:
 
 
 def _device_copies(dataset: ParticleDataset, batch_size: int) -> Callable[[Any], None]:
-    source = torch.zeros((batch_size, dataset.box, dataset.box), dtype=dataset.dtype).pin_memory()
+    source = torch.zeros((batch_size, dataset.box, dataset.box), dtype=dataset.dtype, device="cpu").pin_memory()
     target = torch.empty_like(source, device="cuda")
 
     def run(_: Any) -> None:

@@ -81,8 +81,7 @@ def read_header(path: str | os.PathLike[str], *, mode0: Mode0 = "auto") -> Stack
 
 def parse_header(raw: bytes, file_bytes: int, path: str | os.PathLike[str], *, mode0: Mode0 = "auto") -> StackHeader:
     """The same as ``read_header`` from the first 1024 bytes and the size of the file; ``path`` is for messages."""
-    if mode0 not in get_args(Mode0):
-        raise ArgumentError(f"mode0 is one of {', '.join(map(repr, get_args(Mode0)))}, not {mode0!r}")
+    require_mode0(mode0)
     order = _order(raw, file_bytes)
     for magic, (name, command) in _COMPRESSED.items():
         if raw.startswith(magic) and order is None:
@@ -107,6 +106,12 @@ def parse_header(raw: bytes, file_bytes: int, path: str | os.PathLike[str], *, m
     return StackHeader(nx, ny, nz, dtype, offset, n_complete, _pixel_size(raw, order, nx, ny))
 
 
+def require_mode0(mode0: Mode0) -> None:
+    """Raise an ``ArgumentError`` if this is no way to read 8-bit pixels."""
+    if mode0 not in get_args(Mode0):
+        raise ArgumentError(f"mode0 is one of {', '.join(map(repr, get_args(Mode0)))}, not {mode0!r}")
+
+
 def map_stack(path: str | os.PathLike[str], header: StackHeader) -> np.ndarray:
     """The complete images of a stack as a read-only memory map, (n_complete, ny, nx) in the dtype of the file.
 
@@ -123,7 +128,7 @@ def map_stack(path: str | os.PathLike[str], header: StackHeader) -> np.ndarray:
     return np.ndarray(shape, header.dtype, buffer=mapped, offset=header.offset)
 
 
-def require_alike(path: str | os.PathLike[str], expected: StackHeader, *, mode0: Mode0 = "auto") -> None:
+def require_alike(path: str | os.PathLike[str], expected: StackHeader, *, mode0: Mode0 = "auto", index_hint: str = "") -> None:
     """Raise a ``StackError`` unless a stack is laid out as expected and has as many images."""
     found = read_header(path, mode0=mode0)
     if (found.nx, found.ny, found.dtype, found.offset) != (expected.nx, expected.ny, expected.dtype, expected.offset):
@@ -132,7 +137,8 @@ def require_alike(path: str | os.PathLike[str], expected: StackHeader, *, mode0:
             f"{expected.ny} {expected.dtype} from byte {expected.offset} on. Open the data set with check_headers=True."
         )
     if found.n_complete < expected.n_complete:
-        raise StackError(describe_shortfall(path, found, expected.n_complete - 1) + ".")
+        hint = index_hint if expected.n_complete > found.nz else ""
+        raise StackError(f"{describe_shortfall(path, found, expected.n_complete - 1)}{hint}.")
 
 
 def open_to_map(path: str | os.PathLike[str], needed: int) -> int:

@@ -158,6 +158,9 @@ class Particles:
             if column is None or column.ndim > 1:
                 usable = sorted(n.removeprefix("ctf/") for n, c in columns.items() if c.ndim == 1)
                 raise ArgumentError(f"There is no column {name!r} to compare; there are {', '.join(usable)}.")
+            if np.ndim(value):
+                among = f"lambda p: np.isin(p.{'' if name in columns else 'ctf.'}{name}, {value!r})"
+                raise ArgumentError(f"{name}= takes one value to compare with, not {value!r}; for several write where({among}).")
             mask &= np.isclose(column, value, rtol=1e-5) if column.dtype.kind == "f" else column == value
         return self[mask]
 
@@ -169,7 +172,10 @@ class Particles:
         MixedParticlesError
             naming the groups, their sizes and how to select one
         """
-        column = getattr(self, name) if name in _COLUMNS else self.columns()[name]
+        column = getattr(self, name) if name in _COLUMNS else self.columns().get(name)
+        if column is None or column.ndim > 1:
+            usable = ", ".join(known for known, of_all in self.columns().items() if of_all.ndim == 1)
+            raise ArgumentError(f"There is no column {name!r} with one number for each particle; there are {usable}.")
         short, first, seen = name.removeprefix("ctf/"), column[0], once(column)
         if (seen == first).all() or (column.dtype.kind == "f" and np.allclose(seen, first, rtol=1e-5, atol=0)):
             return first
@@ -198,7 +204,9 @@ _COLUMNS = ("row", "uid", "file", "slice", "box", "pixel_size", "pose", "shift_A
 
 
 def resolve_rows(selection: Selection, n: int, particles: Particles | None = None) -> np.ndarray:
-    """Row numbers (int64, none negative) that a selection stands for, among ``n`` rows.
+    """Row numbers (int64, none negative) that a selection stands for, among ``n`` rows: a new array, in one piece.
+
+    Columns that are read later must not follow what becomes of the caller's array by then.
 
     Raises
     ------
@@ -208,13 +216,16 @@ def resolve_rows(selection: Selection, n: int, particles: Particles | None = Non
     if callable(selection):
         selection = selection(particles)
     if isinstance(selection, slice):
-        return np.arange(n, dtype=np.int64)[selection]
+        return np.arange(*selection.indices(n), dtype=np.int64)
     if isinstance(selection, torch.Tensor):
         selection = selection.cpu().numpy()
-    rows = np.asarray(selection)
+    try:
+        rows = np.asarray(selection)
+    except ValueError as error:
+        raise RowIndexError(f"rows are chosen by a one-dimensional mask or list of row numbers: {error}") from error
     # Seen as unsigned, a negative number is larger than any row: the usual case costs one pass.
     if rows.dtype == np.int64 and rows.ndim == 1 and len(rows) and rows.view(np.uint64).max() < n:
-        return rows
+        return np.array(rows, order="C")
     if rows.ndim != 1:
         raise RowIndexError(f"rows are chosen by a one-dimensional mask or list of row numbers, not by one of shape {rows.shape}")
     if rows.dtype == bool:

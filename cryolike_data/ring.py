@@ -64,8 +64,8 @@ class _Loan(weakref.ref[np.ndarray]):
 def _aligned(shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> np.ndarray:
     """An uninitialised array that starts at a multiple of 64 bytes; copies into others can be several times slower."""
     if pinned:
-        return torch.empty(shape, dtype=dtype, pin_memory=True).numpy()
-    kind = torch.empty(0, dtype=dtype).numpy().dtype
+        return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True).numpy()
+    kind = torch.empty(0, dtype=dtype, device="cpu").numpy().dtype
     size = math.prod(shape) * kind.itemsize
     # From NumPy, which asks for huge pages.
     raw = np.empty(size + _ALIGNMENT, np.uint8)

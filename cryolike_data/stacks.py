@@ -19,7 +19,7 @@ from torch import Tensor
 from .arena import Arena, NoMoreMapsError, can_map
 from .errors import CryolikeDataError, StackError
 from .map_pool import MapPool
-from .mrc import Check, Mode0, StackHeader, describe_shortfall, read_header, require_alike
+from .mrc import Check, Mode0, StackHeader, describe_shortfall, read_header, require_alike, require_mode0
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,11 @@ class Stacks:
         self.counts = self.of_headers(lambda header: header.n_complete)
         self._arena: Arena | Literal[False] | None = None
         self._deciding, self._process = threading.Lock(), os.getpid()
+
+    @property
+    def headers_read(self) -> bool:
+        """Whether the header of each file was read, and not taken to be like the first."""
+        return self._check is None
 
     def of_headers(self, value: Callable[[StackHeader], Any]) -> np.ndarray:
         """(files, ...) what a function says of the header of each file."""
@@ -238,7 +243,9 @@ def images_needed(file: np.ndarray, image: np.ndarray, n_files: int) -> np.ndarr
     return last + 1
 
 
-def open_stacks(paths: Sequence[str | os.PathLike[str]], *, mode0: Mode0 = "auto", expected: np.ndarray | None = None) -> Stacks:
+def open_stacks(
+    paths: Sequence[str | os.PathLike[str]], *, mode0: Mode0 = "auto", expected: np.ndarray | None = None, index_hint: str = ""
+) -> Stacks:
     """Read the headers of all files, several at a time, and give what reads them.
 
     Parameters
@@ -247,18 +254,20 @@ def open_stacks(paths: Sequence[str | os.PathLike[str]], *, mode0: Mode0 = "auto
     mode0 : see ``cryolike_data.mrc.read_header``
     expected : images that each file must have; if given, only the first header is read now, and every file is expected to be
         laid out like the first, which is checked when it is mapped
+    index_hint : what to say after the error for a file with fewer images then
 
     Raises
     ------
     StackError
         listing every file whose header cannot be used
     """
+    require_mode0(mode0)
     names = tuple(os.fspath(path) for path in paths)
     if expected is not None and len(names):
         first = read_header(names[0], mode0=mode0)
         of_count = {count: replace(first, nz=count, n_complete=count) for count in set(expected.tolist())}
         alike = [of_count[count] for count in expected.tolist()]
-        return Stacks(names, alike, check=partial(require_alike, mode0=mode0))
+        return Stacks(names, alike, check=partial(require_alike, mode0=mode0, index_hint=index_hint))
     return Stacks(names, read_each(names, partial(read_header, mode0=mode0), "stacks"))
 
 

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from cryolike_data.columns import Columns, concatenate
+from cryolike_data.columns import Columns, concatenate, concatenate_tensors
 
 
 def some_columns() -> dict[str, torch.Tensor]:
@@ -70,3 +70,16 @@ def test_concatenated_columns_follow_each_other() -> None:
 
 def test_columns_without_optics_have_no_ctf() -> None:
     assert Columns({"uid": torch.zeros(1)}).ctf is None
+
+
+def test_no_rows_move_to_another_device() -> None:
+    columns = Columns({"index": torch.arange(3), "pose": torch.zeros(3, 3), "M": torch.zeros(3, 2, 2)})
+    empty = columns.map(lambda column: column[:0]).to("meta")
+    assert {name: tuple(column.shape) for name, column in empty.tensors.items()} == {"index": (0,), "pose": (0, 3), "M": (0, 2, 2)}
+
+
+def test_numbers_that_numpy_does_not_know_are_joined() -> None:
+    parts = [torch.ones(2, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.bfloat16)]
+    joined = concatenate_tensors(parts)
+    assert joined.dtype == torch.bfloat16
+    assert joined.tolist() == [1, 1, 0]

@@ -266,7 +266,7 @@ def test_an_argument_that_contradicts_the_table_is_logged(tmp_path: Path, caplog
     assert "1.5" in caplog.text
 
 
-@pytest.mark.parametrize("given", [0, -1.3, np.nan, np.inf, (1.3, 1.4), (1, 1, 1), ()])
+@pytest.mark.parametrize("given", [0, -1.3, np.nan, np.inf, (1.3, 1.4), (1, 1, 1), (), "a", [None]])
 def test_a_pixel_size_that_cannot_be_is_an_error(tmp_path: Path, given: Any) -> None:
     cs, _ = write_particles(tmp_path, N)
     with pytest.raises(ArgumentError, match="pixel_size"):
@@ -473,3 +473,73 @@ def test_a_data_set_with_unchecked_headers_pickles(tmp_path: Path) -> None:
     cs, images = write_particles(tmp_path, N)
     again = pickle.loads(pickle.dumps(IndexedDataset(cs, check_headers=False)))
     np.testing.assert_array_equal(again.read(slice(None)).numpy(), images)
+
+
+@pytest.mark.parametrize("base", [0, 1])
+def test_image_numbers_from_one_are_noticed_in_unchecked_stacks_too(tmp_path: Path, base: Literal[0, 1]) -> None:
+    cs, _ = write_particles(tmp_path, N, stacks=2)
+    table = np.load(cs)
+    table["blob/idx"] += 1 + base
+    with cs.open("wb") as file:
+        np.save(file, table)
+    ds = IndexedDataset(cs, check_headers=False, index_base=base)
+    with pytest.raises(StackError, match="index_base=1" if base == 0 else "leave index_base=1 out"):
+        ds.read(slice(None))
+
+
+def test_a_box_that_was_never_looked_at_is_said_to_be_expected(tmp_path: Path) -> None:
+    cs, _ = mixed_boxes(tmp_path)
+    table = np.load(cs)
+    with_shapes = {name.replace("/", "__"): table[name] for name in table.dtype.names or ()}
+    shapes = np.array([[8, 8]] * 4 + [[12, 12]] * 2, "u4")
+    cs = write_table(cs, **with_shapes, blob__shape=shapes)
+    with pytest.raises(StackError, match=r"12\.mrc is expected to hold, as the first stack does, images of 8 x 8 .*check_headers=True"):
+        IndexedDataset(cs, check_headers=False)
+
+
+@pytest.mark.parametrize("slot", ["alignments3D", "alignments2D"])
+def test_half_sets_and_shifts_are_read_where_there_is_no_pose(tmp_path: Path, slot: str) -> None:
+    columns = {f"{slot}__split": np.array([0, 1, 1, 0, 0, 1], "u4"), f"{slot}__shift": np.ones((N, 2), "f4"), f"{slot}__psize_A": column(3)}
+    particles = IndexedDataset(write_particles(tmp_path, N, **columns)[0]).particles
+    assert particles.pose is None
+    assert particles.half_set is not None
+    assert particles.half_set.tolist() == [0, 1, 1, 0, 0, 1]
+    assert (particles.shift_A == 3).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("blob/psize_A", np.ones((N, 2), "f4")),
+        ("blob/idx", np.zeros((N, 1), "u4")),
+        ("blob/shape", np.full(N, 8, "u4")),
+        ("blob/path", np.full((N, 1), b"J1/extract/stack_0.mrc")),
+        ("uid", np.zeros(N, "V8")),
+        ("ctf/df1_A", np.full(N, b"1.5")),
+        ("ctf/tetra_A", np.zeros((N, 2), "f4")),
+        ("alignments3D/shift", np.zeros((N, 3), "f4")),
+        ("alignments3D/pose", np.zeros((N, 2), "f4")),
+    ],
+)
+def test_a_column_of_another_kind_or_shape_is_named(tmp_path: Path, name: str, values: np.ndarray) -> None:
+    cs, _ = write_particles(tmp_path, N)
+    table = np.load(cs)
+    columns = {other: table[other] for other in table.dtype.names or ()} | {name: values}
+    cs = write_table(cs, **{other.replace("/", "__"): column for other, column in columns.items()})
+    with pytest.raises(TableError, match=rf"{name} of .*{cs.name} holds .* and should hold"):
+        IndexedDataset(cs)
+
+
+def test_an_unknown_reading_of_bytes_is_one_error_about_the_argument(tmp_path: Path) -> None:
+    cs, _ = write_particles(tmp_path, N, stacks=3)
+    with pytest.raises(ArgumentError, match=r"^mode0 is one of"):
+        IndexedDataset(cs, mode0="bad")  # type: ignore[arg-type]
+
+
+def test_a_table_named_by_its_whole_path_opens_from_a_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cs, images = write_particles(tmp_path / "project", N)
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    np.testing.assert_array_equal(IndexedDataset(cs).read(slice(None)).numpy(), images)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,15 @@ import pytest
 from support import ctf_columns, numbered_images, uids, write_job, write_stack, write_table
 
 from cryolike_data import JobDirectoryDataset
-from cryolike_data.errors import ArgumentError, CryolikeDataError, MissingStackError, PairingError, StackError, TableError
+from cryolike_data.errors import (
+    ArgumentError,
+    CryolikeDataError,
+    MissingDependencyError,
+    MissingStackError,
+    PairingError,
+    StackError,
+    TableError,
+)
 
 COUNTS = [4, 2, 3]
 N = sum(COUNTS)
@@ -413,3 +422,20 @@ def test_a_damaged_record_is_an_error_and_not_overlooked(tmp_path: Path) -> None
     (job / "restacked_particles.cs").write_bytes(b"junk")
     with pytest.raises(CryolikeDataError, match=r"restacked_particles\.cs"):
         JobDirectoryDataset(tmp_path, 4)
+
+
+@pytest.mark.parametrize("wrong", ["a link to nothing", "no PyYAML"])
+def test_a_group_file_that_cannot_be_read_does_not_stop_a_sequence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wrong: str
+) -> None:
+    job, images = write_job(tmp_path, 4, COUNTS)
+    group = job / "J4_particles.csg"
+    if wrong == "no PyYAML":
+        group.write_text("results: {}\n")
+        monkeypatch.setitem(sys.modules, "yaml", None)
+    else:
+        group.symlink_to(tmp_path / "nothing.csg")
+    same_images(JobDirectoryDataset(tmp_path, 4), images)
+    assert f"{group} is left aside" in caplog.text
+    with pytest.raises(MissingDependencyError if wrong == "no PyYAML" else PairingError, match=r"csg\]|restacked_particles\.cs"):
+        JobDirectoryDataset(tmp_path, 4, pairing="uid")

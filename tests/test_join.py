@@ -266,3 +266,11 @@ def test_a_group_without_pyyaml_says_what_to_install(tmp_path: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "yaml", None)
     with pytest.raises(MissingDependencyError, match=r"cryolike-data\[csg\]"):
         load_table(group)
+
+
+def test_a_group_whose_number_of_rows_is_no_number_is_a_table_error(tmp_path: Path) -> None:
+    write_table(tmp_path / "t.cs", uid=uids(3))
+    group = tmp_path / "g.csg"
+    group.write_text("results:\n  blob: {metafile: '>t.cs', num_items: ten, type: particle.blob}\n")
+    with pytest.raises(TableError, match="not a CryoSPARC group file"):
+        load_table(group)

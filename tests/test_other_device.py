@@ -17,7 +17,7 @@ from torch import Tensor
 
 import cryolike_data.ring as ring_module
 import cryolike_data.transforms.polar as polar_module
-from cryolike_data import Collate, Downsample, IndexedDataset, Normalize, PolarCollate, PolarGrid, stream
+from cryolike_data import Collate, Downsample, IndexedDataset, Normalize, ParticleBatch, PolarCollate, PolarGrid, stream
 from cryolike_data.ctf import ctf_values, half_plane
 from cryolike_data.demo import DemoProject
 from cryolike_data.likelihood import Templates, displacement_grid, integrated_log_likelihood, stream_likelihood
@@ -101,6 +101,25 @@ def test_collation_of_stored_pixels(particles: IndexedDataset) -> None:
         assert torch.equal(found.ctf.defocus_u.cpu(), expected.ctf.defocus_u)
 
 
+def test_collation_on_the_cpu_of_a_batch_from_elsewhere_waits_for_its_pixels(
+    particles: IndexedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    move = ParticleBatch.to
+
+    def to(batch: ParticleBatch, device: Any, *, non_blocking: bool = False) -> ParticleBatch:
+        asked.append(non_blocking)
+        return move(batch, device, non_blocking=non_blocking)
+
+    monkeypatch.setattr(ParticleBatch, "to", to)
+    with other_device():
+        there = particles.batch(range(3)).to(OTHER)
+        here = Collate(normalize="std", device="cpu")(there)
+        Collate(normalize="std", device=OTHER)(there)
+    assert here.images.device.type == "cpu"
+    assert asked == [False, False, True]
+
+
 @pytest.mark.parametrize("n_inplanes", [64, 63])
 def test_the_ctf_on_a_polar_grid(particles: IndexedDataset, n_inplanes: int) -> None:
     batch, grid = particles.batch(range(5)), PolarGrid(8.0, 0.25, n_inplanes)
@@ -139,13 +158,45 @@ def test_the_likelihood(particles: IndexedDataset, templates: Templates, dtype: 
     assert torch.equal(found.template, expected.template)
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="this torch has one way to ask for TF32")
+@pytest.mark.parametrize("asked", ["newer way", "older way"])
+def test_the_likelihood_takes_no_shortcuts_however_they_were_asked_for(
+    particles: IndexedDataset, templates: Templates, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    products: Any = torch.backends.cuda.matmul
+    of_newer, of_older = products.fp32_precision, torch.get_float32_matmul_precision()
+    seen: set[str] = set()
+    multiply = torch.bmm
+
+    def bmm(*tensors: Tensor, **options: Any) -> Tensor:
+        seen.add(products.fp32_precision)
+        return multiply(*tensors, **options)
+
+    batch = PolarCollate(GRID, normalize="max", unit_power=True)(particles.batch(range(3)))
+    try:
+        if asked == "newer way":
+            products.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
+        monkeypatch.setattr(torch, "bmm", bmm)
+        with other_device():
+            integrated_log_likelihood(batch.to(OTHER), templates.to(OTHER), DISPLACEMENTS_A)
+        assert products.fp32_precision == "tf32"
+        if asked == "older way":
+            assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        products.fp32_precision = of_newer
+        torch.set_float32_matmul_precision(of_older)
+    assert seen == {"ieee"}
+
+
 # Streams: in place of those of CUDA there is a queue, whose copies are done as late as can be
 
 
 @pytest.fixture
 def queues(monkeypatch: pytest.MonkeyPatch) -> Queues:
     """``stream`` takes the other device for CUDA while it exists; finufft stands in for cufinufft."""
-    make, plan = ring_module._aligned, polar_module._plan
+    make, plan = ring_module._aligned, polar_module.make_plan
 
     def plan_there(*arguments: Any) -> Callable[..., object]:
         execute = plan(*arguments)
@@ -175,7 +226,7 @@ def queues(monkeypatch: pytest.MonkeyPatch) -> Queues:
 
             patch.setattr(ParticleStream, "_cuda", property(lambda self: self.device == OTHER))
             patch.setattr(ring_module, "_aligned", pinned)
-            patch.setattr(polar_module, "_plan", plan_there)
+            patch.setattr(polar_module, "make_plan", plan_there)
             patch.setattr(torch.cuda, "Stream", side)
             patch.setattr(torch.cuda, "stream", enter)
             patch.setattr(torch.cuda, "current_stream", lambda of: consumer)

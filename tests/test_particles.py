@@ -109,8 +109,21 @@ def test_absent_columns_stay_absent(absent: str) -> None:
         [0.0, 1.0],
         np.zeros((2, 2), int),
         ["a"],
+        [[0], [1, 2]],
     ],
-    ids=["beyond", "before", "one row beyond", "a uid near 2**64", "a uid", "short mask", "one bool", "floats", "matrix", "words"],
+    ids=[
+        "beyond",
+        "before",
+        "one row beyond",
+        "a uid near 2**64",
+        "a uid",
+        "short mask",
+        "one bool",
+        "floats",
+        "matrix",
+        "words",
+        "ragged",
+    ],
 )
 def test_a_selection_that_cannot_be_is_an_index_error(selection: Any) -> None:
     with pytest.raises(RowIndexError) as caught:
@@ -230,3 +243,15 @@ def test_repr_tells_rows_files_box_optics_and_poses() -> None:
 
 def test_particles_pickle() -> None:
     in_step(pickle.loads(pickle.dumps(particles())), list(range(N)))
+
+
+def test_where_takes_one_value_and_says_how_to_ask_for_several() -> None:
+    with pytest.raises(ArgumentError, match=r"lambda p: np\.isin\(p\.ctf\.exposure_group, \[0, 1\]\)"):
+        particles().where(exposure_group=[0, 1])
+    with pytest.raises(ArgumentError, match=r"np\.isin\(p\.box, \[8\]\)"):
+        particles().where(box=[8])
+
+
+def test_one_value_of_no_column_is_an_error_that_lists_the_columns() -> None:
+    with pytest.raises(ArgumentError, match=r"no column 'foo'.*pixel_size"):
+        particles().one_value("foo")

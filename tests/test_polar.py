@@ -1,5 +1,6 @@
 """The polar transform against direct sums, scipy's quadrature and closed forms."""
 
+import ctypes
 import sys
 
 import numpy as np
@@ -11,6 +12,7 @@ from scipy.special import jv, roots_jacobi
 
 from cryolike_data.errors import ArgumentError, MissingDependencyError
 from cryolike_data.transforms import Normalize, PolarGrid, PolarTransform, normalize_polar, to_polar, to_polar_exact
+from cryolike_data.transforms.finufft_plan import require_cufinufft
 
 
 def noise(*shape, dtype=torch.float32):
@@ -171,6 +173,52 @@ def test_impossible_plans_are_refused(wrong):
 def test_normalising_with_another_grid_is_refused():
     with pytest.raises(ArgumentError, match="5 shells x 4 angles"):
         normalize_polar(torch.zeros(2, 5, 6, dtype=torch.complex64), PolarGrid(2.0, 0.5, 4))
+
+
+def test_transforms_in_inference_mode_and_outside_of_it_share_a_plan():
+    images = torch.randn(3, 18, 18, generator=torch.Generator().manual_seed(3))
+    kept = PolarTransform(PolarGrid(3.0, 0.5, 12), 18, eps=1e-6)
+    expected = kept(images)
+    with torch.inference_mode():
+        validated = to_polar(images, PolarGrid(3.5, 0.5, 12), eps=1e-6)  # makes the plan
+        made = PolarTransform(PolarGrid(3.0, 0.5, 12), 18, eps=1e-6)
+        assert torch.equal(kept(images), expected)
+    assert torch.equal(made(images), expected)
+    assert torch.equal(to_polar(images, PolarGrid(3.5, 0.5, 12), eps=1e-6), validated)
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_the_error_says_whether_cufinufft_is_missing_or_cannot_be_loaded(installed, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "cufinufft", raising=False)
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    if installed:
+        (tmp_path / "cufinufft.py").write_text("raise ImportError('Could not find cufinufft library in system path')")
+    told = "cannot be loaded: Could not find cufinufft library in system path" if installed else "needs cufinufft: pip"
+    with pytest.raises(MissingDependencyError, match=rf"{told}.*cryolike-data\[cuda\]"):
+        require_cufinufft()
+
+
+def test_cufinufft_finds_the_libraries_that_pip_put_somewhere_else(monkeypatch, tmp_path):
+    """Where it cannot be loaded, those of CUDA 12 are, each after those that it needs, and it is tried again."""
+    (tmp_path / "cufinufft.py").write_text("import ctypes\nif not hasattr(ctypes, 'loaded'): raise ImportError('no CUDA')")
+    there = [tmp_path / "nvidia" / name for name in ("cufft/lib/libcufft.so.11", "nvjitlink/lib/libnvJitLink.so.12")]
+    for path in there:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for name in ("cufinufft", "nvidia"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    asked = []
+
+    def load(path):
+        asked.append(path)
+        monkeypatch.setattr(ctypes, "loaded", True, raising=False)
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    assert require_cufinufft().__name__ == "cufinufft"
+    assert asked == [str(path) for path in reversed(there)]
+    monkeypatch.delitem(sys.modules, "cufinufft")
 
 
 def test_without_finufft_the_error_names_the_extra(monkeypatch):

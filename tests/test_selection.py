@@ -12,6 +12,7 @@ from typing import Any
 import mrcfile
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.lib.recfunctions import repack_fields
@@ -407,3 +408,47 @@ def test_an_error_prints_no_json(written: Any, tmp_path: Path, capfd: pytest.Cap
     captured = capfd.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("cryolike-data: ")
+
+
+# What the caller does with their array afterwards
+
+
+@pytest.mark.parametrize("as_given", [np.asarray, torch.from_numpy], ids=["array", "tensor"])
+def test_a_selection_stays_what_it_was_when_the_array_changes(tmp_path: Path, as_given: Any) -> None:
+    table, images = write_particles(tmp_path, 20)
+    ds, order = IndexedDataset(table), np.arange(20)[::-1].copy()
+    taken = {
+        "select": ds.select(as_given(order)).batch(range(20)),
+        "select=": IndexedDataset(table, select=as_given(order)).batch(range(20)),
+        "batch": ds.batch(as_given(order)),
+        "describe": ds.describe(as_given(order)),
+    }
+    particles = ds.particles[as_given(order)]
+    order[:] = 3
+    for name, batch in taken.items():
+        np.testing.assert_array_equal(batch.uid.numpy().view(np.uint64), ds.particles.uid[::-1], err_msg=name)
+        np.testing.assert_array_equal(batch.ctf.defocus_u.numpy(), ds.particles.ctf.defocus_u[::-1], err_msg=name)
+        if not batch.images.is_meta:
+            np.testing.assert_array_equal(batch.images.numpy(), images[::-1], err_msg=name)
+    assert taken["batch"].index.tolist() == list(range(20))[::-1]
+    np.testing.assert_array_equal(particles.uid, ds.particles.uid[::-1])
+
+
+@pytest.mark.parametrize("rows", [np.arange(20)[::-3], slice(None, None, -3)], ids=["array", "slice"])
+def test_rows_may_go_backwards(tmp_path: Path, rows: Any) -> None:
+    table, images = write_particles(tmp_path, 20)
+    ds = IndexedDataset(table)
+    for batch in (ds.batch(rows), ds.select(rows).batch(range(7))):
+        np.testing.assert_array_equal(batch.images.numpy(), images[::-3])
+        np.testing.assert_array_equal(batch.ctf.defocus_u.numpy(), ds.particles.ctf.defocus_u[::-3])
+
+
+def test_rows_that_may_not_be_written_to_give_no_warning(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    rows = np.arange(5)
+    rows.flags.writeable = False
+    assert write_and_open(tmp_path).batch(rows).index.tolist() == [0, 1, 2, 3, 4]
+    assert not recwarn.list
+
+
+def write_and_open(folder: Path) -> IndexedDataset:
+    return IndexedDataset(write_particles(folder, 20)[0])

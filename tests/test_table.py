@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import pickle
+import stat
 import struct
 import sys
 from pathlib import Path
@@ -291,3 +293,34 @@ def test_real_tables_are_read_whole(shared: Path, name: str, rows: int, columns:
     assert (len(table), len(table.fields)) == (rows, columns)
     for field in expected.dtype.names:
         np.testing.assert_array_equal(table[field], expected[field])
+
+
+def test_a_header_with_less_than_no_rows_is_a_table_error(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "t.cs", **some_columns(20))
+    path.write_bytes(path.read_bytes().replace(b"'shape': (20,)", b"'shape': (-2,)"))
+    with pytest.raises(TableError, match="not a table"):
+        read_table(path)
+
+
+def test_a_table_is_the_same_through_another_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_table(tmp_path / "t.cs", uid=uids(20))
+    table = pickle.loads(pickle.dumps(read_table(path)))
+    status = os.fstat
+
+    def elsewhere(descriptor: int) -> os.stat_result:
+        numbers = list(status(descriptor))
+        numbers[stat.ST_DEV] += 7  # file systems on a network number themselves anew on each machine
+        numbers[stat.ST_INO] += 7  # and some of them their files
+        exact = {name: getattr(status(descriptor), name) for name in ("st_atime_ns", "st_mtime_ns", "st_ctime_ns")}
+        return os.stat_result(numbers, exact)
+
+    monkeypatch.setattr(os, "fstat", elsewhere)
+    np.testing.assert_array_equal(table["uid"], uids(20))
+
+
+def test_a_table_that_was_written_again_has_changed(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "t.cs", uid=uids(20))
+    table = read_table(path)
+    os.utime(write_table(path, uid=uids(20, seed=1)), ns=(0, 0))
+    with pytest.raises(TableError, match="has changed since"):
+        table["uid"]

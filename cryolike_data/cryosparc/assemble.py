@@ -104,12 +104,15 @@ def _wrong_shapes(pool: Stacks, file: np.ndarray, used: np.ndarray, table: Table
     if len(differ) and pixel_size is not None:
         log.warning("blob/shape of %s differs from the stacks in %d rows; the stacks are believed.", table.path, len(differ))
         return told
+    holds, remedy = ("holds", "if the stacks were resampled, pass their pixel_size")
+    if not pool.headers_read:
+        holds, remedy = "is expected to hold, as the first stack does,", "pass check_headers=True to look at each stack"
     for number in np.unique(file[differ]).tolist():
         rows = differ[file[differ] == number]
         (ny, nx), header = stated[rows[0]], pool.headers[number]
         told.append(
-            f"{pool.paths[number]} holds images of {header.nx} x {header.ny} pixels and blob/shape says {nx} x {ny} "
-            f"({len(rows)} rows); if the stacks were resampled, pass their pixel_size"
+            f"{pool.paths[number]} {holds} images of {header.nx} x {header.ny} pixels and blob/shape says {nx} x {ny} "
+            f"({len(rows)} rows); {remedy}"
         )
     return told
 
@@ -138,7 +141,10 @@ def _pixel_sizes(table: Table, pool: Stacks, file: np.ndarray, argument: Any) ->
 
 def square_pixel_size(value: Any) -> float:
     """One number for a pixel size given as a number or as an (x, y) pair."""
-    sizes = np.atleast_1d(np.asarray(value, float))
+    try:
+        sizes = np.atleast_1d(np.asarray(value, float))
+    except (TypeError, ValueError):
+        sizes = np.empty(0)
     if (
         sizes.ndim != 1
         or len(sizes) not in (1, 2)

@@ -36,6 +36,17 @@ CTF_FIELDS = {
 }
 _USED_CTF = frozenset(CTF_FIELDS.values())
 _ALIGNMENTS = ("alignments3D", "alignments2D")
+_NUMBER, _PAIR, _FOUR = ((),), ((2,),), ((4,),)
+#: Kinds (see ``numpy.dtype.kind``) and shapes that a row of a column may have, of those that are made use of.
+_KNOWN = (
+    {"uid": ("iu", _NUMBER), "blob/path": ("SU", _NUMBER), "blob/shape": ("iuf", _PAIR)}
+    | dict.fromkeys(("blob/idx", "blob/psize_A", "blob/sign", *CTF_FIELDS.values()), ("iuf", _NUMBER))
+    | {f"ctf/{field}": ("iuf", _PAIR) for field in ("shift_A", "tilt_A", "trefoil_A")}
+    | {f"ctf/{field}": ("iuf", _FOUR) for field in ("tetra_A", "anisomag")}
+    | {f"{slot}/{field}": ("iuf", _NUMBER) for slot in _ALIGNMENTS for field in ("psize_A", "split")}
+    | {f"{slot}/shift": ("iuf", _PAIR) for slot in _ALIGNMENTS}
+    | {f"{slot}/pose": ("iuf", ((), (3,))) for slot in _ALIGNMENTS}
+)
 _OTHER_SLOTS = {"map": "a volume", "mask": "a mask", "precision": "a volume", "map_half_A": "a half map", "micrograph_blob": "micrographs"}
 
 
@@ -55,7 +66,7 @@ def detail_names(table: Table) -> list[str]:
     slot = _alignment(table)
     found = {
         "ctf": not _USED_CTF.isdisjoint(table.fields),
-        "pose": slot,
+        "pose": f"{slot}/pose" in table,
         "shift_A": f"{slot}/shift" in table,
         "half_set": f"{slot}/split" in table,
     }
@@ -89,7 +100,9 @@ class Details:
 
 
 def _alignment(table: Table) -> str | None:
-    return next((slot for slot in _ALIGNMENTS if f"{slot}/pose" in table), None)
+    """The slot with poses; without any, the first that has something else of use."""
+    fields = ("pose", "shift", "split")
+    return next((slot for field in fields for slot in _ALIGNMENTS if f"{slot}/{field}" in table), None)
 
 
 def _read_ctf(table: Table) -> Ctf[np.ndarray] | None:
@@ -110,8 +123,9 @@ def _read_pose(table: Table, *, shifts: bool) -> dict[str, np.ndarray]:
     if slot is None:
         return {}
     found: dict[str, np.ndarray] = {}
-    pose = table.pop(f"{slot}/pose").astype(np.float32, copy=False)
-    found["pose"] = pose if pose.ndim == 2 else np.stack([np.zeros_like(pose), np.zeros_like(pose), pose], axis=1)
+    if f"{slot}/pose" in table:
+        pose = table.pop(f"{slot}/pose").astype(np.float32, copy=False)
+        found["pose"] = pose if pose.ndim == 2 else np.stack([np.zeros_like(pose), np.zeros_like(pose), pose], axis=1)
     shift, unit = (table.pop(name) if name in table else None for name in (f"{slot}/shift", f"{slot}/psize_A"))
     if shift is not None and unit is not None and shifts:
         found["shift_A"] = shift.astype(np.float32, copy=False) * unit.astype(np.float32)[:, None]
@@ -131,6 +145,20 @@ def read_sign(table: Table) -> np.ndarray | None:
 def _read_uid(table: Table) -> np.ndarray:
     """The uid column as uint64, zeros where there is none."""
     return table.pop("uid").astype(np.uint64, copy=False) if "uid" in table else np.zeros(len(table), np.uint64)
+
+
+def require_known_columns(table: Table) -> None:
+    """Raise a ``TableError`` that lists the columns of known names that do not hold what CryoSPARC keeps in them."""
+    problems = []
+    for name, (kinds, shapes) in _KNOWN.items():
+        dtype = table.fields.get(name)
+        if dtype is not None and not (dtype.base.kind in kinds and dtype.shape in shapes):
+            wanted = "text" if kinds == "SU" else "an integer" if kinds == "iu" else "a number"
+            if shapes[-1]:
+                wanted = f"{' or '.join(str(shape[0] if shape else 1) for shape in shapes)} numbers"
+            problems.append(f"  {name} of {table.origin(name)} holds {dtype} for each particle, and should hold {wanted}")
+    if problems:
+        raise TableError("\n".join([f"{table.path} is not laid out as CryoSPARC does it:", *problems, "Export or save the table again."]))
 
 
 def require_images(table: Table) -> None:

@@ -15,7 +15,7 @@ from ..mrc import Mode0
 from ..particles import Selection
 from ..stacks import images_needed, open_stacks
 from .assemble import assemble
-from .columns import require_images, says_where
+from .columns import require_images, require_known_columns, says_where
 from .join import Unmatched, load_table
 from .paths import decode, resolve_paths
 
@@ -67,12 +67,13 @@ class IndexedDataset(ParticleDataset):
             raise ArgumentError(f"index_base is 0 or 1, not {index_base!r}")
         table = load_table(Path(file_cs).expanduser(), passthrough=passthrough, unmatched=unmatched)
         require_images(table)
+        require_known_columns(table)
         blob, values, file = table.load_numbered(says_where, "blob/path", few=("blob/shape", "blob/psize_A", "blob/sign"))
         names = decode(values)
         paths = resolve_paths(names, lambda: np.bincount(file).tolist(), table=table.origin("blob/path"), folder=folder or None)
         image = np.subtract(blob["blob/idx"], index_base, dtype=np.int64, casting="unsafe")
         needed = images_needed(file, image, len(paths))
-        pool = open_stacks(paths, mode0=mode0, expected=None if check_headers else needed)
         hint = _HINTS[index_base]
+        pool = open_stacks(paths, mode0=mode0, expected=None if check_headers else needed, index_hint=hint)
         particles = assemble(table, blob, pool, file, image, needed, blob_paths=names, pixel_size=pixel_size, index_hint=hint)
         super().__init__(particles, pool, select=select)

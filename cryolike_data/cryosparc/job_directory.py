@@ -14,12 +14,12 @@ from typing import Any, Literal
 import numpy as np
 
 from ..dataset import ParticleDataset
-from ..errors import ArgumentError, MissingStackError, PairingError, TableError
-from ..mrc import Mode0
+from ..errors import ArgumentError, MissingDependencyError, MissingStackError, PairingError, TableError
+from ..mrc import Mode0, require_mode0
 from ..particles import Selection
 from ..stacks import Stacks, images_needed, open_stacks
 from .assemble import assemble
-from .columns import says_where
+from .columns import require_known_columns, says_where
 from .join import Unmatched, csg_results, find_metafile, join_tables, match_uids, side_by_side, take_rows, take_slots, usable_uid
 from .paths import resolve_paths, unique_paths
 from .table import Table, read_table
@@ -73,10 +73,14 @@ class JobDirectoryDataset(ParticleDataset):
     ) -> None:
         if pairing not in ("sequence", "uid"):
             raise ArgumentError(f'pairing is "sequence" or "uid", not {pairing!r}')
+        require_mode0(mode0)
         job = Path(folder).expanduser().absolute() / f"J{job_number}"
         table = _read_passthrough(job, job_number)
         stacks = _find_stacks(job)
-        record = _find_record(job, stacks, table)
+        record = _find_record(job, stacks, table, needed=pairing == "uid")
+        require_known_columns(table)
+        if record is not None:
+            require_known_columns(record)
         if pairing == "uid":
             table, pool, file, image, names = _pair_by_uid(table, stacks, record, unmatched, mode0)
         else:
@@ -148,23 +152,25 @@ def _find_stacks(job: Path) -> _Stacks:
     raise MissingStackError(f"There are no stacks in {job}: looked for {' and '.join(looked)}.")
 
 
-def _find_record(job: Path, stacks: _Stacks, passthrough: Table) -> Table | None:
+def _find_record(job: Path, stacks: _Stacks, passthrough: Table, *, needed: bool) -> Table | None:
     """The job's own record of which image each uid is: a table with uid and blob columns that points to these stacks."""
-    tables = (table for table in _possible_records(job, stacks) if {"uid", "blob/path", "blob/idx"} <= set(table.fields))
+    tables = (table for table in _possible_records(job, stacks, needed=needed) if {"uid", "blob/path", "blob/idx"} <= set(table.fields))
     own = next((table for table in tables if _points_to(table, stacks)), None)
     if own is None and {"blob/path", "blob/idx"} <= set(passthrough.fields) and _points_to(passthrough, stacks):
         return passthrough
     return own
 
 
-def _possible_records(job: Path, stacks: _Stacks) -> Iterator[Table]:
+def _possible_records(job: Path, stacks: _Stacks, *, needed: bool) -> Iterator[Table]:
     named = job / stacks.record_name
     if named.is_file():
         yield read_table(named)
     for group in sorted(job.glob("*.csg")):
         try:
             blob = csg_results(group).get("blob")
-        except TableError as error:
+        except (TableError, MissingStackError, MissingDependencyError) as error:
+            if needed and isinstance(error, MissingDependencyError):
+                raise
             log.warning("%s is left aside: %s", group, error)
             continue
         path = None if blob is None else find_metafile(group, str(blob["metafile"]))

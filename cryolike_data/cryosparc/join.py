@@ -177,7 +177,7 @@ def csg_files(path: Path) -> dict[Path, list[str]]:
     for slot, entry in csg_results(path).items():
         file = find_metafile(path, str(entry["metafile"]))
         slots.setdefault(file, []).append(slot)
-        counts.setdefault(file, entry.get("num_items"))
+        counts.setdefault(file, entry["num_items"])
     if not slots:
         raise TableError(f"{path} does not describe particles.")
     missing = [file for file in slots if not file.is_file()]
@@ -185,7 +185,7 @@ def csg_files(path: Path) -> dict[Path, list[str]]:
         raise MissingStackError("\n".join([f"{len(missing)} tables named by {path} were not found:", *(f"  {file}" for file in missing)]))
     for file, count in counts.items():
         rows = len(read_table(file))
-        if count is not None and rows != int(count):
+        if count is not None and rows != count:
             raise TableError(f"{path} promises {count} rows in {file.name}, which has {rows}; export the group again.")
     return {file: slots[file] for file in sorted(slots, key=lambda file: "passthrough" in file.name)}
 
@@ -201,8 +201,10 @@ def csg_results(path: Path) -> dict[str, dict[str, Any]]:
     try:
         results = yaml.safe_load(path.read_text("utf-8"))["results"]
         of_particles = {slot: dict(entry) for slot, entry in results.items() if str(entry.get("type", "particle")).startswith("particle")}
+        for entry in of_particles.values():
+            entry["num_items"] = None if entry.get("num_items") is None else int(entry["num_items"])
         return {slot: entry for slot, entry in of_particles.items() if entry["metafile"]}
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise TableError(f"{path} is not a CryoSPARC group file: it should list results with a metafile each ({error}).") from error
 
 

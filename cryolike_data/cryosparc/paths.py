@@ -107,7 +107,7 @@ def _look(place: str, wanted: dict[int, str], folders: _Folders, found: list[str
     return left
 
 
-def _places(name: str, *, roots: tuple[str, list[str]], folder: str | None) -> Iterator[str]:
+def _places(name: str, *, roots: tuple[list[str], list[str]], folder: str | None) -> Iterator[str]:
     """Where a stack (or, up to and with the last slash, the folder of it) may lie, as absolute paths, in the order in which to look."""
     plain = name.removeprefix(">")
     if folder is not None:
@@ -116,15 +116,19 @@ def _places(name: str, *, roots: tuple[str, list[str]], folder: str | None) -> I
         yield plain
     else:
         here, (beside, *above) = roots
-        first, second = (beside, here) if name.startswith(">") else (here, beside)
-        for root in dict.fromkeys((first, second, *above)):
+        first, second = ([beside], here) if name.startswith(">") else (here, [beside])
+        for root in dict.fromkeys((*first, *second, *above)):
             yield os.path.join(root, plain)
 
 
-def _roots(table: Path) -> tuple[str, list[str]]:
-    """The working directory; the folder of a table and all folders above it."""
+def _roots(table: Path) -> tuple[list[str], list[str]]:
+    """The working directory, if it has not been removed; the folder of a table and all folders above it."""
     beside = table.absolute().parent
-    return os.getcwd(), [str(beside), *map(str, beside.parents)]
+    try:
+        here = [os.getcwd()]
+    except FileNotFoundError:
+        here = []
+    return here, [str(beside), *map(str, beside.parents)]
 
 
 def _swapped(name: str) -> str:

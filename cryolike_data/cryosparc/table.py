@@ -176,7 +176,7 @@ def read_table(path: str | os.PathLike[str]) -> Table:
 def _read_numpy(path: Path, file: IO[bytes]) -> Table:
     shape, dtype = _numpy_header(path, file)
     names = dtype.names
-    if names is None or len(shape) != 1:
+    if names is None or len(shape) != 1 or shape[0] < 0:
         raise TableError(f"{path} holds a plain array of shape {shape}, not a table with named columns.")
     objects = [name for name in names if dtype[name].hasobject]
     if objects:

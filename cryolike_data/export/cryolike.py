@@ -21,7 +21,7 @@ from ..descriptor import ImageDescriptor
 from ..errors import ArgumentError
 from ..memory import kept_tensor
 from ..transforms import Downsample, Normalize, PolarTransform, normalize_polar
-from ..transforms.polar import require_finufft
+from ..transforms.finufft_plan import require_finufft
 from .cryolike_optics import require_optics, stack_optics
 from .folder import FolderFormat
 from .pixels import Pixels

@@ -27,7 +27,7 @@ def around_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[np.ndarra
     """
     file = _FileWithHole()
     with torch.serialization.skip_data():
-        torch.save(torch.empty(shape, dtype=dtype), file)  # type: ignore[arg-type]
+        torch.save(torch.empty(shape, dtype=dtype, device="cpu"), file)  # type: ignore[arg-type]
     before = file.stretch(0)
     after = file.stretch(len(before) + torch.Size(shape).numel() * dtype.itemsize)
     return np.frombuffer(before, np.uint8), np.frombuffer(after, np.uint8)

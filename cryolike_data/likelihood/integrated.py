@@ -246,12 +246,22 @@ def _full_precision(images: _Images) -> Iterator[None]:
     if images.on_cpu:
         yield
         return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    # Since torch 2.9 there are two ways to ask for them, and the older one refuses to be read once a program has used the newer.
+    products: Any = torch.backends.cuda.matmul
+    newer = hasattr(products, "fp32_precision")
+    before = products.fp32_precision if newer else torch.get_float32_matmul_precision()
+
+    def ask_for(precision: str) -> None:
+        if newer:
+            products.fp32_precision = precision
+        else:
+            torch.set_float32_matmul_precision(precision)
+
+    ask_for("ieee" if newer else "highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        ask_for(before)
 
 
 def _ctf(batch: PolarBatch) -> Tensor:

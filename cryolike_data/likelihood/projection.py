@@ -19,7 +19,7 @@ from ..errors import ArgumentError, MissingStackError
 from ..mrc import HEADER_BYTES, parse_header
 from ..rotations import rotation_matrices, rotation_vectors
 from ..transforms import PolarGrid
-from ..transforms.polar import require_finufft
+from ..transforms.finufft_plan import require_finufft
 
 
 def read_volume(path: str | os.PathLike[str]) -> tuple[Tensor, float]:
@@ -106,7 +106,7 @@ def project_volume(volume: Tensor, rotvecs: Tensor, grid: PolarGrid, *, eps: flo
     in_plane = torch.stack([(radial * angles.sin()).ravel(), (radial * angles.cos()).ravel()])  # kx, ky
     plan = require_finufft().Plan(2, (box,) * 3, 1, eps, -1, "complex128", nthreads=torch.get_num_threads())
     density = (volume.detach().to("cpu", torch.float64) * (4 * math.pi / box)).to(torch.complex128).numpy()
-    result = torch.empty(len(frames), grid.n_shells, grid.n_inplanes, dtype=torch.complex128)
+    result = torch.empty(len(frames), grid.n_shells, grid.n_inplanes, dtype=torch.complex128, device="cpu")
     # Every call of the plan transforms the whole volume again: take as many points as need about the memory of that.
     step = max(1, max(2**18, 2 * box**3) // in_plane.shape[1])
     for start in range(0, len(frames), step):
@@ -145,11 +145,11 @@ def viewing_directions(step_deg: float) -> tuple[Tensor, Tensor]:
     # Not a band or a direction more than needed because of rounding, where the step divides the circle.
     n_bands = math.ceil(180 / step_deg - 1e-9)
     height = math.pi / n_bands
-    polar = (torch.arange(n_bands, dtype=torch.float64) + 0.5) * height
+    polar = (torch.arange(n_bands, dtype=torch.float64, device="cpu") + 0.5) * height
     count = torch.ceil(360 / step_deg * polar.sin() - 1e-9).long()
-    ring = torch.repeat_interleave(torch.arange(n_bands), count)
-    place = torch.arange(len(ring)) - (count.cumsum(0) - count)[ring]
-    turn, tilt = torch.zeros(2, len(ring), 3, dtype=torch.float64)
+    ring = torch.repeat_interleave(torch.arange(n_bands, device="cpu"), count)
+    place = torch.arange(len(ring), device="cpu") - (count.cumsum(0) - count)[ring]
+    turn, tilt = torch.zeros(2, len(ring), 3, dtype=torch.float64, device="cpu")
     turn[:, 2], tilt[:, 1] = 2 * math.pi * place / count[ring], polar[ring]
     # Between polar angles a and b lies (cos a - cos b) / 2 of the sphere.
     share = polar.sin() * math.sin(height / 2) / count

@@ -61,11 +61,13 @@ class Templates:
         require_even(self.grid)
         if not 0 < self.box_A < math.inf:
             raise ArgumentError(f"box_A={self.box_A} (angstrom) must be positive.")
-        weights = torch.full((count,), -math.log(count), dtype=torch.float64) if self.log_weights is None else self.log_weights
+        weights = (
+            torch.full((count,), -math.log(count), dtype=torch.float64, device="cpu") if self.log_weights is None else self.log_weights
+        )
         object.__setattr__(self, "box_A", float(self.box_A))
         # Small, and looked into for single particles: they stay on the CPU.
-        object.__setattr__(self, "log_weights", torch.as_tensor(weights).to("cpu", torch.float64))
-        object.__setattr__(self, "rotvecs", torch.as_tensor(self.rotvecs).to("cpu", torch.float64))
+        object.__setattr__(self, "log_weights", torch.as_tensor(weights, dtype=torch.float64, device="cpu"))
+        object.__setattr__(self, "rotvecs", torch.as_tensor(self.rotvecs, dtype=torch.float64, device="cpu"))
         for name, wanted in (("rotvecs", (count, 3)), ("log_weights", (count,))):
             value = getattr(self, name)
             if tuple(value.shape) != wanted:
@@ -111,14 +113,14 @@ class Templates:
             density, in_header = read_volume(volume)
             pixel_size = in_header if pixel_size is None else pixel_size
         else:
-            density = torch.as_tensor(volume)
+            density = torch.as_tensor(volume, device="cpu")
         if pixel_size is None:
             raise ArgumentError("a volume that is an array needs pixel_size= (angstrom)")
         require_within_nyquist(grid, density.shape[-1])
         weights = None
         if step_deg is not None:
             rotvecs, weights = viewing_directions(step_deg)
-        poses = torch.as_tensor(rotvecs, dtype=torch.float64)
+        poses = torch.as_tensor(rotvecs, dtype=torch.float64, device="cpu")
         parts = [project_volume(density, some, grid).to(device, dtype) for some in torch.split(poses, _AT_ONCE)]
         return cls(torch.cat(parts), grid, density.shape[-1] * pixel_size, poses, weights)
 
@@ -135,17 +137,19 @@ class Templates:
         """
         grid = {name: getattr(self.grid, name) for name in ("radius_max", "dist_radii", "n_inplanes")}
         numbers = torch.Generator().manual_seed(0)
-        pattern = torch.randn(self.fourier[0].numel(), dtype=torch.float64, generator=numbers).to(self.device)
+        pattern = torch.randn(self.fourier[0].numel(), dtype=torch.float64, device="cpu", generator=numbers).to(self.device)
         products = []
         for template in self.fourier.detach().flatten(1):
             values = template.to(torch.complex128)
             norm = torch.linalg.vector_norm(values)
             products.append(torch.stack([(values.real @ pattern) / norm, (values.imag @ pattern) / norm, norm.log()]))
-        shares = torch.as_tensor(self.log_weights).exp()[:, None] * len(self)
+        shares = torch.as_tensor(self.log_weights, device="cpu").exp()[:, None] * len(self)
         features = torch.cat([torch.stack(products).cpu(), self.rotvecs, shares], dim=1)
-        signed = features * torch.randn(len(self), 1, dtype=torch.float64, generator=numbers).sign()
+        signed = features * torch.randn(len(self), 1, dtype=torch.float64, device="cpu", generator=numbers).sign()
         groups = min(len(self), _SKETCHED)
-        sketch = torch.zeros(groups, signed.shape[1], dtype=torch.float64).index_add_(0, torch.arange(len(self)) % groups, signed)
+        sketch = torch.zeros(groups, signed.shape[1], dtype=torch.float64, device="cpu").index_add_(
+            0, torch.arange(len(self), device="cpu") % groups, signed
+        )
         return grid | {"count": len(self), "box_A": self.box_A, "sketch": sketch.tolist()}
 
     @property
@@ -174,7 +178,7 @@ def displacement_grid(radius_A: float, step_A: float) -> Tensor:
     if not 0 < step_A < math.inf or not 0 <= radius_A < math.inf:
         raise ArgumentError(f"radius_A={radius_A} must not be negative, and step_A={step_A} must be positive (both angstrom).")
     count = int(radius_A / step_A * (1 + 1e-9))
-    along = torch.arange(-count, count + 1, dtype=torch.float64) * step_A
+    along = torch.arange(-count, count + 1, dtype=torch.float64, device="cpu") * step_A
     grid = torch.cartesian_prod(along, along)
     return grid[grid.norm(dim=1) <= radius_A * (1 + 1e-9)]
 
@@ -182,7 +186,7 @@ def displacement_grid(radius_A: float, step_A: float) -> Tensor:
 def as_displacements(displacements_A: Any, box_A: float) -> Tensor:
     """Displacements as an (n, 2) float64 tensor on the CPU, or an ``ArgumentError``."""
     try:
-        tried = torch.as_tensor(displacements_A).to("cpu", torch.float64)
+        tried = torch.as_tensor(displacements_A, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentError(f"displacements_A is (n, 2) numbers: (x, y) in angstrom. {error}") from error
     if tried.ndim != 2 or tried.shape[1] != 2 or len(tried) == 0 or not tried.isfinite().all():

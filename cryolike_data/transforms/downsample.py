@@ -218,7 +218,7 @@ def _crop_group(images: Tensor, box: int) -> Tensor:
 
 def _centre_phase(source: int, box: int, like: Tensor) -> Tensor:
     """(2 (box // 2) + 1,) phases of k = -box//2 ... box//2 that carry pixel source // 2 to pixel box // 2; dtype of ``like``."""
-    k = torch.arange(-(box // 2), box // 2 + 1, dtype=torch.float64)
+    k = torch.arange(-(box // 2), box // 2 + 1, dtype=torch.float64, device="cpu")
     angle = 2 * math.pi * k * ((source // 2) / source - (box // 2) / box)
     return torch.polar(torch.ones_like(angle), angle).to(like.dtype).to(like.device)
 

@@ -132,7 +132,7 @@ def _part(pixels: Tensor, chosen: Tensor | None) -> Tensor:
 
 def _outside(box: int, radius: float) -> Tensor:
     """(box * box,) bool mask of the pixels farther than radius * box from the centre pixel."""
-    away = (torch.arange(box) - box // 2).double()
+    away = (torch.arange(box, device="cpu") - box // 2).double()
     distance = (away[:, None] ** 2 + away**2).sqrt().flatten()
     mask = distance > radius * box
     if not bool(mask.any()):

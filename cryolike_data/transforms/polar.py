@@ -9,15 +9,14 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, MissingDependencyError
+from ..errors import ArgumentError
 from .downsample import square_box
+from .finufft_plan import make_plan, stream_of
 from .polar_grid import PolarGrid
 
 #: Transforms that one call of finufft takes: on a CPU (False) so few that the numbers of a call stay in the cache.
@@ -48,7 +47,7 @@ class PolarTransform:
     ArgumentError
         if an argument is out of range
     MissingDependencyError
-        if finufft (on CUDA: cufinufft) is not installed
+        if finufft (on CUDA: cufinufft) is not installed or cannot be loaded
     """
 
     def __init__(
@@ -66,10 +65,13 @@ class PolarTransform:
         if dtype not in (torch.complex64, torch.complex128):
             raise ArgumentError(f"dtype of a transform is torch.complex64 or torch.complex128, not {dtype}")
         self.grid, self.box, self.eps, self.n_trans, self.dtype, self.device = grid, box, eps, n_trans, dtype, torch.device(device)
-        self._execute = _plan(grid, box, eps, n_trans, dtype, self.device)
-        # Written over by every call.
-        self._packed = torch.zeros(n_trans, box, box, dtype=dtype, device=self.device)
-        self._spectra = torch.empty(n_trans, grid.n_shells * grid.n_inplanes, dtype=dtype, device=self.device)
+        radial = (4 * math.pi / box) * grid.radii[:, None]
+        points = [(radial * part(grid.angles)).ravel() for part in (np.cos, np.sin)]
+        # Written over by every call, in inference mode and outside of it.
+        with torch.inference_mode(False):
+            self._execute = make_plan(points, box, eps, n_trans, dtype, self.device)
+            self._packed = torch.zeros(n_trans, box, box, dtype=dtype, device=self.device)
+            self._spectra = torch.empty(n_trans, grid.n_shells * grid.n_inplanes, dtype=dtype, device=self.device)
         # A real image has F(-k) = conj F(k), and with an even number of angles -k is on the grid, half a turn on: the transforms
         # of a pair a, b can then be told apart in the one of a + i b.
         self._paired = grid.n_inplanes % 2 == 0
@@ -131,7 +133,7 @@ def to_polar(images: Tensor, grid: PolarGrid, *, eps: float, dtype: torch.dtype 
     a_transform = 2 if grid.n_inplanes % 2 == 0 else 1
     n_trans = max(1, min(_N_TRANS[images.is_cuda], -(-len(images) // a_transform)))
     # A process that was forked must not use the plan of its parent.
-    key = (grid, box, eps, n_trans, dtype, device, torch.get_num_threads(), _stream_of(device), os.getpid())
+    key = (grid, box, eps, n_trans, dtype, device, torch.get_num_threads(), stream_of(device), os.getpid())
     if _KEPT.__dict__.get("key") != key:
         _KEPT.__dict__.clear()  # before there is another one
         _KEPT.transform = PolarTransform(grid, box, eps=eps, n_trans=n_trans, dtype=dtype, device=device)
@@ -200,52 +202,6 @@ def normalize_polar(fourier: Tensor, grid: PolarGrid, *, out: Tensor | None = No
         return torch.view_as_complex(numbers * scale)
     torch.mul(numbers, scale, out=torch.view_as_real(out))
     return out
-
-
-def require_finufft() -> Any:
-    """The package finufft, or a ``MissingDependencyError`` that says how to get it."""
-    try:
-        import finufft
-    except ImportError as error:
-        raise MissingDependencyError('The polar transform needs finufft: pip install "cryolike-data[fourier]".') from error
-    return finufft
-
-
-def _plan(
-    grid: PolarGrid, box: int, eps: float, n_trans: int, dtype: torch.dtype, device: torch.device
-) -> Callable[[Tensor, Tensor], object]:
-    """A function that transforms (n_trans, box, box) complex images into (n_trans, points) without the factor 4 pi / D."""
-    radial = (4 * math.pi / box) * grid.radii[:, None]
-    down, across = ((radial * part(grid.angles)).ravel() for part in (np.cos, np.sin))
-    name = str(dtype).removeprefix("torch.")
-    if device.type == "cuda":
-        points = [torch.from_numpy(values).to(device, dtype.to_real()) for values in (down, across)]
-        index = torch.cuda.current_device() if device.index is None else device.index
-        plan = _require_cufinufft().Plan(2, (box, box), n_trans, eps, -1, name, gpu_device_id=index, gpu_stream=_stream_of(device))
-        plan.setpts(*points)
-        return lambda images, spectra: plan.execute(images, out=spectra)
-    # As many threads as torch may use, so that the worker processes of a DataLoader keep to one each, and as many transforms at a time:
-    # of more, finufft opens a thread for each, whatever it was given.
-    threads = torch.get_num_threads()
-    plan = require_finufft().Plan(2, (box, box), n_trans, eps, -1, name, nthreads=threads, maxbatchsize=threads)
-    real = np.float32 if dtype == torch.complex64 else np.float64
-    plan.setpts(down.astype(real), across.astype(real))
-    return lambda images, spectra: plan.execute(images.numpy(), out=spectra.numpy())
-
-
-def _require_cufinufft() -> Any:
-    try:
-        import cufinufft
-    except ImportError as error:
-        raise MissingDependencyError(
-            'The polar transform on CUDA needs cufinufft: pip install "cryolike-data[cuda]". Without it, transform on the CPU.'
-        ) from error
-    return cufinufft
-
-
-def _stream_of(device: torch.device) -> int:
-    """What tells the current CUDA stream from others; 0 for other devices."""
-    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
 def _check_batch(images: Tensor, box: int) -> None:
