@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .errors import StackError
+from .file_size import CHECK_EVERY, file_size
 from .mrc import open_to_map, require_size
 from .pages import PAGE, is_resident, libc, page_runs, will_need
 
@@ -36,10 +37,9 @@ _FAILED = ctypes.c_void_p(-1).value
 _SAMPLED = 8
 #: Images whose places are worked out at a time.
 _LOCATED = 1 << 16
-#: Maps that the rest of the process (libraries, threads, other arenas) may still need.
+#: Maps that the rest of the process (libraries, threads) may still need.
 _SPARE_MAPS = 2000
-#: A file's size is looked at again when it was last looked at longer ago than this, seconds.
-_CHECK_EVERY = 1.0
+_ARENAS: weakref.WeakSet[Arena] = weakref.WeakSet()
 #: With more than a thousand files: seconds per file, so that looking stays a small share of the time.
 _CHECK_SHARE = 1e-3
 #: ``index_select`` hands the rows out to its threads, which copy each with one ``memcpy``, if rows have fewer numbers than this
@@ -94,6 +94,7 @@ class Arena:
         # A gap between two files is a map of its own to the kernel.
         gaps_allowed = 2 * np.count_nonzero(counts) + _SPARE_MAPS <= _max_maps()
         alignment = _ALIGNMENT if gaps_allowed and self._sizes.max(initial=0) >= _ALIGNMENT else PAGE
+        self._maps_a_file = 1 if alignment == PAGE else 2
         spans = -(-self._sizes // alignment) * alignment
         self._places = np.cumsum(spans) - spans
         length = int(spans.sum())
@@ -103,6 +104,7 @@ class Arena:
         self._pieces = _pieces(image_bytes, self._step)
         self._seen = np.full(len(paths), -np.inf)
         self._mapped = np.zeros(len(paths), bool)
+        self._maps = 0
         reserved = _reserve(length + _ALIGNMENT)
         # Not at the end of the program: threads may be reading then, and the system unmaps by itself.
         weakref.finalize(self, _unmap, reserved, length + _ALIGNMENT).atexit = False
@@ -115,6 +117,7 @@ class Arena:
         n_rows = (length - image_bytes // self._pieces) // self._step + 1
         numbers = torch.from_numpy(np.frombuffer(range_, self._number))
         self._rows = numbers.as_strided((n_rows, width), (self._step // self._number.itemsize, 1))
+        _ARENAS.add(self)
 
     def rows_of(self, file: np.ndarray, image: np.ndarray) -> np.ndarray:
         """Where image ``image[k]`` of file ``file[k]`` lies, for all k: what ``gather`` takes; -1 for what is not in the arena."""
@@ -164,7 +167,7 @@ class Arena:
             return
         for number in np.unique(due).tolist():
             if self._mapped[number]:
-                require_size(self._paths[number], _file_size(self._paths[number]), int(self._sizes[number]))
+                require_size(self._paths[number], file_size(self._paths[number]), int(self._sizes[number]))
             else:
                 self._map(number)
         self._seen[due] = now
@@ -187,13 +190,15 @@ class Arena:
     @property
     def _fresh(self) -> float:
         """Seconds for which a look at a file's size is good."""
-        return max(_CHECK_EVERY, _CHECK_SHARE * (len(self._paths) - 1000))
+        return max(CHECK_EVERY, _CHECK_SHARE * (len(self._paths) - 1000))
 
     def _map(self, number: int) -> None:
         path = self._paths[number]
         if self._check is not None:
             self._check(number)
         size = int(self._sizes[number])
+        if sum(arena._maps for arena in list(_ARENAS)) + self._maps_a_file + _SPARE_MAPS > _max_maps():
+            raise NoMoreMapsError(f"{path} cannot be mapped beside the many thousands of files of other data sets.")
         descriptor = open_to_map(path, size)
         try:
             place = self._address + int(self._places[number])
@@ -203,6 +208,7 @@ class Arena:
         finally:
             os.close(descriptor)
         self._mapped[number] = True
+        self._maps += self._maps_a_file
 
 
 def can_map(n_files: int, starts: np.ndarray, dtype: np.dtype[Any]) -> bool:
@@ -237,27 +243,3 @@ def _reserve(length: int) -> int:
 
 def _unmap(address: int, length: int) -> None:
     libc().munmap(address, length)
-
-
-@cache
-def _statx() -> Any:
-    # Through PyDLL, which keeps the interpreter lock: the call takes microseconds, and giving the lock up for each file would
-    # hand it to a busy main thread for milliseconds.
-    return getattr(ctypes.PyDLL(None, use_errno=True), "statx", None)
-
-
-_STATX_BUFFER = 256
-_AT_FDCWD, _STATX_SIZE = -100, 0x200
-
-
-def _file_size(path: str) -> int:
-    """Size of a file, bytes; -1 if it is gone."""
-    buffer = ctypes.create_string_buffer(_STATX_BUFFER)
-    statx = _statx()
-    if statx is not None and statx(_AT_FDCWD, os.fsencode(path), 0, _STATX_SIZE, buffer) == 0:
-        return int.from_bytes(buffer.raw[40:48], sys.byteorder)
-    # An old C library, a container that forbids the call, or a file that is gone.
-    try:
-        return os.stat(path).st_size
-    except FileNotFoundError:
-        return -1

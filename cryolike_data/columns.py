@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,8 +62,17 @@ class Columns:
             moved |= {name: part.reshape(self.tensors[name].shape) for name, part in zip(names, there, strict=True)}
         return Columns({name: moved[name] for name in self.names})
 
-    def __reduce__(self) -> tuple[type[Columns], tuple[dict[str, Tensor]]]:
-        return Columns, (self.tensors,)
+    def __reduce__(self) -> tuple[Callable[..., Columns], tuple[dict[str, Any]]]:
+        # Between processes torch gives each tensor a file of shared memory, of which a process may have open as many as of other files.
+        return _of_arrays, ({name: tensor.numpy() if _is_array(tensor) else tensor for name, tensor in self.tensors.items()},)
+
+
+def _is_array(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype != torch.bfloat16 and not tensor.requires_grad and not tensor.is_conj()
+
+
+def _of_arrays(arrays: dict[str, Any]) -> Columns:
+    return Columns({name: column if isinstance(column, Tensor) else torch.from_numpy(column) for name, column in arrays.items()})
 
 
 def concatenate(parts: Sequence[Columns]) -> Columns:

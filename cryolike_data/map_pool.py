@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from .mrc import Check, StackHeader, map_stack
+from .errors import StackError
+from .file_size import CHECK_EVERY, file_size
+from .mrc import Check, StackHeader, map_stack, require_size
 
-#: Maps kept open at once, per process. Each costs a file descriptor, of which 1024 is a common limit.
+#: Maps kept open at once. Each costs a file descriptor, of which 1024 is a common limit for a process; where that is reached, fewer are.
 MAX_OPEN_MAPS = 256
+_NO_MORE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class MapPool:
     """Stacks that are mapped when they are needed; the least recently used is let go when there are too many.
 
-    Copies image by image, so it serves mixed dtypes, both byte orders and any header size. Safe to share between threads.
+    Copies image by image, so it serves mixed dtypes, both byte orders and any header size. Safe to share between threads. A file that
+    has shrunk is noticed as by ``Arena``.
 
     Parameters
     ----------
@@ -56,17 +62,35 @@ class MapPool:
             self._forget_maps()
         with self._lock:
             stack = self._maps.get(number)
+            now = time.monotonic()
             if stack is None:
-                if self._check is not None:
-                    self._check(self._paths[number], self._headers[number])
-                stack = self._maps[number] = map_stack(self._paths[number], self._headers[number])
+                stack = self._maps[number] = self._map(number)
+                self._seen[number] = now
                 if len(self._maps) > self._max_open:
                     self._maps.popitem(last=False)
             else:
                 self._maps.move_to_end(number)
+                if now > self._seen[number] + CHECK_EVERY:
+                    path, header = self._paths[number], self._headers[number]
+                    require_size(path, file_size(path), header.offset + header.n_complete * header.image_bytes)
+                    self._seen[number] = now
             return stack
+
+    def _map(self, number: int) -> np.ndarray:
+        path, header = self._paths[number], self._headers[number]
+        try:
+            if self._check is not None:
+                self._check(path, header)
+            return map_stack(path, header)
+        except StackError as error:
+            # Others of this process may have used up its file descriptors or maps; those of the pool can be had again.
+            if getattr(error.__cause__, "errno", None) not in _NO_MORE or not self._maps:
+                raise
+            self._maps.clear()
+        return self._map(number)
 
     def _forget_maps(self) -> None:
         self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._seen: dict[int, float] = {}
         self._lock = threading.Lock()
         self._process = os.getpid()

@@ -60,6 +60,11 @@ class StackHeader:
         """Bytes of one image."""
         return self.nx * self.ny * self.dtype.itemsize
 
+    @property
+    def layout(self) -> str:
+        """How the bytes of a file become images, in words."""
+        return f"images of {self.nx} x {self.ny} {self.dtype} from byte {self.offset} on"
+
 
 def read_header(path: str | os.PathLike[str], *, mode0: Mode0 = "auto") -> StackHeader:
     """Read the header of an MRC stack.
@@ -123,22 +128,35 @@ def map_stack(path: str | os.PathLike[str], header: StackHeader) -> np.ndarray:
     descriptor = open_to_map(path, header.offset + header.n_complete * header.image_bytes)
     try:
         mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise StackError(f"{path} cannot be mapped into memory: {error.strerror}.") from error
     finally:
         os.close(descriptor)
     return np.ndarray(shape, header.dtype, buffer=mapped, offset=header.offset)
 
 
 def require_alike(path: str | os.PathLike[str], expected: StackHeader, *, mode0: Mode0 = "auto", index_hint: str = "") -> None:
-    """Raise a ``StackError`` unless a stack is laid out as expected and has as many images."""
-    found = read_header(path, mode0=mode0)
-    if (found.nx, found.ny, found.dtype, found.offset) != (expected.nx, expected.ny, expected.dtype, expected.offset):
-        raise StackError(
-            f"{path} has images of {found.nx} x {found.ny} {found.dtype} from byte {found.offset} on, the first stack {expected.nx} x "
-            f"{expected.ny} {expected.dtype} from byte {expected.offset} on. Open the data set with check_headers=True."
-        )
+    """Raise a ``StackError`` unless a stack is laid out as expected, like the first one, and has as many images."""
+    found = _read_again(path, mode0)
+    if found.layout != expected.layout:
+        raise StackError(f"{path} has {found.layout}, the first stack {expected.layout}. Open the data set with check_headers=True.")
     if found.n_complete < expected.n_complete:
         hint = index_hint if expected.n_complete > found.nz else ""
         raise StackError(f"{describe_shortfall(path, found, expected.n_complete - 1)}{hint}.")
+
+
+def require_unchanged(path: str | os.PathLike[str], expected: StackHeader, *, mode0: Mode0 = "auto") -> None:
+    """Raise a ``StackError`` if another stack has taken the place of the one whose header was read: its pixels would be misread."""
+    found = _read_again(path, mode0)
+    if found.layout != expected.layout:
+        raise StackError(f"{path} has {found.layout} now, and had {expected.layout} when it was opened. Open the data set again.")
+
+
+def _read_again(path: str | os.PathLike[str], mode0: Mode0) -> StackHeader:
+    try:
+        return read_header(path, mode0=mode0)
+    except OSError as error:
+        raise StackError(f"{path} cannot be opened any more: {error.strerror}.") from error
 
 
 def open_to_map(path: str | os.PathLike[str], needed: int) -> int:

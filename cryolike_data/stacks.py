@@ -8,30 +8,23 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from .arena import Arena, NoMoreMapsError, can_map
-from .errors import CryolikeDataError, StackError
+from .errors import StackError
 from .map_pool import MapPool
-from .mrc import Check, Mode0, StackHeader, describe_shortfall, read_header, require_alike, require_mode0
+from .mrc import Check, Mode0, StackHeader, describe_shortfall, read_header, require_alike, require_mode0, require_unchanged
+from .read_each import read_each
 
 log = logging.getLogger(__name__)
 
-
-#: Threads that read headers, which mostly wait for the file system.
-_THREADS = 8
-
 #: Rows in a row of one file, on average, from which on they are looked at together.
 _FEW_RUNS = 8
-
-ItemT = TypeVar("ItemT")
-ResultT = TypeVar("ResultT")
 
 
 class Images(Protocol):
@@ -65,12 +58,15 @@ class Stacks:
     headers : one per file
     dtype : the native dtype in which all of them can be read without loss
     counts : (files,) complete images in each
+    headers_read : whether the header of each file was read, and not taken to be like the first
 
     Safe to share between threads. Pickles without its maps, which are opened again when needed.
     """
 
-    def __init__(self, paths: Sequence[str], headers: Sequence[StackHeader], *, check: Check | None = None) -> None:
-        self.paths, self.headers = tuple(paths), tuple(headers)
+    def __init__(
+        self, paths: Sequence[str], headers: Sequence[StackHeader], *, check: Check | None = None, headers_read: bool = True
+    ) -> None:
+        self.paths, self.headers, self.headers_read = tuple(paths), tuple(headers), headers_read
         self._check = check
         # Thousands of files may share few headers.
         self._kinds = {id(header): header for header in self.headers}
@@ -81,11 +77,6 @@ class Stacks:
         self.counts = self.of_headers(lambda header: header.n_complete)
         self._arena: Arena | Literal[False] | None = None
         self._deciding, self._process = threading.Lock(), os.getpid()
-
-    @property
-    def headers_read(self) -> bool:
-        """Whether the header of each file was read, and not taken to be like the first."""
-        return self._check is None
 
     def of_headers(self, value: Callable[[StackHeader], Any]) -> np.ndarray:
         """(files, ...) what a function says of the header of each file."""
@@ -147,11 +138,7 @@ class Stacks:
         self._check(self.paths[number], self.headers[number])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _remake, (self.paths, self.headers, self._check)
-
-
-def _remake(paths: Sequence[str], headers: Sequence[StackHeader], check: Check | None) -> Stacks:
-    return Stacks(paths, headers, check=check)
+        return partial(Stacks, check=self._check, headers_read=self.headers_read), (self.paths, self.headers)
 
 
 class StackImages:
@@ -193,7 +180,7 @@ class StackImages:
         """Start to bring images into the page cache; does nothing (False) where they are there or no arena holds them."""
         if len(rows):
             # Whatever is wrong with a file, the reader meets it next and says so.
-            with contextlib.suppress(StackError):
+            with contextlib.suppress(StackError, OSError):
                 found = self._in_arena(rows)
                 return found is not None and found[0].ask_ahead(found[1])
         return False
@@ -267,32 +254,6 @@ def open_stacks(
         first = read_header(names[0], mode0=mode0)
         of_count = {count: replace(first, nz=count, n_complete=count) for count in set(expected.tolist())}
         alike = [of_count[count] for count in expected.tolist()]
-        return Stacks(names, alike, check=partial(require_alike, mode0=mode0, index_hint=index_hint))
-    return Stacks(names, read_each(names, partial(read_header, mode0=mode0), "stacks"))
-
-
-def read_each(items: Sequence[ItemT], read: Callable[[ItemT], ResultT], what: str) -> list[ResultT]:
-    """What ``read`` gives for each of many files, several at a time; ``what`` they are is for the error.
-
-    Raises
-    ------
-    StackError
-        listing every file for which ``read`` raises
-    """
-
-    def result_or_error(item: ItemT) -> ResultT | CryolikeDataError | OSError:
-        try:
-            return read(item)
-        except (CryolikeDataError, OSError) as error:
-            return error
-
-    # In a few portions, because handing a task to a thread takes as long as reading a header.
-    portions = [items[k::_THREADS] for k in range(_THREADS)]
-    results: list[Any] = [None] * len(items)
-    with ThreadPoolExecutor(max_workers=_THREADS) as pool:
-        for k, found in enumerate(pool.map(lambda portion: [result_or_error(item) for item in portion], portions)):
-            results[k::_THREADS] = found
-    errors = [str(result) for result in results if isinstance(result, Exception)]
-    if errors:
-        raise StackError("\n".join([f"{len(errors)} of {len(items)} {what} cannot be read:", *(f"  {text}" for text in errors)]))
-    return results
+        return Stacks(names, alike, check=partial(require_alike, mode0=mode0, index_hint=index_hint), headers_read=False)
+    headers = read_each(names, partial(read_header, mode0=mode0), "stacks")
+    return Stacks(names, headers, check=partial(require_unchanged, mode0=mode0))

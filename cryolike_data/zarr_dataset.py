@@ -14,11 +14,12 @@ from .ctf import Ctf
 from .dataset import ParticleDataset
 from .errors import StackError
 from .later import Later, take_rows_of
+from .mrc import StackHeader
 from .particles import Particles, Selection
 from .stacks import ImageSource
 from .zarr_images import ZarrImages
 from .zarr_layout import layout_of, open_files, require_all_keys
-from .zarr_store import absolute, is_url, open_group
+from .zarr_store import Stamp, absolute, is_url, open_group, require_same, stamp_of
 
 if TYPE_CHECKING:
     import zarr
@@ -51,7 +52,7 @@ class ZarrDataset(ParticleDataset):
 
     def __init__(self, store: str | os.PathLike[str], *, select: Selection = None) -> None:
         location = absolute(store)
-        stamp = _stamp(location)
+        stamp = stamp_of(location)
         try:
             group, layout = open_group(location)
         except StackError as error:
@@ -63,7 +64,7 @@ class ZarrDataset(ParticleDataset):
         n = images.shape[0]
         if images.shape != (n, box, box):
             raise StackError(f"{location} speaks of images of {box} x {box} pixels and holds an array of {images.shape}. Export it again.")
-        source, paths, file, image = _open_source(location, images, pixel_size)
+        source, paths, file, image = _open_source(location, images, pixel_size, stamp)
         columns: dict[str, Any] = dict.fromkeys((*_COLUMNS, "ctf"), Later(partial(_read_columns, location, n, stamp)))
         particles = Particles(
             file=file,
@@ -76,24 +77,25 @@ class ZarrDataset(ParticleDataset):
         super().__init__(particles, source, select=select)
 
 
-def _open_source(location: str, images: zarr.Array[Any], pixel_size: float) -> tuple[ImageSource, tuple[str, ...], np.ndarray, np.ndarray]:
+def _open_source(
+    location: str, images: zarr.Array[Any], pixel_size: float, stamp: Stamp
+) -> tuple[ImageSource, tuple[str, ...], np.ndarray, np.ndarray]:
     """What reads the images; the files it reads; and the file and the place in it of each image."""
     layout = None if is_url(location) else layout_of(images)
     if layout is None:
         require_all_keys(location, images)
     else:
-        found = open_files(location, images, layout, pixel_size)
+        found = open_files(location, images, layout, pixel_size, partial(_require_same_store, location, stamp))
         if found is not None:
             return found[0], found[0].paths, found[1], found[2]
     n = images.shape[0]
-    source = ZarrImages(location, np.dtype(images.dtype).newbyteorder("="))
+    source = ZarrImages(location, np.dtype(images.dtype).newbyteorder("="), stamp)
     return source, (location,), np.zeros(n, np.int32), np.arange(n, dtype=np.int64)
 
 
-def _read_columns(location: str, n: int, stamp: tuple[int, ...], rows: np.ndarray | None) -> dict[str, Any]:
+def _read_columns(location: str, n: int, stamp: Stamp, rows: np.ndarray | None) -> dict[str, Any]:
     """All columns of a store of n particles, or these rows of them, by their names in ``Particles``, None for those that it lacks."""
-    if _stamp(location) != stamp:
-        raise StackError(f"{location} has changed since it was opened; open the data set again.")
+    require_same(location, stamp)
     group, _ = open_group(location)
     optics = [field.name for field in fields(Ctf)]
     names = [*_COLUMNS, *(f"ctf/{name}" for name in optics)]
@@ -115,20 +117,13 @@ def _read_column(group: zarr.Group, name: str) -> np.ndarray | None:
     return np.asarray(array[:])
 
 
+def _require_same_store(location: str, stamp: Stamp, path: str, header: StackHeader) -> None:
+    require_same(location, stamp)
+
+
 def _unfinished_export(location: str) -> str | None:
     """What to say of an export to this place that is at work or was stopped; None if there is no trace of one."""
     from .export.place import open_place
     from .export.state import describe_unfinished
 
     return describe_unfinished(open_place(location))
-
-
-def _stamp(location: str) -> tuple[int, ...]:
-    """What changes when another store takes the place of a local one; it says so while its columns are still to be read."""
-    if is_url(location):
-        return ()
-    try:
-        status = os.stat(os.path.join(location, "zarr.json"))
-    except OSError:
-        return ()
-    return status.st_size, status.st_mtime_ns

@@ -12,7 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from .errors import StackError
-from .zarr_store import is_url, open_group, rust_works
+from .zarr_layout import require_all_keys
+from .zarr_store import Stamp, is_url, open_group, require_same, rust_works
 
 if TYPE_CHECKING:
     import zarr
@@ -42,10 +43,11 @@ class ZarrImages:
     ----------
     location : an absolute path or a URL
     dtype : the native dtype of the images
+    stamp : of the store when it was opened
     """
 
-    def __init__(self, location: str, dtype: np.dtype[Any]) -> None:
-        self.location, self.dtype = location, dtype
+    def __init__(self, location: str, dtype: np.dtype[Any], stamp: Stamp) -> None:
+        self.location, self.dtype, self._stamp = location, dtype, stamp
         self._opened: tuple[int, zarr.Array[Any]] | None = None
 
     def locate(self, file: np.ndarray, image: np.ndarray) -> ZarrRows:
@@ -58,8 +60,9 @@ class ZarrImages:
         Raises
         ------
         StackError
-            if a chunk cannot be read or decoded
+            if a chunk is missing or cannot be read or decoded, or another store has taken the place of this one
         """
+        require_same(self.location, self._stamp)
         array = self._array()
         order = np.argsort(image, kind="stable")
         runs = np.split(order, _cuts(image[order], array)) if len(order) else []
@@ -67,7 +70,13 @@ class ZarrImages:
         def read(rows: np.ndarray) -> None:
             first, last = int(image[rows[0]]), int(image[rows[-1]]) + 1
             try:
-                out[rows] = np.asarray(array[first:last])[image[rows] - first]
+                found = np.asarray(array[first:last])
+                # zarr takes a file that is not there for zeros, as no images are.
+                if not all(part.any() for part in _by_file(found, first, array)):
+                    require_all_keys(self.location, array)
+                out[rows] = found[image[rows] - first]
+            except StackError:
+                raise
             except Exception as error:  # of zarr, of a codec, or of the library for this kind of URL
                 raise StackError(
                     f"Images {first} to {last - 1} of {self.location} cannot be read, copy or export it again: {error}"
@@ -86,7 +95,7 @@ class ZarrImages:
         return self._opened[1]
 
     def __reduce__(self) -> tuple[type[ZarrImages], tuple[Any, ...]]:
-        return ZarrImages, (self.location, self.dtype)
+        return ZarrImages, (self.location, self.dtype, self._stamp)
 
 
 class ZarrRows:
@@ -121,6 +130,12 @@ def _open_images(location: str) -> zarr.Array[Any]:
     with _CONFIGURING, zarr.config.set(options):
         array: Any = group["images"]
     return cast("zarr.Array[Any]", array)
+
+
+def _by_file(images: np.ndarray, first: int, array: zarr.Array[Any]) -> list[np.ndarray]:
+    """Images from number ``first`` on, apart by the file (or the row of files) that they are in."""
+    per_file = int((array.shards or array.chunks)[0])
+    return np.split(images, range(per_file - first % per_file, len(images), per_file))
 
 
 def _cuts(image: np.ndarray, array: zarr.Array[Any]) -> np.ndarray:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import StackError
-from .mrc import StackHeader
+from .mrc import Check, StackHeader
+from .read_each import read_each
 from .shard import REMEDY, read_index, whole_file
-from .stacks import Stacks, read_each
+from .stacks import Stacks
 
 if TYPE_CHECKING:
     import zarr
@@ -66,8 +67,10 @@ def layout_of(array: zarr.Array[Any]) -> Layout | None:
     return Layout(n, ny, array.chunks[0], shard[0] // array.chunks[0], index, _plain(codecs, np.dtype(array.dtype)))
 
 
-def open_files(location: str, array: zarr.Array[Any], layout: Layout, pixel_size: float) -> tuple[Stacks, np.ndarray, np.ndarray] | None:
-    """Make sure of all files of an array in a local store, and see them as stacks.
+def open_files(
+    location: str, array: zarr.Array[Any], layout: Layout, pixel_size: float, check: Check
+) -> tuple[Stacks, np.ndarray, np.ndarray] | None:
+    """Make sure of all files of an array in a local store, and see them as stacks; ``check`` is called before one is mapped.
 
     Returns
     -------
@@ -99,7 +102,7 @@ def open_files(location: str, array: zarr.Array[Any], layout: Layout, pixel_size
     file = np.repeat(np.arange(n_files, dtype=np.int32), layout.per_file * layout.chunk)[: layout.images]
     first = np.concatenate(places) // image_bytes
     image = (first[:, None] + np.arange(layout.chunk)).reshape(-1)[: layout.images]
-    return Stacks(paths, [headers[shape] for shape in shapes]), file, image
+    return Stacks(paths, [headers[shape] for shape in shapes], check=check), file, image
 
 
 def require_all_keys(location: str, array: zarr.Array[Any]) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 Location = str | os.PathLike[str]
+#: What changes when another store takes the place of one; empty for one at a URL.
+Stamp = tuple[int, ...]
 
 #: The process that first used the threads of a Rust library (obstore, zarrs).
 _rust_process: int | None = None
@@ -38,6 +40,23 @@ def is_url(location: Location) -> bool:
 def absolute(location: Location) -> str:
     """A location that stays the same when the working directory changes."""
     return os.fspath(location) if is_url(location) else str(Path(location).expanduser().absolute())
+
+
+def stamp_of(location: str) -> Stamp:
+    """What changes when another store takes the place of a local one; nothing at a URL."""
+    if is_url(location):
+        return ()
+    try:
+        status = os.stat(os.path.join(location, "zarr.json"))
+    except OSError:
+        return ()
+    return status.st_size, status.st_mtime_ns
+
+
+def require_same(location: str, stamp: Stamp) -> None:
+    """Raise a ``StackError`` if another store has taken the place of one with this stamp."""
+    if stamp_of(location) != stamp:
+        raise StackError(f"{location} has changed since it was opened; open the data set again.")
 
 
 def open_store(location: Location, *, read_only: bool) -> Store:

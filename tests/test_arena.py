@@ -16,6 +16,7 @@ import torch
 from support import mapped_files, numbered_images, open_files, read_images, run_python, write_stack
 
 import cryolike_data.arena as arena_module
+import cryolike_data.file_size as file_size_module
 import cryolike_data.stacks as stacks_module
 from cryolike_data.arena import Arena, NoMoreMapsError
 from cryolike_data.errors import StackError
@@ -239,7 +240,7 @@ def test_another_thread_that_gives_the_arena_up_does_not_disturb_a_read(tmp_path
 @pytest.fixture
 def always_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """File sizes are looked at every time."""
-    monkeypatch.setattr(arena_module, "_CHECK_EVERY", -1.0)
+    monkeypatch.setattr(arena_module, "CHECK_EVERY", -1.0)
 
 
 @pytest.mark.usefixtures("always_checked")
@@ -284,9 +285,9 @@ def test_sizes_are_looked_at_no_more_than_once_a_second(tmp_path: Path, monkeypa
     paths, images = written(tmp_path, [2, 2])
     now = [100.0]
     looked: list[str] = []
-    size = arena_module._file_size
+    size = arena_module.file_size
     monkeypatch.setattr(arena_module.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(arena_module, "_file_size", lambda path: looked.append(path) or size(path))
+    monkeypatch.setattr(arena_module, "file_size", lambda path: looked.append(path) or size(path))
     stacks = open_stacks(paths)
     for _ in range(5):
         check(stacks, images, through_arena=True)
@@ -483,16 +484,16 @@ def test_off_linux_files_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest
 def test_the_size_of_a_file_is_that_of_stat(tmp_path: Path) -> None:
     path = tmp_path / "größe ü.bin"
     path.write_bytes(b"x" * 12345)
-    assert arena_module._file_size(str(path)) == 12345
-    assert arena_module._file_size(str(tmp_path / "none")) == -1
+    assert arena_module.file_size(str(path)) == 12345
+    assert arena_module.file_size(str(tmp_path / "none")) == -1
 
 
 def test_sizes_are_known_where_the_c_library_has_no_statx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # glibc before 2.28, for which torch 2.5 still has wheels; and containers whose filter forbids the call.
-    monkeypatch.setattr(arena_module, "_statx", lambda: None)
+    monkeypatch.setattr(file_size_module, "_statx", lambda: None)
     path = tmp_path / "a.bin"
     path.write_bytes(b"x" * 77)
-    assert arena_module._file_size(str(path)) == 77
+    assert arena_module.file_size(str(path)) == 77
 
 
 @pytest.mark.parametrize("length", [100, 5000])
@@ -542,3 +543,19 @@ def test_a_shrunk_stack_is_an_error_when_it_is_to_be_seen(tmp_path: Path) -> Non
     os.truncate(paths[0], 1024 + 100)
     with pytest.raises(StackError, match="shrunk"):
         images.view(np.arange(4))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="arenas are made on Linux only")
+def test_arenas_together_leave_maps_for_the_rest_of_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    in_use = sum(arena._maps for arena in arena_module._ARENAS)
+    monkeypatch.setattr(arena_module, "_max_maps", lambda: arena_module._SPARE_MAPS + in_use + 10)
+    paths, images = written(tmp_path, [1] * 8)
+    first, second = open_stacks(paths), open_stacks(paths)
+    check(first, images, through_arena=True)
+    check(second, images, through_arena=False)
+    assert "cannot be mapped beside the many thousands of files of other data sets" in caplog.text
+    del first
+    check(open_stacks(paths), images, through_arena=True)

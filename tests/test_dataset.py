@@ -178,8 +178,9 @@ def test_read_fills_part_of_a_larger_buffer(ds: IndexedDataset, images: np.ndarr
         torch.empty(2, BOX, BOX).transpose(1, 2),
         torch.empty(1, BOX, BOX).expand(2, BOX, BOX),
         torch.empty(2, BOX, BOX, device="meta"),
+        torch.empty(2, BOX, BOX, requires_grad=True),
     ],
-    ids=["too long", "too wide", "flat", "dtype", "not contiguous", "one image twice", "device"],
+    ids=["too long", "too wide", "flat", "dtype", "not contiguous", "one image twice", "device", "with a gradient"],
 )
 def test_a_tensor_that_does_not_fit_is_refused_before_anything_is_written(ds: IndexedDataset, out: torch.Tensor) -> None:
     with pytest.raises(ArgumentError, match=r"contiguous torch\.float32 CPU tensor of shape \(2, 8, 8\)"):

@@ -460,6 +460,17 @@ def test_unchecked_headers_are_checked_when_a_stack_is_first_read(tmp_path: Path
         ds.read(np.flatnonzero(ds.particles.file == 1))
 
 
+def test_an_unchecked_stack_that_is_gone_is_an_error_for_who_reads_and_nobody_else(tmp_path: Path) -> None:
+    cs, images = write_particles(tmp_path, N, stacks=2)
+    ds = IndexedDataset(cs, check_headers=False)
+    (tmp_path / "J1/extract/stack_1.mrc").unlink()
+    rows = np.arange(N)
+    assert not ds.ask_ahead(rows[ds.particles.file == 1])
+    with pytest.raises(StackError, match=r"stack_1\.mrc cannot be opened any more"):
+        ds.read(slice(None))
+    np.testing.assert_array_equal(ds.read(ds.particles.file == 0).numpy(), images[ds.particles.file == 0])
+
+
 def test_an_image_beyond_an_unchecked_stack_is_an_error_when_it_is_read(tmp_path: Path) -> None:
     cs, _ = write_particles(tmp_path, N, stacks=2)
     stack = tmp_path / "J1/extract/stack_1.mrc"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from support import uids, write_particles
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, RandomSampler, Subset, random_split
 
 from cryolike_data import Collate, Downsample, IndexedDataset, Particle, ParticleBatch
+from cryolike_data.columns import Columns
 from cryolike_data.errors import MixedParticlesError
 
 N = 10
@@ -204,3 +206,30 @@ def test_a_row_of_data_sets_works_in_workers(two: tuple[list[IndexedDataset], np
     parts, images = two
     loader = DataLoader(ConcatDataset(parts), batch_size=5, num_workers=2, multiprocessing_context="fork")
     np.testing.assert_array_equal(torch.cat([batch.images for batch in loader]).numpy(), images)
+
+
+def test_batches_of_workers_use_few_of_the_files_that_a_process_may_open(ds: IndexedDataset) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    held = list(DataLoader(ds, batch_size=1, num_workers=1))
+    # Torch keeps one of shared memory for each tensor: here the images.
+    assert len(os.listdir("/proc/self/fd")) - before < 2 * len(held) + 10
+    for k, batch in enumerate(held):
+        assert batch.index.tolist() == [k]
+        assert torch.equal(batch.uid, ds.batch([k]).uid)
+
+
+def test_columns_of_every_kind_come_through_a_pickle() -> None:
+    columns = Columns(
+        {
+            "index": torch.arange(3),
+            "half": torch.ones(3, dtype=torch.bfloat16),
+            "wave": torch.ones(3, dtype=torch.complex64).conj(),
+            "learned": torch.ones(3, requires_grad=True),
+        }
+    )
+    again = pickle.loads(pickle.dumps(columns))
+    assert again.names == columns.names
+    for name, column in columns.tensors.items():
+        assert again.tensors[name].dtype == column.dtype
+        assert torch.equal(again.tensors[name], column)
+    again.tensors["index"][0] = 7  # it may be written to

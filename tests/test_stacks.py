@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import resource
@@ -8,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -132,6 +134,67 @@ def test_more_stacks_than_files_may_be_open_are_read(tmp_path: Path, few_files: 
     pool = open_stacks([tmp_path / f"{i}.mrc" for i in range(count)])
     order = np.random.default_rng(0).permutation(count).tolist()
     np.testing.assert_array_equal(read(pool, order, [0] * count), images[order])
+
+
+def as_many_as_may_be(path: Path) -> list[BinaryIO]:
+    """The file opened again and again until the system refuses."""
+    opened: list[BinaryIO] = []
+    with contextlib.suppress(OSError):
+        while True:
+            opened.append(path.open("rb"))
+    return opened
+
+
+def test_a_pool_gives_its_files_back_where_others_have_used_them_up(tmp_path: Path, few_files: None) -> None:
+    paths, images = write_stacks(tmp_path, [1] * 40)
+    opened = open_stacks(paths)
+    pools = [MapPool(opened.paths, opened.headers) for _ in range(2)]
+    read(pools[0], list(range(20)), [0] * 20)
+    held = as_many_as_may_be(paths[0])
+    try:
+        np.testing.assert_array_equal(read(pools[0], list(range(40)), [0] * 40), np.concatenate(images))
+        held += as_many_as_may_be(paths[0])
+        with pytest.raises(StackError, match=r"0\.mrc cannot be .*: Too many open files"):
+            read(pools[1], [0], [0])
+    finally:
+        for file in held:
+            file.close()
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_stack_that_shrank_while_it_was_mapped_is_an_error_and_not_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str
+) -> None:
+    monkeypatch.setattr(map_pool, "CHECK_EVERY", -1.0)
+    images = numbered_images(40, BOX)
+    path = write_stack(tmp_path / "a.mrc", images, order=order)
+    opened = open_stacks([path])
+    pool = MapPool(opened.paths, opened.headers)
+    np.testing.assert_array_equal(read(pool, [0, 0], [0, 39]), images[[0, 39]])
+    os.truncate(path, 2048)
+    with pytest.raises(StackError, match=r"a\.mrc has shrunk to 2048 bytes"):
+        read(pool, [0], [39])
+    path.unlink()
+    with pytest.raises(StackError, match=r"a\.mrc is gone"):
+        read(pool, [0], [0])
+
+
+@pytest.mark.parametrize("order", ["<", ">"], ids=["arena", "pool"])
+@pytest.mark.parametrize("change", ["dtype", "box", "header"])
+def test_another_stack_in_the_place_of_one_is_an_error_before_its_pixels_are_misread(tmp_path: Path, order: str, change: str) -> None:
+    path = write_stack(tmp_path / "a.mrc", numbered_images(4, BOX), order=order)
+    stacks = open_stacks([path])
+    dtype, box = "f2" if change == "dtype" else "f4", 2 * BOX if change == "box" else BOX
+    write_stack(path, numbered_images(16, box, dtype=dtype), order=order, extended=64 if change == "header" else 0)
+    with pytest.raises(StackError, match=r"a\.mrc has images of .* now, and had images of .* when it was opened"):
+        read(stacks, [0], [0])
+
+
+def test_a_stack_with_more_images_in_the_place_of_one_is_read(tmp_path: Path) -> None:
+    path = write_stack(tmp_path / "a.mrc", numbered_images(4, BOX))
+    stacks, images = open_stacks([path]), numbered_images(6, BOX, start=1)
+    write_stack(path, images)
+    np.testing.assert_array_equal(read(stacks, [0], [3])[0], images[3])
 
 
 def test_opening_stacks_keeps_no_file_open(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import pickle
+import shutil
 import sys
 import threading
 from functools import partial
@@ -396,7 +397,7 @@ def test_a_chunk_beyond_the_end_of_its_shard_is_an_error(store: Path, offset: in
 
 
 def test_a_shard_that_shrinks_later_is_an_error(store: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arena_module, "_CHECK_EVERY", -1.0)
+    monkeypatch.setattr(arena_module, "CHECK_EVERY", -1.0)
     dataset = ZarrDataset(store)
     check(dataset, images)
     os.truncate(shard(store, 2), IMAGE_BYTES)
@@ -546,3 +547,46 @@ def test_a_forked_process_does_not_wait_for_threads_of_obstore_that_are_gone() -
     run = run_python(FORKED)
     assert run.returncode == 0, run.stderr
     assert "spawn" in run.stdout
+
+
+# --- what happens to a store while it is open
+
+
+@pytest.mark.parametrize("rows", [[0, 7, 19], [7], slice(None)], ids=["some", "one", "all"])
+def test_a_compressed_shard_that_goes_missing_is_an_error_and_not_zeros(tmp_path: Path, images: np.ndarray, rows: Any) -> None:
+    store = write_store(tmp_path / "a.zarr", images, **ZSTD)
+    dataset = ZarrDataset(store)
+    np.testing.assert_array_equal(dataset.read(rows).numpy(), images[rows])
+    shard(store, 1).unlink()
+    with pytest.raises(StackError, match=r"lacks 1 of its 4 files of images \(first: images/c/1/0/0\)"):
+        dataset.read(rows)
+    np.testing.assert_array_equal(dataset.read([0, 19]).numpy(), images[[0, 19]])
+
+
+def test_a_shard_that_goes_missing_at_a_url_is_an_error_and_not_zeros(url: str, images: np.ndarray) -> None:
+    import fsspec
+
+    dataset = ZarrDataset(url)
+    check(dataset, images)
+    fsspec.filesystem("memory").rm(url.removeprefix("memory:/") + "/images/c/2/0/0")
+    with pytest.raises(StackError, match=r"lacks 1 of its 4 files .*images/c/2/0/0"):
+        dataset.read(slice(None))
+
+
+def test_images_of_zeros_alone_are_read(tmp_path: Path, images: np.ndarray) -> None:
+    images[SHARD : 2 * SHARD] = 0
+    check(ZarrDataset(write_store(tmp_path / "a.zarr", images, **ZSTD)), images)
+
+
+@pytest.mark.parametrize("options", [SHARDED, ZSTD], ids=["bare", "compressed"])
+def test_images_of_a_store_that_took_the_place_of_the_one_opened_are_refused(
+    tmp_path: Path, images: np.ndarray, options: dict[str, Any]
+) -> None:
+    store = write_store(tmp_path / "a.zarr", images, **options)
+    dataset = ZarrDataset(store)
+    np.testing.assert_array_equal(dataset.read([0]).numpy(), images[[0]])
+    shutil.rmtree(store)
+    write_store(store, images[::-1], **options)
+    os.utime(store / "zarr.json", ns=(0, 0))
+    with pytest.raises(StackError, match=r"a\.zarr has changed since it was opened"):
+        dataset.read([7])
