@@ -126,19 +126,20 @@ class Stacks:
         if not fits.any() or not can_map(int(fits.sum()), starts[fits], dtype):
             return False
         counts = np.where(fits, self.counts, 0)
-        check = None if self._check is None else self._check_number
+        # Not a method of this object, which would keep the arena mapped until Python looks for cycles.
+        check = None if self._check is None else partial(_check_number, self._check, self.paths, self.headers)
         try:
             return Arena(self.paths, starts, counts, shape=(header.ny, header.nx), dtype=dtype, check=check)
         except NoMoreMapsError as error:
             log.info("%s Files are read one by one.", error)
             return False
 
-    def _check_number(self, number: int) -> None:
-        assert self._check is not None
-        self._check(self.paths[number], self.headers[number])
-
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(Stacks, check=self._check, headers_read=self.headers_read), (self.paths, self.headers)
+
+
+def _check_number(check: Check, paths: Sequence[str], headers: Sequence[StackHeader], number: int) -> None:
+    check(paths[number], headers[number])
 
 
 class StackImages:
