@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .columns import Columns, concatenate, concatenate_tensors
 from .ctf import Ctf
-from .errors import MixedParticlesError, RowIndexError
+from .errors import ArgumentError, MixedParticlesError, RowIndexError
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -173,7 +173,11 @@ class Particle:
         return Particle, (self.batch, 0)
 
     def __repr__(self) -> str:
-        return f"Particle({self.row} of the {len(self.source)} in a {type(self.source).__name__})"
+        about = [f"{self.box} px of {self.pixel_size:.4g} A"]
+        if self.ctf is not None and self.ctf.defocus_u is not None:
+            about.append(f"defocus U {float(self.ctf.defocus_u):.0f} A")
+        article = "an" if type(self.source).__name__[0] in "AEIOU" else "a"
+        return f"Particle({self.row} of the {len(self.source)} in {article} {type(self.source).__name__}: {', '.join(about)})"
 
 
 def merge_particles(items: Sequence[Particle] | ParticleBatch) -> ParticleBatch:
@@ -188,6 +192,8 @@ def merge_particles(items: Sequence[Particle] | ParticleBatch) -> ParticleBatch:
     """
     if isinstance(items, ParticleBatch):
         return items
+    if isinstance(items, Particle):
+        raise ArgumentError("A batch is made of a list of particles, such as [particle], and not of one.")
     rows_of: dict[int, list[int]] = {}
     for position, item in enumerate(items):
         rows_of.setdefault(id(item.source), []).append(position)

@@ -1,9 +1,13 @@
-"""The command line: ``cryolike-data info``, ``export`` and ``demo``, thin over the public names."""
+"""The command line: ``cryolike-data info``, ``export``, ``show``, ``bench`` and ``demo``, thin over the public names."""
 
 from __future__ import annotations
 
 import argparse
+import io
 import logging
+import math
+import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -22,24 +26,56 @@ from .stacks import Stacks
 from .transforms import Downsample
 from .zarr_dataset import ZarrDataset
 
+#: What messages say to who calls the functions, and what they say here.
+_AS_OPTIONS = (
+    (r"\boverwrite=True", "--overwrite"),
+    (r'\bfolder="([^"]*)"', r"--folder \1"),
+    (r"\bindex_base=", "--index-base "),
+    (r"\bpassthrough=", "--passthrough"),
+    (r'\bpairing="(\w+)"', r"--pairing \1"),
+    (r"\bpixel_size= ", "--pixel-size "),
+    (r"\b(factor|box)=(\d)", r"--\1 \2"),
+    (r"\b(factor|box)=(?=[ .])", r"--\1"),
+    (r"\bdataset\.select\(lambda p: np\.isclose\(p\.ctf\.(\w+), ([^)]*)\)\)", r"--where 'ctf/\1 == \2'"),
+    (r"\bdataset\.select\(lambda p: np\.isclose\(p\.(\w+), ([^)]*)\)\)", r"--where '\1 == \2'"),
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 if it went well, 1 with the reason on the error stream if not."""
+    """Run one command; 0 if it went well, 1 with the reason on the error stream if not, 130 if it was stopped by Ctrl-C."""
     options = _parser().parse_args(arguments)
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="backslashreplace")  # names of files may have letters that a terminal has not
     warnings.showwarning = lambda message, *_: print(f"cryolike-data: {message}", file=sys.stderr)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:
         options.command(options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"cryolike-data: stopped{options.how_to_go_on}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever reads the output, such as head, has enough. Python would say so once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (CryolikeDataError, OSError) as error:
-        print(f"cryolike-data: {error}", file=sys.stderr)
+        print(f"cryolike-data: {_as_options(str(error))}", file=sys.stderr)
         return 1
     return 0
+
+
+def _as_options(message: str) -> str:
+    for of_function, of_command in _AS_OPTIONS:
+        message = re.sub(of_function, of_command, message)
+    return message
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cryolike-data", description="CryoSPARC particles: what is in them, and export.")
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("-v", "--verbose", action="store_true", help="say what is decided on the way")
+    parser.set_defaults(how_to_go_on="")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     info = commands.add_parser("info", help="what is in a table and its stacks")
@@ -51,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_source(export)
     add_arguments(export)
-    export.set_defaults(command=lambda options: export_command(options, _open))
+    export.set_defaults(command=lambda options: export_command(options, _open), how_to_go_on="; the same command goes on from here")
 
     show = commands.add_parser("show", help="a picture of some particles (extra: plot)")
     _add_source(show)
@@ -149,10 +185,13 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    from .plots import montage
+    from .plots import montage, require_picture_name
 
+    if options.count < 1:
+        raise ArgumentError(f"--count is at least 1, not {options.count}")
+    require_picture_name(options.out)
     dataset = _open(options)
-    rows = np.unique(np.linspace(0, len(dataset) - 1, max(1, options.count)).round().astype(int))
+    rows = np.unique(np.linspace(0, len(dataset) - 1, options.count).round().astype(int))
     collate = Collate(downsample=None if options.box is None else Downsample(box=options.box))
     figure = montage(collate(dataset.batch(rows)).images, titles=[f"row {row}" for row in rows.tolist()])
     figure.savefig(options.out)
@@ -163,7 +202,7 @@ def _bench(options: argparse.Namespace) -> None:
     from .diagnose import diagnose
 
     dataset = _open(options)
-    if options.batch_size < 1 or not options.gigabytes > 0:
+    if options.batch_size < 1 or not 0 < options.gigabytes < math.inf:
         raise ArgumentError(f"--batch-size and --gigabytes are positive, not {options.batch_size} and {options.gigabytes}")
     print(repr(dataset))
     cold = not options.no_cold and isinstance(dataset.source, Stacks)
@@ -172,8 +211,10 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from .demo import write_project
+    from .demo import LEAST_PARTICLES, write_project
 
+    if options.particles < LEAST_PARTICLES:
+        raise ArgumentError(f"--particles is at least {LEAST_PARTICLES}, not {options.particles}")
     project = write_project(options.out, n_particles=options.particles, box=options.box, seed=options.seed, overwrite=options.overwrite)
     print(
         f"Wrote {project.folder}. Look at it with:\n  cryolike-data info {project.indexed}\n  cryolike-data info {project.folder} --job 4"

@@ -96,7 +96,7 @@ def export_command(options: argparse.Namespace, open_dataset: Callable[[argparse
         return
     if kind == "zarr" and report.sealed:
         print(repr(ZarrDataset(plan.target)))
-    print(_told(report, kind))
+    print(_told(report, kind, star=not options.no_star))
 
 
 def refuse(options: argparse.Namespace, names: Sequence[str], what: str) -> None:
@@ -141,13 +141,19 @@ def _select(options: argparse.Namespace, dataset: ParticleDataset) -> ParticleDa
     )
 
 
-def _told(report: ExportReport, kind: str) -> str:
+def _told(report: ExportReport, kind: str, *, star: bool) -> str:
     lines = [
         f"{report.written} of {report.units} units written, {report.kept} were there; {human_bytes(report.bytes)} in {report.seconds:.1f} s"
         f" ({report.images_per_second:,.0f} images/s)"
     ]
-    where = {"cryolike": f"stacks of CryoLike in {report.target}", "mrc": f"MRC stacks, particles.cs and particles.star in {report.target}"}
-    lines.append(f"Written to {report.target}" if kind == "zarr" else f"{report.units} {where[kind]}")
+    stacks = "stack" if report.units == 1 else "stacks"
+    tables = "particles.cs and particles.star" if star else "particles.cs"
+    where = {
+        "zarr": "Written to",
+        "cryolike": f"{report.units} {stacks} of CryoLike in",
+        "mrc": f"{report.units} MRC {stacks}, {tables} in",
+    }
+    lines.append(f"{where[kind]} {report.target}")
     if not report.sealed:
         lines.append("It is not sealed yet: when all parts are written, run the same command with --finish in place of --unit-range.")
     return "\n".join(lines)

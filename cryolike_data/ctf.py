@@ -81,6 +81,12 @@ class Ctf(Generic[ArrayT]):
     tetrafoil_A: ArrayT | None = None
     anisomag: ArrayT | None = None
 
+    def __repr__(self) -> str:
+        about = [name if value.ndim else f"{name}={float(value):g}" for name, value in self.items()]  # type: ignore[attr-defined, arg-type]
+        first = next(iter(self.items()), None)
+        rows = f"{len(first[1]):,} particles: " if first is not None and first[1].ndim else ""  # type: ignore[attr-defined, arg-type]
+        return f"Ctf({rows}{', '.join(about)})"
+
     def items(self) -> list[tuple[str, ArrayT]]:
         """The fields that are present, as (name, array) pairs."""
         pairs = [(field.name, getattr(self, field.name)) for field in fields(self)]

@@ -37,6 +37,8 @@ from .errors import ArgumentError, ExportExistsError, RowIndexError
 from .rotations import rotation_matrices
 from .transforms.downsample import crop_fourier
 
+#: Of a project with as many stacks as there are by default.
+LEAST_PARTICLES = 10
 _CTF_COLUMNS = {  # field of Ctf: column of the table
     "voltage_kv": "ctf/accel_kv",
     "spherical_aberration_mm": "ctf/cs_mm",
@@ -78,7 +80,7 @@ def write_project(
     pixel_size: float = 2.0,
     seed: int = 0,
     snr: float = 0.1,
-    n_stacks: int = 5,
+    n_stacks: int = LEAST_PARTICLES // 2,
     dtype: str = "float32",
     overwrite: bool = False,
 ) -> DemoProject:
@@ -158,7 +160,7 @@ def clean_images(project: DemoProject | str | os.PathLike[str], rows: Sequence[i
     -------
     (len(rows), box, box) float32 tensor
     """
-    path = project.truth if isinstance(project, DemoProject) else Path(project)
+    path = project.truth if isinstance(project, DemoProject) else Path(project).expanduser()
     with np.load(path / "truth.npz" if path.is_dir() else path, allow_pickle=False) as file:
         truth = dict(file)
     chosen, n = np.asarray(rows, np.int64).reshape(-1), len(truth["uid"])

@@ -146,7 +146,7 @@ class ImageDescriptor:
         ExportExistsError
             if there is such a file and ``overwrite`` is false
         """
-        target = Path(filename)
+        target = Path(filename).expanduser()
         if target.suffix != ".npz":
             raise ArgumentError(f"{target} must end in .npz: CryoLike loads descriptors from such names only.")
         if not target.parent.is_dir():
@@ -230,7 +230,8 @@ def read_npz_without_pickles(path: str | os.PathLike[str]) -> dict[str, NDArray[
     ArgumentError
         if it is not an npz file, or holds an array of objects
     """
-    if not Path(path).is_file():
+    path = Path(path).expanduser()
+    if not path.is_file():
         raise MissingStackError(f"{path} does not exist or is not a file.")
     try:
         with zipfile.ZipFile(path) as archive:

@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from .dataset import ParticleDataset
+from .dataset import ParticleDataset, human_bytes
 from .sampler import ParticleSampler
 from .stream import ParticleStream, stream
 
 _REPEATS = 5
 _READ_BYTES = 4 << 20
 _COPIED_BYTES = 256 << 20
+#: Of fewer images, rates say little.
+_LEAST_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def diagnose(dataset: ParticleDataset, *, batch_size: int = 256, max_bytes: int 
     Returns
     -------
     figures : medians of at least five runs each; two for cold reading
-    sentence : where the bottleneck is
+    sentence : where the bottleneck is, or that there are too few data to tell
     """
     n = max(1, min(len(dataset), max_bytes // dataset.image_bytes))
     chosen = dataset.select(np.unique(np.linspace(0, len(dataset) - 1, n).astype(np.int64)))
@@ -64,6 +66,8 @@ def diagnose(dataset: ParticleDataset, *, batch_size: int = 256, max_bytes: int 
         random = _rate(lambda again: _drain(_batches(again, batch_size)), size, before=lambda: _forgotten(chosen, files), repeats=2)
         floor = Figure("sequential read, cold (floor)", sequential)
         figures += [floor, _compared("stream, cold, random order", random, floor)]
+    if size < _LEAST_BYTES:
+        return figures, f"These {human_bytes(size)} of images are too few to tell what the bottleneck is: starting an epoch takes as long."
     return figures, _sentence(figures)
 
 

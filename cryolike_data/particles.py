@@ -215,6 +215,7 @@ def resolve_rows(selection: Selection, n: int, particles: Particles | None = Non
     """
     if callable(selection):
         selection = selection(particles)
+        _require_no_truth_values(selection, n)
     if isinstance(selection, slice):
         return np.arange(*selection.indices(n), dtype=np.int64)
     if isinstance(selection, torch.Tensor):
@@ -241,6 +242,14 @@ def resolve_rows(selection: Selection, n: int, particles: Particles | None = Non
         raise RowIndexError(f"row {rows[bad][0]} is out of range ({int(bad.sum())} of {len(rows)} asked for are): there are {n} rows")
     rows = rows.astype(np.int64)
     return np.where(rows < 0, rows + n, rows)
+
+
+def _require_no_truth_values(selection: Selection, n: int) -> None:
+    """Raise a ``RowIndexError`` for zeros and ones for all of n rows: row numbers, but nobody means rows 0 and 1 again and again."""
+    if isinstance(selection, np.ndarray | torch.Tensor) and n > 2 and selection.shape == (n,):
+        values = np.asarray(selection)
+        if values.dtype.kind in "iuf" and np.isin(values, (0, 1)).all():
+            raise RowIndexError("the function gave zeros and ones, which are row numbers and no condition; compare, as in p.half_set == 1")
 
 
 def shortest(value: Any) -> float | int:

@@ -28,6 +28,9 @@ def montage(images: Tensor, *, columns: int = 8, titles: list[str] | None = None
     columns : images per row
     titles : one line above each image
     """
+    if not isinstance(images, Tensor) or images.ndim != 3:
+        given = f"a tensor of {tuple(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
+        raise ArgumentError(f"A montage is made of an (N, H, W) tensor, such as batch.images, and not of {given}.")
     if len(images) == 0:
         raise ArgumentError("There is no image to show.")
     if titles is not None and len(titles) != len(images):
@@ -40,6 +43,15 @@ def montage(images: Tensor, *, columns: int = 8, titles: list[str] | None = None
         axis.set_title(title, fontsize=7)
         axis.set_axis_off()
     return figure
+
+
+def require_picture_name(path: Path) -> None:
+    """Raise an ``ArgumentError`` unless matplotlib writes pictures under such a name."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise ArgumentError(f"{path} has to end in the name of a kind of picture: {', '.join(f'.{kind}' for kind in sorted(known))}.")
 
 
 def plot_stack(phys: Tensor, fourier: Tensor, grid: ImageDescriptor, folder: Path, number: int) -> None:

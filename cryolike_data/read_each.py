@@ -15,8 +15,13 @@ ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 
-def read_each(items: Sequence[ItemT], read: Callable[[ItemT], ResultT], what: str) -> list[ResultT]:
+def read_each(
+    items: Sequence[ItemT], read: Callable[[ItemT], ResultT], what: str, *, amiss: Callable[[int, ResultT], str] = lambda number, result: ""
+) -> list[ResultT]:
     """What ``read`` gives for each of many files, several at a time; ``what`` they are is for the error.
+
+    ``amiss`` says what is wrong with the result of file ``number``, if anything is. It is asked only if another file cannot be read:
+    the caller looks at the results too, but would come to that only after the others have been mended.
 
     Raises
     ------
@@ -36,7 +41,8 @@ def read_each(items: Sequence[ItemT], read: Callable[[ItemT], ResultT], what: st
     with ThreadPoolExecutor(max_workers=_THREADS) as pool:
         for k, found in enumerate(pool.map(lambda portion: [result_or_error(item) for item in portion], portions)):
             results[k::_THREADS] = found
-    errors = [str(result) for result in results if isinstance(result, Exception)]
-    if errors:
+    if any(isinstance(result, Exception) for result in results):
+        told = [str(result) if isinstance(result, Exception) else amiss(number, result) for number, result in enumerate(results)]
+        errors = [text for text in told if text]
         raise StackError("\n".join([f"{len(errors)} of {len(items)} {what} cannot be read:", *(f"  {text}" for text in errors)]))
     return results

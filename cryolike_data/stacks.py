@@ -232,7 +232,12 @@ def images_needed(file: np.ndarray, image: np.ndarray, n_files: int) -> np.ndarr
 
 
 def open_stacks(
-    paths: Sequence[str | os.PathLike[str]], *, mode0: Mode0 = "auto", expected: np.ndarray | None = None, index_hint: str = ""
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    mode0: Mode0 = "auto",
+    needed: np.ndarray | None = None,
+    check_headers: bool = True,
+    index_hint: str = "",
 ) -> Stacks:
     """Read the headers of all files, several at a time, and give what reads them.
 
@@ -240,8 +245,9 @@ def open_stacks(
     ----------
     paths : the files
     mode0 : see ``cryolike_data.mrc.read_header``
-    expected : images that each file must have; if given, only the first header is read now, and every file is expected to be
-        laid out like the first, which is checked when it is mapped
+    needed : images that each file must have; the error for a header that cannot be used then names truncated files, too
+    check_headers : False reads the first header only; every file is expected to be laid out like the first and to have the images
+        that are ``needed``, which is checked when it is mapped
     index_hint : what to say after the error for a file with fewer images then
 
     Raises
@@ -251,10 +257,15 @@ def open_stacks(
     """
     require_mode0(mode0)
     names = tuple(os.fspath(path) for path in paths)
-    if expected is not None and len(names):
+    if needed is not None and not check_headers and len(names):
         first = read_header(names[0], mode0=mode0)
-        of_count = {count: replace(first, nz=count, n_complete=count) for count in set(expected.tolist())}
-        alike = [of_count[count] for count in expected.tolist()]
+        of_count = {count: replace(first, nz=count, n_complete=count) for count in set(needed.tolist())}
+        alike = [of_count[count] for count in needed.tolist()]
         return Stacks(names, alike, check=partial(require_alike, mode0=mode0, index_hint=index_hint), headers_read=False)
-    headers = read_each(names, partial(read_header, mode0=mode0), "stacks")
+
+    def amiss(number: int, header: StackHeader) -> str:
+        short = needed is not None and header.n_complete < needed[number] <= header.nz
+        return describe_shortfall(names[number], header, header.nz - 1) if short else ""
+
+    headers = read_each(names, partial(read_header, mode0=mode0), "stacks", amiss=amiss)
     return Stacks(names, headers, check=partial(require_unchanged, mode0=mode0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -207,9 +208,8 @@ def test_the_same_command_continues_a_run_that_was_stopped(one_group, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(ZarrFormat, "write_rest", interrupt)
         patch.setattr(CryoLikeFormat, "write_rest", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            run(*command)
-    capsys.readouterr()
+        assert run(*command) == 130
+    assert capsys.readouterr().err.endswith("cryolike-data: stopped; the same command goes on from here\n")
     assert run("info", tmp_path / target) == 1
     assert run(*command) == 0
     assert "0 of 3 units written, 3 were there" in out(capsys)
@@ -311,7 +311,7 @@ def test_export_of_a_selection(one_group, tmp_path):
 
 def test_export_says_where_the_stacks_are(one_group, tmp_path, capsys):
     run("export", one_group, tmp_path / "out")
-    assert f"1 stacks of CryoLike in {tmp_path / 'out'}" in out(capsys)
+    assert f"1 stack of CryoLike in {tmp_path / 'out'}" in out(capsys)
     assert (tmp_path / "out/fft/image_descriptor.npz").is_file()
 
 
@@ -364,11 +364,14 @@ ERRORS = {
     "no table at all": (("info", "data/stacks/a.mrc"), "not a CryoSPARC table"),
     "no such store": (("info", "absent.zarr"), "absent.zarr"),
     "stacks elsewhere": (("info", "data/particles.cs", "--folder", "data"), "stacks/a.mrc"),
-    "counts from one": (("info", "data/particles.cs", "--index-base", 1), "index_base"),
+    "counts from one": (("info", "data/particles.cs", "--index-base", 1), "leave --index-base 1 out"),
     "factor and box": (("export", "data/particles.cs", "out", "--factor", 2, "--box", 8), "exactly one"),
-    "factor zero": (("export", "data/particles.cs", "out", "--factor", 0), "factor=0"),
+    "factor zero": (
+        ("export", "data/particles.cs", "out", "--factor", 0),
+        "--factor 0 must be a positive integer; for other ratios pass --box",
+    ),
     "factor that does not divide": (("export", "data/particles.cs", "out", "--factor", 3), "1, 2, 4, 8, 16"),
-    "larger box": (("export", "data/particles.cs", "out.zarr", "--box", 17), "box=17"),
+    "larger box": (("export", "data/particles.cs", "out.zarr", "--box", 17), "--box 17"),
     "no such descriptor": (("export", "data/particles.cs", "out", "--descriptor", "absent.npz"), "absent.npz"),
     "descriptor of a store": (("export", "data/particles.cs", "out.zarr", "--descriptor", "absent.npz"), "--descriptor"),
     "pictures of a store": (("export", "data/particles.cs", "out.zarr", "--plots"), "--plots"),
@@ -522,3 +525,54 @@ def test_a_store_at_a_url_is_written_and_read(demo, tmp_path, capsys):
 def test_a_store_at_a_url_has_no_job(capsys):
     assert run("info", "memory://cli/particles.zarr", "--job", 4) == 1
     assert "--job" in capsys.readouterr().err
+
+
+# --- messages speak of options, and whatever happens ends without a traceback
+
+
+def test_remedies_are_options(one_group, demo, tmp_path, capsys):
+    wrong = {
+        ("demo", demo.folder): "pass --overwrite",
+        ("demo", tmp_path / "p", "--particles", 5): "--particles is at least 10",
+        ("export", demo.indexed, tmp_path / "out"): "--where 'ctf/voltage_kv == 200.0'",
+        ("export", one_group, tmp_path / "a.zarr", "--box", 8, "--factor", 2): "exactly one of --factor (for example 2) and --box",
+        ("info", demo.folder / "J4/J4_passthrough_particles.cs"): "as --passthrough",
+        ("show", one_group, tmp_path / "a.xyz"): "has to end in the name of a kind of picture: .",
+        ("show", one_group, tmp_path / "a.png", "--count", 0): "--count is at least 1",
+        ("bench", one_group, "--gigabytes", "inf"): "--gigabytes are positive",
+    }
+    for command, told in wrong.items():
+        assert run(*command) == 1
+        captured = capsys.readouterr()
+        assert_one_message(captured)
+        assert told in captured.err
+    assert run("export", demo.indexed, tmp_path / "out", "--where", "ctf/voltage_kv == 200.0", "--no-fourier") == 0
+
+
+def test_a_table_without_star_file_is_not_said_to_have_one(one_group, tmp_path, capsys):
+    assert run("export", one_group, tmp_path / "m", "--format", "mrc", "--no-star") == 0
+    assert f"1 MRC stack, particles.cs in {tmp_path / 'm'}" in out(capsys)
+
+
+def test_a_star_file_is_said_to_be_one(tmp_path, capsys):
+    for text in ("data_particles\n", "\n# version 30001\n\ndata_optics\n"):
+        (tmp_path / "a.star").write_text(text)
+        assert run("info", tmp_path / "a.star") == 1
+        assert "a RELION star file, which is not read; give the .cs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("reader", ["head -n 1", "true"])
+def test_who_reads_the_output_may_have_enough(one_group, reader):
+    code = "import sys; from cryolike_data.cli import main; sys.exit(main(sys.argv[1:]))"
+    pipe = f"{sys.executable} -c '{code}' info {one_group} | {reader}"
+    ran = subprocess.run(["bash", "-c", pipe], capture_output=True, text=True, check=True)
+    assert ran.stderr == ""
+
+
+def test_names_that_a_terminal_cannot_show_are_shown_in_part(one_group, tmp_path):
+    code = "import sys; from cryolike_data.cli import main; sys.exit(main(sys.argv[1:]))"
+    folder = tmp_path / "pr\u00f6j"
+    shutil.copytree(one_group.parent, folder)
+    surroundings = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    ran = subprocess.run([sys.executable, "-c", code, "info", folder / one_group.name], capture_output=True, check=True, env=surroundings)
+    assert re.search(rb"pr(\\\w+)+j/", ran.stdout)

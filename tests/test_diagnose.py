@@ -56,3 +56,9 @@ def test_the_command_prints_floors_shares_and_a_sentence(demo: DemoProject, caps
 def test_a_batch_size_of_zero_is_refused(demo: DemoProject, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", str(demo.indexed), "--batch-size", "0"]) == 1
     assert "--batch-size" in capsys.readouterr().err
+
+
+def test_few_data_give_no_verdict(demo: DemoProject) -> None:
+    figures, sentence = diagnose(IndexedDataset(demo.indexed), batch_size=16, cold=False)
+    assert figures
+    assert "too few to tell" in sentence

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 from pathlib import Path
 from typing import Any, Literal
@@ -554,3 +555,12 @@ def test_a_table_named_by_its_whole_path_opens_from_a_folder_that_is_gone(tmp_pa
     monkeypatch.chdir(gone)
     gone.rmdir()
     np.testing.assert_array_equal(IndexedDataset(cs).read(slice(None)).numpy(), images)
+
+
+def test_damaged_and_truncated_stacks_are_one_error(tmp_path: Path) -> None:
+    cs, _ = write_particles(tmp_path, N, stacks=3)
+    folder = tmp_path / "J1/extract"
+    (folder / "stack_0.mrc").write_bytes(b"")
+    os.truncate(folder / "stack_2.mrc", 1024 + 300)
+    with pytest.raises(StackError, match=r"2 of 3 stacks cannot be read:\n.*stack_0\.mrc has 0 bytes.*\n.*stack_2\.mrc is truncated"):
+        IndexedDataset(cs)

@@ -21,7 +21,7 @@ from support import stored_images, uids, write_particles
 from cryolike_data import IndexedDataset, ZarrDataset
 from cryolike_data.cli import main
 from cryolike_data.demo import DemoProject
-from cryolike_data.errors import ArgumentError
+from cryolike_data.errors import ArgumentError, RowIndexError
 from cryolike_data.selection import choose
 
 N = 40
@@ -452,3 +452,15 @@ def test_rows_that_may_not_be_written_to_give_no_warning(tmp_path: Path, recwarn
 
 def write_and_open(folder: Path) -> IndexedDataset:
     return IndexedDataset(write_particles(folder, 20)[0])
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.float32, torch.int64])
+def test_zeros_and_ones_of_a_function_are_no_rows(tmp_path: Path, kind: Any) -> None:
+    ds = write_and_open(tmp_path)
+    half = torch.arange(20, dtype=kind) % 2 if isinstance(kind, torch.dtype) else (np.arange(20) % 2).astype(kind)
+    with pytest.raises(RowIndexError, match=r"compare, as in p\.half_set == 1"):
+        ds.select(lambda p: half)
+    with pytest.raises(RowIndexError, match="compare"):
+        ds.particles.where(lambda p: half)
+    assert len(ds.select(lambda p: half == 1)) == 10
+    assert ds.select(lambda p: np.argsort(p.ctf.defocus_u)).particles.ctf.defocus_u.argmin() == 0

@@ -74,6 +74,6 @@ class IndexedDataset(ParticleDataset):
         image = np.subtract(blob["blob/idx"], index_base, dtype=np.int64, casting="unsafe")
         needed = images_needed(file, image, len(paths))
         hint = _HINTS[index_base]
-        pool = open_stacks(paths, mode0=mode0, expected=None if check_headers else needed, index_hint=hint)
+        pool = open_stacks(paths, mode0=mode0, needed=needed, check_headers=check_headers, index_hint=hint)
         particles = assemble(table, blob, pool, file, image, needed, blob_paths=names, pixel_size=pixel_size, index_hint=hint)
         super().__init__(particles, pool, select=select)

@@ -74,6 +74,8 @@ class JobDirectoryDataset(ParticleDataset):
         if pairing not in ("sequence", "uid"):
             raise ArgumentError(f'pairing is "sequence" or "uid", not {pairing!r}')
         require_mode0(mode0)
+        if isinstance(job_number, str):
+            raise ArgumentError(f"job_number is the number in the name of the job folder, such as 4 of J4, not {job_number!r}")
         job = Path(folder).expanduser().absolute() / f"J{job_number}"
         table = _read_passthrough(job, job_number)
         stacks = _find_stacks(job)

@@ -22,7 +22,9 @@ _OTHERS = {
     b"\x80": "a Python pickle, which could run code when loaded; save the table from CryoSPARC, or with numpy.save of a structured array",
     b"\x89HDF": "an HDF5 file",
     b"\x1f\x8b": "compressed with gzip; unpack it first (gunzip)",
-}
+} | dict.fromkeys(
+    (b"data_", b"\ndata_", b"# vers", b"\n# ver"), "a RELION star file, which is not read; give the .cs of the CryoSPARC job instead"
+)
 # Parent classifications leave hundreds of fields behind; NumPy's own limit of 10 kB is soon passed.
 _MAX_HEADER_BYTES = 1 << 30
 
@@ -152,9 +154,10 @@ def read_table(path: str | os.PathLike[str]) -> Table:
     TableError
         if it is no CryoSPARC table, is truncated, or holds Python objects; says which
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
-        raise MissingStackError(f"There is no table {path}" + (": it is a folder." if path.is_dir() else "."))
+        kind = "a Zarr store; open it with ZarrDataset" if (path / "zarr.json").is_file() else "a folder"
+        raise MissingStackError(f"There is no table {path}" + (f": it is {kind}." if path.is_dir() else "."))
     with path.open("rb") as file:
         magic = file.read(6)
         file.seek(0)

@@ -43,6 +43,7 @@ def read_volume(path: str | os.PathLike[str]) -> tuple[Tensor, float]:
         if it is not an MRC file, not a cube, its axes are not in the usual order, its voxel size is zero or not the same along all axes,
         or a voxel is not a finite number
     """
+    path = os.path.expanduser(path)
     if not os.path.isfile(path):
         raise MissingStackError(f"{os.fspath(path)} is not a file; read_volume needs the path of an MRC map.")
     try:

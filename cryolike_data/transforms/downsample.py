@@ -163,6 +163,8 @@ def pool(images: Tensor, factor: int, method: Literal["mean", "max"]) -> Tensor:
 
 def square_box(images: Tensor) -> int:
     """Box of (..., D, D) real floating images, pixels; ArgumentError for anything else."""
+    if not isinstance(images, Tensor):
+        raise ArgumentError(f"Images are a torch tensor, such as batch.images, and not a {type(images).__name__}.")
     if images.ndim < 2 or images.shape[-1] != images.shape[-2] or images.shape[-1] < 1:
         raise ArgumentError(f"Images must be square, (..., box, box); these are {tuple(images.shape)}.")
     if not images.is_floating_point():
