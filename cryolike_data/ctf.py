@@ -117,7 +117,7 @@ def electron_wavelength_A(voltage_kv: NumberT) -> NumberT:
     return compton_A / root
 
 
-def ctf_values(ctf: Ctf[Tensor], frequency: Tensor, angle_rad: Tensor, *, terms: Collection[CtfTerm] = ()) -> Tensor:
+def ctf_values(ctf: Ctf[Tensor] | Ctf[np.ndarray], frequency: Tensor, angle_rad: Tensor, *, terms: Collection[CtfTerm] = ()) -> Tensor:
     """Contrast transfer function of each particle on a grid of spatial frequencies.
 
     With dz = (U + V) / 2 + (U - V) / 2 cos(2 (angle - angle0)), signed (U < V is legal), and
@@ -126,7 +126,7 @@ def ctf_values(ctf: Ctf[Tensor], frequency: Tensor, angle_rad: Tensor, *, terms:
 
     Parameters
     ----------
-    ctf : optics, (B,) tensors; a missing phase shift counts as none, every other term above is required
+    ctf : optics, (B,) tensors or arrays; a missing phase shift counts as none, every other term above is required
     frequency : (*grid) magnitude of the spatial frequency k, 1/angstrom
     angle_rad : tensor that broadcasts with ``frequency``: direction of k from x (columns) towards y (rows), radian
     terms : higher-order terms to apply; a column of zeros changes nothing but, for the odd terms, the dtype
@@ -164,6 +164,7 @@ def ctf_values(ctf: Ctf[Tensor], frequency: Tensor, angle_rad: Tensor, *, terms:
     So the common sign of the odd terms is RELION's and not confirmed for CryoSPARC's tables; ``.conj()`` of the result has the other.
     """
     asked = require_terms(terms)
+    ctf = ctf.map(lambda values: torch.from_numpy(np.array(values)) if isinstance(values, np.ndarray) else values)
     columns = require_optics(ctf, asked)
     single = frequency.device.type != "cpu" and frequency.dtype == torch.float32
     dtype = torch.float32 if single else torch.float64

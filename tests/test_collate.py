@@ -187,3 +187,8 @@ def test_a_collate_pickles(ds: IndexedDataset) -> None:
     copy = pickle.loads(pickle.dumps(collate_fn))
     assert copy == collate_fn
     assert torch.equal(copy(items(ds)).images, collate_fn(items(ds)).images)
+
+
+def test_a_particle_alone_is_no_batch(ds: IndexedDataset) -> None:
+    with pytest.raises(ArgumentError, match="a list of particles"):
+        Collate()(ds[0])

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cryolike_data import IndexedDataset
 from cryolike_data.ctf import Ctf, CtfTerm, ctf_values, electron_wavelength_A, half_plane
 from cryolike_data.errors import ArgumentError, TableError
 from cryolike_data.transforms import PolarGrid
@@ -381,3 +382,18 @@ def test_on_its_grid_it_is_cryolikes_formula(likelihood_demo):
     values = ctf_values(ctf, torch.from_numpy(2 / box_A * grid.radii)[:, None], torch.from_numpy(grid.angles))
     assert kept.sum() >= 10
     np.testing.assert_allclose(values.numpy(), theirs, rtol=0, atol=1e-7)
+
+
+def test_optics_of_a_table_are_taken_as_those_of_a_batch(demo):
+    particles = IndexedDataset(demo.indexed)
+    frequency, angle = half_plane(16, 2.0)
+    assert torch.equal(
+        ctf_values(particles.particles.ctf, frequency, angle)[:9], ctf_values(particles.batch(range(9)).ctf, frequency, angle)
+    )
+
+
+def test_a_repr_of_optics_is_short():
+    columns = {"defocus_u": torch.full((1200,), 15000.0), "phase_shift_rad": torch.zeros(1200)}
+    assert repr(Ctf(**columns)) == "Ctf(1,200 particles: defocus_u, phase_shift_rad)"
+    assert repr(Ctf(**columns).map(lambda values: values[0])) == "Ctf(defocus_u=15000, phase_shift_rad=0)"
+    assert repr(Ctf()) == "Ctf()"

@@ -242,3 +242,8 @@ def test_crop_to_an_impossible_box_is_refused(box):
 def test_impossible_pooling_is_refused(factor, method):
     with pytest.raises(ArgumentError, match=r"factor|method"):
         pool(torch.zeros(8, 8), factor, method)
+
+
+def test_arrays_are_refused_by_name():
+    with pytest.raises(ArgumentError, match=r"a torch tensor, such as batch\.images, and not a ndarray"):
+        Downsample(box=4)(np.zeros((1, 8, 8), np.float32))

@@ -17,7 +17,7 @@ from matplotlib.image import imread
 from support import numbered_images
 
 from cryolike_data import ImageDescriptor
-from cryolike_data.errors import CryolikeDataError, MissingDependencyError
+from cryolike_data.errors import ArgumentError, CryolikeDataError, MissingDependencyError
 from cryolike_data.plots import montage, plot_stack
 
 GRID = ImageDescriptor.from_individual_values(8, 2.0, n_inplanes=8)
@@ -115,3 +115,9 @@ def test_importing_the_package_imports_no_extras():
     code = "import cryolike_data, cryolike_data.cli, cryolike_data.plots, sys, json; print(json.dumps(sorted(sys.modules)))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert {"matplotlib", "finufft", "lz4", "yaml"} & set(json.loads(ran.stdout)) == set()
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((2, 8, 8)), torch.zeros(8, 8)], ids=["array", "one image"])
+def test_a_montage_of_something_else_is_refused(wrong):
+    with pytest.raises(ArgumentError, match=r"an \(N, H, W\) tensor, such as batch\.images"):
+        montage(wrong)

@@ -807,3 +807,10 @@ def test_a_table_without_optics_is_an_error_that_says_what_to_pass(tmp_path, tem
     path, _ = write_particles(tmp_path, N, box=BOX, **{f"ctf__{name}": None for name in names})
     with pytest.raises(TableError, match="passthrough="):
         run(IndexedDataset(path), templates)
+
+
+def test_other_things_than_a_data_set_and_templates_are_refused(demo: DemoProject, templates: Templates) -> None:
+    wrong: Any
+    for wrong in ((IndexedDataset(demo.indexed), "volume.mrc"), ("particles.cs", templates)):
+        with pytest.raises(ArgumentError, match=r"takes a data set, .*, and Templates, .* not a \w+ and a \w+"):
+            stream_likelihood(*wrong, [[0.0, 0.0]])

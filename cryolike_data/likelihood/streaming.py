@@ -92,6 +92,11 @@ def stream_likelihood(
     ArgumentError, TableError
         if images and templates do not fit each other, or the table has no optics
     """
+    if not isinstance(dataset, ParticleDataset) or not isinstance(templates, Templates):
+        raise ArgumentError(
+            "The likelihood takes a data set, such as IndexedDataset(...), and Templates, such as Templates.from_volume(...), "
+            f"and not a {type(dataset).__name__} and a {type(templates).__name__}."
+        )
     batch_size = operator.index(batch_size)
     if batch_size < 1:
         raise ArgumentError(f"batch_size is at least 1, not {batch_size}")
