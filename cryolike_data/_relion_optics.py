@@ -11,11 +11,10 @@ from typing import Any, Self
 import numpy as np
 
 from .ctf import Ctf
-from .errors import TableError
 
 log = logging.getLogger(__name__)
 
-# Without an equivalent in RELION (beam shift), or without one that holds for every box.
+# RELION tells trefoil and tetrafoil by Zernike polynomials; how those of CryoSPARC translate is confirmed by nothing at hand.
 _LEFT_OUT = ("beam_shift_A", "trefoil_A", "tetrafoil_A")
 _KNOWN = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast")
 #: What a group has in common, and how many numbers each of it is.
@@ -33,12 +32,15 @@ class OpticsGroups:
     Attributes
     ----------
     columns : by RELION's name, one row per group
-    left_out : fields of ``Ctf`` that some particle has and a star file does not tell: beam shift, trefoil and tetrafoil
+    left_out : fields of ``Ctf`` that some particle has and a star file does not tell: beam shift, trefoil and tetrafoil, and a beam tilt
+        without spherical aberration
+    half_sets : which there are among the particles
     """
 
     columns: dict[str, np.ndarray]
     left_out: tuple[str, ...]
     _numbers: dict[bytes, int]
+    half_sets: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, parts: Iterable[Ctf[np.ndarray]]) -> Self:
@@ -47,35 +49,32 @@ class OpticsGroups:
         Raises
         ------
         TableError
-            if voltage, spherical aberration or amplitude contrast are not known, or a beam tilt is impossible
+            if voltage, spherical aberration or amplitude contrast are not known
         """
         rows: dict[bytes, np.ndarray] = {}
         dtypes: dict[str, np.dtype[Any]] = {}
         left_out: dict[str, None] = {}
-        tilted: list[int] = []
-        seen = 0
         for ctf in parts:
             ctf.require(*_KNOWN)
             left_out |= dict.fromkeys(name for name in _LEFT_OUT if (value := getattr(ctf, name)) is not None and value.any())
             dtypes |= {name: value.dtype for name, value in ctf.items()}
             shared = _shared(ctf)
-            tilted += (seen + np.flatnonzero(_impossible_tilt(shared))).tolist()
             rows |= {row.tobytes(): row for row in shared[_different(shared)[0]]}
-            seen += len(shared)
-        if tilted:
-            raise TableError(
-                f"The beam tilt (tilt_A) of {len(tilted)} particles, the first in row {tilted[0]}, is larger than their "
-                "spherical aberration, so it is no angle. Correct ctf/tilt_A and ctf/cs_mm in the table."
-            )
         found = np.array(list(rows.values())).reshape(-1, sum(_SHARED.values()))
         found = found[np.lexsort(found.T[::-1])]
+        of = _by_name(found)
+        if (of["tilt_A"].any(axis=1) & (of["spherical_aberration_mm"][:, 0] == 0)).any():
+            left_out["tilt_A of particles without spherical aberration"] = None
         return cls(_columns(found, dtypes), tuple(left_out), {row.tobytes(): number for number, row in enumerate(found, 1)})
 
-    def warn_of_left_out(self) -> None:
-        """Log what is lost, if anything is."""
+    def warn(self) -> None:
+        """Log what is lost, if anything is, and what is not certain."""
         if self.left_out:
-            told = ", ".join(self.left_out)
-            log.warning("%s: left out of the star file, because RELION has no equivalent that holds for every box.", told)
+            log.warning(
+                "%s: left out of the star file, because it cannot be told with certainty how RELION names it.", ", ".join(self.left_out)
+            )
+        if "rlnBeamTiltX" in self.columns:
+            log.warning("The beam tilt in the star file has RELION's sign, if tilt_A has that; nothing published says so.")
 
     def numbers(self, ctf: Ctf[np.ndarray]) -> np.ndarray:
         """(N,) int64, the group of each of N of the particles, from 1 without gaps."""
@@ -119,25 +118,19 @@ def _columns(groups: np.ndarray, dtypes: dict[str, np.dtype[Any]]) -> dict[str, 
     names = np.array(list(_group_names(of["exposure_group"][:, 0].astype(np.int64).tolist())), object)
     columns = {"rlnOpticsGroupName": names, "rlnOpticsGroup": np.arange(1, len(groups) + 1)}
     columns |= zip(("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast"), (of[name][:, 0] for name in _KNOWN), strict=True)
-    if of["tilt_A"].any():
-        columns |= zip(("rlnBeamTiltX", "rlnBeamTiltY"), _beam_tilt_mrad(of["tilt_A"], of["spherical_aberration_mm"]).T, strict=True)
+    tilt_mrad = _beam_tilt_mrad(of["tilt_A"], of["spherical_aberration_mm"])
+    if tilt_mrad.any():
+        columns |= zip(("rlnBeamTiltX", "rlnBeamTiltY"), tilt_mrad.T, strict=True)
     if of["anisomag"].any():
         matrix = np.eye(2).ravel() + of["anisomag"]
         columns |= zip(("rlnMagMat00", "rlnMagMat01", "rlnMagMat10", "rlnMagMat11"), matrix.T, strict=True)
     return columns
 
 
-def _impossible_tilt(shared: np.ndarray) -> np.ndarray:
-    """Whether a beam tilt is larger than the spherical aberration that it is a part of."""
-    of = _by_name(shared)
-    impossible: np.ndarray = (np.abs(of["tilt_A"]) > of["spherical_aberration_mm"] * 1e7).any(axis=1)
-    return impossible
-
-
 def _beam_tilt_mrad(tilt_A: np.ndarray, cs_mm: np.ndarray) -> np.ndarray:
-    """The angle whose sine is tilt_A / Cs, as pyem converts it."""
+    """tilt_A / Cs: RELION's phase is proportional to the tilt times Cs (``TiltHelper``); 0 where there is no Cs to tell it by."""
     cs_A = cs_mm.astype(np.float64) * 1e7
-    return np.arcsin(tilt_A.astype(np.float64) / np.where(cs_A > 0, cs_A, 1)) * 1e3
+    return np.where(cs_A > 0, tilt_A.astype(np.float64) / np.where(cs_A > 0, cs_A, 1) * 1e3, 0)
 
 
 def _group_names(exposures: list[int]) -> Iterable[str]:

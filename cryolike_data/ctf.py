@@ -157,8 +157,8 @@ def ctf_values(ctf: Ctf[Tensor] | Ctf[np.ndarray], frequency: Tensor, angle_rad:
       left to the caller.
 
     How well this is attested: bfactor and anisomag are RELION's (``ctf.h``, ``obs_model.cpp``). So is beam_tilt with its sign
-    (``tilt_helper.cpp``; ``selfApplyBeamTilt`` takes the same phase out of images), if ``tilt_A`` is Cs sin(tilt) with the
-    sign of rlnBeamTilt, as pyem and specter convert it. CryoSPARC has not published its own formulas. Trefoil and tetrafoil are
+    (``tilt_helper.cpp``; ``selfApplyBeamTilt`` takes the same phase out of images), if ``tilt_A`` is Cs times the tilt with the
+    sign of rlnBeamTilt, as specter takes it. CryoSPARC has not published its own formulas. Trefoil and tetrafoil are
     what the package specter reports from CryoSPARC's ``newctf.py``, with specter's angle, which runs from y to x, turned into ours.
     The signs of trefoil and beam tilt relative to each other are specter's too, but specter uses both in exp(-i p), against RELION.
     So the common sign of the odd terms is RELION's and not confirmed for CryoSPARC's tables; ``.conj()`` of the result has the other.

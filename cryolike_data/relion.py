@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,17 @@ def star_optics(parts: Iterable[Particles]) -> OpticsGroups:
     Raises
     ------
     TableError
-        if voltage, spherical aberration, amplitude contrast or defocus are not known, or a beam tilt is impossible
+        if voltage, spherical aberration, amplitude contrast or defocus are not known
     """
+    half_sets: set[int] = set()
+
+    def optics() -> Iterator[Ctf[np.ndarray]]:
+        for part in parts:
+            half_sets.update([] if part.half_set is None else np.unique(part.half_set).tolist())
+            yield _optics_of(part)
+
     try:
-        return OpticsGroups.of(_optics_of(part) for part in parts)
+        return replace(OpticsGroups.of(optics()), half_sets=frozenset(half_sets))
     except TableError as error:
         raise TableError(f"A star file needs the optics of the particles (voltage, Cs, amplitude contrast, defocus). {error}") from error
 
@@ -48,8 +56,8 @@ def _optics_of(particles: Particles) -> Ctf[np.ndarray]:
 def optics_block(groups: OpticsGroups, *, box: int, pixel_size: float) -> dict[str, np.ndarray]:
     """The block ``optics`` of a star file: one row per optics group, columns by RELION's names.
 
-    Beam tilt and anisotropic magnification are given here; trefoil, tetrafoil and beam shift are left out, with a warning where there
-    are any.
+    Beam tilt and anisotropic magnification are given here; trefoil, tetrafoil, beam shift and a beam tilt without spherical aberration
+    are left out, with a warning where there are any.
 
     Parameters
     ----------
@@ -57,7 +65,7 @@ def optics_block(groups: OpticsGroups, *, box: int, pixel_size: float) -> dict[s
     box : box of the images, pixels
     pixel_size : of the images, angstrom
     """
-    groups.warn_of_left_out()
+    groups.warn()
     images = {"rlnImagePixelSize": float(pixel_size), "rlnImageSize": box, "rlnImageDimensionality": 2}
     return groups.columns | {name: np.full(len(groups.columns["rlnOpticsGroup"]), value) for name, value in images.items()}
 
@@ -65,7 +73,8 @@ def optics_block(groups: OpticsGroups, *, box: int, pixel_size: float) -> dict[s
 def particle_block(particles: Particles, groups: OpticsGroups, *, image_names: Sequence[str]) -> dict[str, np.ndarray]:
     """The block ``particles`` of a star file, or a piece of it: one row per particle, columns by RELION's names.
 
-    What is not known of the particles has no column.
+    What is not known of the particles has no column, and half sets have none where all particles are in one: RELION would refuse to refine
+    such, but makes half sets itself where there are none.
 
     Parameters
     ----------
@@ -100,7 +109,7 @@ def particle_block(particles: Particles, groups: OpticsGroups, *, image_names: S
         found |= zip(("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"), euler_angles_deg(particles.pose).T, strict=True)
     if particles.shift_A is not None:
         found |= zip(("rlnOriginXAngst", "rlnOriginYAngst"), particles.shift_A.T, strict=True)
-    if particles.half_set is not None:
+    if particles.half_set is not None and len(groups.half_sets) > 1:
         found["rlnRandomSubset"] = particles.half_set + 1
     return {name: column for name, column in found.items() if column is not None}
 

@@ -69,7 +69,7 @@ def plan_of(kind: str, dataset: ParticleDataset, target: Path) -> ExportPlan:
 def cluster() -> Iterator[Any]:
     """A cluster of three worker processes."""
     distributed = pytest.importorskip("distributed")
-    with distributed.LocalCluster(n_workers=3, threads_per_worker=1, processes=True, dashboard_address=None) as started:
+    with distributed.LocalCluster(n_workers=3, threads_per_worker=1, processes=True, dashboard_address=":0") as started:
         yield started
 
 

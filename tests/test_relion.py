@@ -14,13 +14,14 @@ import numpy as np
 import pandas
 import pytest
 import starfile
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.spatial.transform import Rotation
 
 from cryolike_data import IndexedDataset
-from cryolike_data.ctf import Ctf
+from cryolike_data.ctf import Ctf, electron_wavelength_A
 from cryolike_data.demo import DemoProject
 from cryolike_data.errors import ExportError, MissingDependencyError, TableError
 from cryolike_data.particles import Particles
@@ -253,7 +254,7 @@ def test_particles_in_pieces_make_the_same_file() -> None:
 
 def test_beam_tilt_is_an_angle_in_mrad() -> None:
     tilt_mrad = np.array([0.3, -1.2])
-    tilt_A = np.tile(np.sin(tilt_mrad * 1e-3) * 2.7e7, (N, 1)).astype(np.float32)
+    tilt_A = np.tile(tilt_mrad * 1e-3 * 2.7e7, (N, 1)).astype(np.float32)
     optics = tables(particles(tilt_A=tilt_A))["optics"]
     np.testing.assert_allclose([optics["rlnBeamTiltX"], optics["rlnBeamTiltY"]], tilt_mrad[:, None], rtol=1e-6)
 
@@ -270,13 +271,33 @@ def test_no_beam_tilt_goes_without_spherical_aberration() -> None:
     np.testing.assert_allclose(optics["rlnBeamTiltX"], [0, 100 / 2.7e7 * 1e3], rtol=1e-6)
 
 
-def test_an_impossible_beam_tilt_is_refused() -> None:
-    tilt_A = np.zeros((N, 2), np.float32)
-    tilt_A[3, 1] = 3e7
-    with pytest.raises(TableError, match=r"1 particles, the first in row 3"):
-        tables(particles(tilt_A=tilt_A))
-    with pytest.raises(TableError, match=r"1 particles, the first in row 3"):
-        star_optics(particles(tilt_A=tilt_A).stretches(2))
+@pytest.mark.parametrize("cs_mm", [2.7, 0.01, 0.001])
+def test_relion_applies_the_phase_of_the_table(cs_mm: float) -> None:
+    """At small Cs the tilt is no small angle, and RELION's phase is proportional to it all the same."""
+    tilt_A = np.tile(np.array([9000.0, -4000.0], np.float32), (N, 1))
+    blocks = tables(particles(tilt_A=tilt_A, spherical_aberration_mm=np.full(N, cs_mm, np.float32), voltage_kv=np.full(N, 300, np.float32)))
+    tilt_mrad = [blocks["optics"][f"rlnBeamTilt{axis}"][0] for axis in "XY"]
+    k, wavelength = np.array([0.1, 0.2]), float(electron_wavelength_A(torch.tensor(300.0, dtype=torch.float64)))
+    # TiltHelper::insertTilt and selfApplyBeamTilt of RELION: Cs in mm, tilts in mrad.
+    theirs = 2 * np.pi * cs_mm * 1e7 * wavelength**2 * (k @ k) * (k @ tilt_mrad) * 1e-3
+    np.testing.assert_allclose(theirs, 2 * np.pi * wavelength**2 * (k @ k) * (k @ tilt_A[0]), rtol=1e-6)
+
+
+def test_a_beam_tilt_without_spherical_aberration_is_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    cs_mm = np.array([0, 0, 0, 2.7, 2.7, 2.7], np.float32)
+    optics = tables(particles(spherical_aberration_mm=cs_mm, tilt_A=np.tile(np.float32([100, 50]), (N, 1))))["optics"]
+    np.testing.assert_allclose(optics["rlnBeamTiltX"], [0, 100 / 2.7e7 * 1e3], rtol=1e-6)
+    assert "tilt_A of particles without spherical aberration: left out" in caplog.text
+    optics = tables(particles(spherical_aberration_mm=0 * cs_mm, tilt_A=np.ones((N, 2), np.float32)))["optics"]
+    assert "rlnBeamTiltX" not in optics
+
+
+@pytest.mark.parametrize(("half_set", "written_"), [([0] * N, False), ([1] * N, False), ([0, 0, 0, 1, 1, 1], True), (None, False)])
+def test_half_sets_are_written_where_there_are_two(half_set: list[int] | None, written_: bool) -> None:
+    chosen = particles(half_set=None if half_set is None else np.array(half_set))
+    groups = star_optics(chosen.stretches(2))
+    pieces = [particle_block(chosen[k : k + 2], groups, image_names=NAMES[k : k + 2]) for k in range(0, N, 2)]
+    assert {"rlnRandomSubset" in piece for piece in pieces} == {written_}
 
 
 def test_magnification_is_the_whole_matrix() -> None:
