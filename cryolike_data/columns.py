@@ -35,9 +35,10 @@ class Columns:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All columns by name."""
-        if callable(self._tensors):
-            self._tensors = self._tensors()
-        return self._tensors
+        tensors = self._tensors  # another thread may be at it too
+        if callable(tensors):
+            self._tensors = tensors = tensors()
+        return tensors
 
     @property
     def ctf(self) -> Ctf[Tensor] | None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
+import sys
+import threading
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +36,27 @@ def test_columns_are_made_when_one_is_used_and_only_once() -> None:
     assert columns.tensors["uid"].tolist() == [-5, 7, 2**62]
     assert columns.ctf is not None
     assert len(made) == 1
+
+
+@pytest.mark.parametrize("line", [0, 1, 2])
+def test_columns_may_be_made_by_another_thread_in_between(line: int) -> None:
+    columns, passed = Columns(some_columns), itertools.count()
+
+    def let_another_thread_in(frame: FrameType, event: str, _: Any) -> Any:
+        if event == "line" and next(passed) == line:
+            another = threading.Thread(target=lambda: columns.tensors)
+            another.start()
+            another.join()
+        return let_another_thread_in
+
+    before = sys.gettrace()
+    sys.settrace(let_another_thread_in)
+    try:
+        names = columns.names
+    finally:
+        sys.settrace(before)
+    assert next(passed) > line
+    assert names == tuple(some_columns())
 
 
 def test_moving_keeps_every_value_dtype_and_shape() -> None:
