@@ -70,17 +70,24 @@ class LookAhead:
             yield item
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:  # Ctrl-C; there is no __exit__ then
+            self._end()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._end()
+        # Python may collect an abandoned iteration in any thread, this one too.
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _end(self) -> None:
         with self._wake:
             self._open = False
             self._waiting.clear()
             self._wake.notify_all()
-        # Python may collect an abandoned iteration in any thread, this one too.
-        if self._thread is not threading.current_thread():
-            self._thread.join()
 
     def _depth(self, batch_size: int) -> int:
         return min(self._batches, max(1, MAX_BYTES_AHEAD // max(1, batch_size * self._dataset.image_bytes)))

@@ -247,6 +247,22 @@ def test_the_thread_ends_however_the_iteration_ends(stop: Callable[[ParticleSamp
     assert own_threads() == []
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("can't start new thread")], ids=repr)
+def test_the_thread_ends_when_its_start_is_broken_off(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    start = threading.Thread.start
+
+    def start_and_fail(thread: threading.Thread) -> None:
+        start(thread)
+        raise error
+
+    look = LookAhead(Asked(), 2)
+    monkeypatch.setattr(threading.Thread, "start", start_and_fail)
+    with pytest.raises(type(error)), look:
+        raise AssertionError("nothing is to be done inside")
+    look._thread.join(10)
+    assert own_threads() == []
+
+
 def test_an_iteration_closed_by_the_garbage_collector_in_the_asking_thread_ends_in_peace(recwarn: pytest.WarningsRecorder) -> None:
     # Garbage collection may run in any thread, and closes generators that are part of a cycle there.
     errors: list[BaseException] = []
