@@ -43,7 +43,9 @@ class ParticleSampler(Sampler[list[int]]):
     Every particle comes exactly once over all ranks. Nothing is repeated to fill up: without ``drop_last`` the last step is
     shared out evenly, so that a rank may get a smaller batch, or none, in it.
 
-    After the last batch of an epoch the sampler moves on to the next epoch by itself; ``set_epoch`` overrides.
+    After the last batch of an epoch the sampler moves on to the next epoch by itself; ``set_epoch`` overrides. What
+    counts is what was drawn: workers of a ``DataLoader`` draw ahead, so that the loop after one that was broken off near its end may be
+    over the next epoch. Call ``set_epoch`` before each loop where that matters.
     """
 
     def __init__(
@@ -109,6 +111,9 @@ class ParticleSampler(Sampler[list[int]]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from a state, at any number of ranks and any batch size."""
+        missing = [name for name in ("seed", "epoch", "position") if name not in state]
+        if missing:
+            raise ArgumentError(f"a state has a seed, an epoch and a position, and there is no {' and no '.join(missing)} in {state!r}")
         seed, epoch, position = (int(state[name]) for name in ("seed", "epoch", "position"))
         if not 0 <= position <= self._n:
             raise ArgumentError(f"position {position} is not one of a data set of {self._n} particles; is the state of another data set?")

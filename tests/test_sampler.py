@@ -254,6 +254,15 @@ def test_a_position_outside_the_data_set_is_an_error(position: int) -> None:
         sampler.load_state_dict({"seed": 0, "epoch": 0, "position": position})
 
 
+@pytest.mark.parametrize("state", [{}, {"seed": 1, "epoch": 2}, {"position": 4}], ids=str)
+def test_a_state_that_lacks_something_is_an_error_that_names_it_and_changes_nothing(state: dict[str, int]) -> None:
+    sampler = ParticleSampler(Rows(20), 4)
+    with pytest.raises(ArgumentError) as caught:
+        sampler.load_state_dict(state)
+    assert all((f"no {name}" in str(caught.value)) == (name not in state) for name in ("seed", "epoch", "position"))
+    assert sampler.state_dict() == {"seed": 0, "epoch": 0, "position": 0}
+
+
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> IndexedDataset:
     return IndexedDataset(write_particles(tmp_path_factory.mktemp("data"), 40, stacks=3)[0])
