@@ -33,6 +33,10 @@ class RowIndexError(CryolikeDataError, IndexError):
     """A row outside the data set."""
 
 
+class IterationError(CryolikeDataError, RuntimeError):
+    """An iteration that cannot go on."""
+
+
 class ExportError(CryolikeDataError, ValueError):
     """An export that cannot be written as asked."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
+import sys
 import threading
 import time
 import weakref
@@ -28,10 +30,18 @@ _TOGETHER_BYTES = 8 << 20
 #: ahead could hide behind.
 _BUSY_SECONDS, _BUSY_SHARE = 2e-4, 0.25
 
+#: Seconds that a thread which may never have started is waited for.
+_LONGEST_START = 1.0
+
 #: A batch, and before it the position in the epoch after it.
 Placed = tuple[int, ParticleBatch]
 
 _READERS: weakref.WeakSet[Reader] = weakref.WeakSet()
+
+#: Held while a reader's thread starts, which for a moment changes what other threads take for torch's number of threads.
+_STARTING = threading.Lock()
+if sys.platform != "win32":  # a fork has no thread that would release it
+    os.register_at_fork(before=_STARTING.acquire, after_in_parent=_STARTING.release, after_in_child=_STARTING.release)
 
 
 @atexit.register
@@ -45,7 +55,8 @@ class Reader:
     """Batches in the order of the sampler, read ahead by a thread while the consumer is busy.
 
     Batches that are not there when the consumer asks are read by the consumer itself, several small ones in one call: handing
-    them over from a thread would take longer. The thread runs whenever the consumer has something else to do.
+    them over from a thread would take longer. The thread runs whenever the consumer has something else to do, from the start of
+    the iteration until ``close``.
 
     Parameters
     ----------
@@ -59,22 +70,18 @@ class Reader:
         self._together = max(1, min(_TOGETHER_BYTES // (sampler.batch_size * dataset.image_bytes), 1 + ahead))
         self._steps = sampler.steps()
         self._filled: deque[Placed] = deque()
-        self._reading = threading.Lock()  # whoever holds it reads the next batches, so that they come in order
+        self._reading = threading.RLock()  # whoever holds it reads the next batches, so that they come in order
         self._error: BaseException | None = None
         self._read_seconds = 0.0
         self._busy = True  # the consumer
         self._finished = self.closed = self._by_thread = False
         self._wake, self._ready = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="cryolike-reader", daemon=True)
+        self._process = os.getpid()
         _READERS.add(self)
-        # Asked for first, because torch sets up a thread's number when it is first needed, from a default that the reader changes.
-        threads = torch.get_num_threads()
-        self._thread.start()
-        self._ready.wait()
-        # torch keeps the number of threads per thread, but its default for threads to come was changed by the reader's.
-        torch.set_num_threads(threads)
 
     def __iter__(self) -> Iterator[Placed]:
+        self._start()
         while (read := self._next()) is not None:
             self._fill_up()
             left = time.perf_counter()
@@ -86,22 +93,38 @@ class Reader:
 
     def ready(self) -> Placed | None:
         """The next batch if it has been read ahead."""
-        if not self._filled:
+        try:
+            read = self._filled.popleft()
+        except IndexError:
             return None
-        read = self._filled.popleft()
         self._fill_up()
         return read
 
     def close(self) -> None:
-        """End the thread; what it has read ahead goes back to the ring."""
+        """End the thread; what it has read ahead goes back to the ring. From any thread; what is being read is waited for."""
         self.closed = True
         self._wake.set()
-        # Python may collect an abandoned iteration in any thread, this one too.
-        if self._thread is threading.current_thread():
+        # Python may collect an abandoned iteration in any thread, this one too. In a fork, what the thread was at stays undone.
+        if self._thread is threading.current_thread() or self._process != os.getpid():
             return
-        self._thread.join()
-        self._steps.close()
-        self._filled.clear()
+        if self._thread.is_alive():
+            self._thread.join()
+        with self._reading:
+            self._steps.close()
+            self._filled.clear()
+
+    def _start(self) -> None:
+        with _STARTING:
+            # Asked for first, because torch sets up a thread's number when it is first needed, from a default that the reader changes.
+            threads = torch.get_num_threads()
+            try:
+                self._thread.start()
+                self._ready.wait()
+            finally:
+                # torch keeps the number of threads per thread, but its default for threads to come is changed by the reader's. That
+                # has to come before this, after Ctrl-C too.
+                self._ready.wait(_LONGEST_START)
+                torch.set_num_threads(threads)
 
     def _fill_up(self) -> None:
         # Not for one batch at a time: each time the thread wakes, it takes the interpreter lock from a busy consumer once more.
@@ -114,8 +137,10 @@ class Reader:
                 if not self._filled:
                     self._by_thread = False
                     self._read(self._together)
-        if self._filled:
+        try:
             return self._filled.popleft()
+        except IndexError:  # the end, or another thread has closed the reader
+            pass
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -140,7 +165,7 @@ class Reader:
         An error is for the consumer, with its traceback, after the batches before it.
         """
         try:
-            steps = [] if self._finished else list(islice(self._steps, count))
+            steps = [] if self._finished or self.closed else list(islice(self._steps, count))
             self._finished = len(steps) < count
             if steps:
                 started = time.perf_counter()

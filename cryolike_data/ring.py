@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import defaultdict
+from collections import defaultdict, deque
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,41 +17,54 @@ _ALIGNMENT = 64
 class BufferRing:
     """Buffers for images: as many as are in use at a time, which is up to whoever borrows them and holds on to them.
 
+    They are lent by one thread at a time, and come back from any.
+
     Parameters
     ----------
     shape : of an image
     dtype : of its pixels
     pinned : page-locked memory, for copies to CUDA that overlap with everything else
+    keep : free buffers of one size that are kept, at most; those that came back first go
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> None:
-        self._shape, self._dtype, self._pinned = shape, dtype, pinned
-        self._free: defaultdict[int, list[np.ndarray]] = defaultdict(list)  # by the number of images
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool, keep: int) -> None:
+        self._shape, self._dtype, self._pinned, self._keep = shape, dtype, pinned, keep
+        self._free: defaultdict[int, deque[np.ndarray]] = defaultdict(partial(deque, maxlen=keep))  # by the number of images
         self._lent: dict[int, _Loan] = {}
-        self._closed = False
+        self._back: deque[_Loan] = deque()  # in the order in which their buffers came back
 
     def lend(self, images: int) -> Tensor:
         """A tensor of so many images, to be filled, whose storage gives its buffer back when its last user lets go of it.
 
         The buffer is the one of this size that was given back last, which the cache may still hold, or a new one.
         """
+        self._take_back()
         free = self._free[images]
         buffer = free.pop() if free else _aligned((images, *self._shape), self._dtype, pinned=self._pinned)
         # A new array object, which torch keeps alive for exactly as long as any tensor shares this storage.
         view = buffer[:]
-        loan = _Loan(view, self._give_back)
+        # What is called must not be Python code: Ctrl-C that comes in there is lost, as a weak reference has nobody to raise it to.
+        loan = _Loan(view, self._back.append)
         loan.buffer = buffer
         self._lent[id(loan)] = loan  # a weak reference that nobody keeps calls nobody
         return torch.from_numpy(view)
 
+    def rest(self) -> None:
+        """Forget the buffers that were lent first, but for as many as are kept: their memory goes with their last users."""
+        self._take_back()
+        for lent in list(self._lent)[: -self._keep]:
+            self._lent.pop(lent, None)
+
     def close(self) -> None:
-        """Let go of all free buffers, and of the others as they come back."""
-        self._closed = True
+        """Let go of all free buffers, and of the others as soon as nobody uses them."""
+        self._lent.clear()
+        self._back.clear()
         self._free.clear()
 
-    def _give_back(self, loan: _Loan) -> None:
-        del self._lent[id(loan)]
-        if not self._closed:
+    def _take_back(self) -> None:
+        while self._back:
+            loan = self._back.popleft()
+            self._lent.pop(id(loan), None)
             self._free[len(loan.buffer)].append(loan.buffer)
 
 

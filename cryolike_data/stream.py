@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
@@ -13,7 +14,7 @@ from .batch import ParticleBatch
 from .collate import Collate
 from .ctf import CtfTerm
 from .dataset import ParticleDataset
-from .errors import ArgumentError
+from .errors import ArgumentError, IterationError
 from .polar_batch import PolarCollate
 from .reader import Placed, Reader
 from .ring import BufferRing
@@ -23,6 +24,9 @@ from .transforms.normalize import NormalizeMethod
 
 #: Batches that are on the device before the consumer asks for them.
 _ON_DEVICE = 2
+
+#: What to do with a ``torch.utils.data.Subset``.
+_SELECT = "dataset.select(subset.indices) is a data set of the particles of a Subset"
 
 
 def stream(
@@ -47,7 +51,7 @@ def stream(
     ----------
     dataset : the particles
     batch_size : particles per batch (default 256); with ``sampler`` it is the sampler's
-    sampler : which particles come when; by default every one once, in order unless ``shuffle`` is given
+    sampler : over this very data set: which particles come when; by default every one once, in order unless ``shuffle`` is given
     shuffle, seed : for the default sampler, see ``ParticleSampler``
     downsample, normalize : see ``Collate``
     device : where batches go; pixels travel in the dtype of the file
@@ -58,14 +62,23 @@ def stream(
 
     Returns
     -------
-    An iterable of ``ParticleBatch``, once over the epoch for each ``iter``. Each batch is the consumer's for as long as any
-    tensor of it is held: a buffer is used again only after the last of them is gone. Small batches may share a buffer with their
-    neighbours (up to 8 MB).
+    An iterable of ``ParticleBatch``, once over the epoch for each ``iter``; see ``ParticleStream``. Each batch is the consumer's for
+    as long as any tensor of it is held: a buffer is used again only after the last of them is gone. Small batches may share a buffer
+    with their neighbours (up to 8 MB).
+
+    Raises
+    ------
+    ArgumentError
+        if arguments do not go together: a sampler over another data set, for one
     """
+    if not isinstance(dataset, ParticleDataset):
+        raise ArgumentError(f"stream reads a ParticleDataset, not a {type(dataset).__name__}; {_SELECT}")
     if sampler is None:
         sampler = ParticleSampler(dataset, 256 if batch_size is None else batch_size, shuffle=shuffle, seed=seed)
     elif not isinstance(sampler, ParticleSampler):
         raise ArgumentError(f"sampler is a ParticleSampler, not a {type(sampler).__name__}; a DataLoader takes any other batch_sampler")
+    elif sampler.dataset is not dataset:
+        raise ArgumentError(f"sampler is over another data set than the one to be read, whose rows are other particles; {_SELECT}")
     elif batch_size is not None or shuffle is not False or seed != 0:
         raise ArgumentError("batch_size, shuffle and seed are the sampler's; pass either them or sampler")
     if prefetch < 1:
@@ -85,14 +98,18 @@ def stream(
 
 
 class ParticleStream:
-    """What ``stream`` returns: an epoch of batches for each ``iter``, from its beginning or from a state that was loaded."""
+    """What ``stream`` returns: an epoch of batches for each ``iter``, from its beginning or from a state that was loaded.
+
+    A stream has one iteration at a time. A new one ends the one before it, which raises an ``IterationError`` when it is asked for more;
+    two loops at once are for two streams.
+    """
 
     def __init__(
         self, dataset: ParticleDataset, sampler: ParticleSampler, collate: Collate | None, device: torch.device | None, prefetch: int
     ) -> None:
         self.dataset, self.sampler, self.collate, self.device, self.prefetch = dataset, sampler, collate, device, prefetch
+        # Of what was handed out; each iteration has its own dict, so that one that was ended by another no longer moves the stream.
         self._state = sampler.state_dict()
-        self._position = self._state["position"]  # of the particles that were handed out
         self._resume: dict[str, int] | None = None
         self._reader: Reader | None = None
         # Kept from epoch to epoch, because fresh memory costs as much as the reading of a batch into it.
@@ -101,50 +118,53 @@ class ParticleStream:
         self._copying: deque[tuple[torch.cuda.Event, ParticleBatch]] = deque()
 
     def __len__(self) -> int:
-        return len(self.sampler)
+        """Batches of the next iteration."""
+        return len(self._resumed())
 
     def __iter__(self) -> Iterator[ParticleBatch]:
-        self._stop()
-        if self._resume is not None:
-            self.sampler.load_state_dict(self._resume)
-            self._resume = None
-        self._state = self.sampler.state_dict()
-        self._position, epoch = self._state["position"], self._state["epoch"]
-        if self._ring is None:
-            self._ring = BufferRing((self.dataset.box, self.dataset.box), self.dataset.dtype, pinned=self._cuda)
-        reader = self._reader = Reader(self.dataset, self.sampler, self.prefetch, self._ring)
+        # The reader runs ahead, so it draws from a sampler of its own: how far it has come must not decide which epoch is the next.
+        sampler = copy.copy(self._resumed())
+        self._resume = None
+        state = self._state = sampler.state_dict()
+        self.sampler.set_epoch(state["epoch"])
+        ring = self._ring = self._ring or self._new_ring()
+        reader = Reader(self.dataset, sampler, self.prefetch, ring)
+        self._take_over(reader)
         as_read = self.device is None and self.collate is None
         batches = self._on_device(reader) if self._cuda else iter(reader) if as_read else map(self._on_host, reader)
         try:
             for position, batch in batches:
-                self._position = position
+                state["position"] = position
                 yield batch
             if not reader.closed:
-                epoch += 1
-                self._state, self._position = self._state | {"epoch": epoch}, 0
+                if self._state is state:
+                    self.sampler.set_epoch(state["epoch"] + 1)
+                    self._state = self.sampler.state_dict()
+            elif self._reader not in (None, reader):
+                raise IterationError("another iteration over this stream has begun, which ended this one; make a stream for each")
         finally:
             reader.close()
             for copied, _ in self._copying:
                 copied.synchronize()  # a buffer that is still being copied from must not be filled again
             self._copying.clear()
-            # The reader runs ahead: whether it had come to the end of the epoch must not decide what the next one is.
-            self.sampler.set_epoch(epoch)
+            if self._reader is reader:
+                ring.rest()
 
     def close(self) -> None:
-        """End a started iteration, whose thread is gone when this returns, and let go of the buffers."""
-        self._stop()
+        """End a started iteration, whose thread is gone when this returns, and let go of the buffers. From any thread."""
+        self._take_over(None)
         if self._ring is not None:
             self._ring.close()
             self._ring = None
 
     def state_dict(self) -> dict[str, int]:
         """Seed, epoch and position after the last batch that was handed out."""
-        return self._state | {"position": self._position}
+        return dict(self._state)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next iteration go on from a state."""
-        self._resume = self._state = dict(state)
-        self._position = state["position"]
+        """Let the next iteration go on from a state, whatever epoch the sampler is set to until then."""
+        self.sampler.load_state_dict(state)
+        self._resume = self._state = self.sampler.state_dict()
 
     def __enter__(self) -> Self:
         return self
@@ -152,10 +172,22 @@ class ParticleStream:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _stop(self) -> None:
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
+    def _take_over(self, reader: Reader | None) -> None:
+        """Close the last reader, once another one, or none, has its place: its iteration looks who has ended it."""
+        last, self._reader = self._reader, reader
+        if last is not None:
+            last.close()
+
+    def _resumed(self) -> ParticleSampler:
+        """The sampler where the next iteration starts."""
+        if self._resume is not None:
+            self.sampler.load_state_dict(self._resume)
+        return self.sampler
+
+    def _new_ring(self) -> BufferRing:
+        # What may be in use at once: read ahead, being read, held by the consumer, and being copied.
+        keep = self.prefetch + 2 + _ON_DEVICE
+        return BufferRing((self.dataset.box, self.dataset.box), self.dataset.dtype, pinned=self._cuda, keep=keep)
 
     @property
     def _cuda(self) -> bool:

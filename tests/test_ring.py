@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -14,16 +16,17 @@ from torch import Tensor
 
 from cryolike_data.ring import BufferRing
 
+KEEP = 5
 DTYPES = [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.float16, torch.float32]
 
 
 def ring(dtype: torch.dtype = torch.float32) -> BufferRing:
-    return BufferRing((5, 5), dtype, pinned=False)
+    return BufferRing((5, 5), dtype, pinned=False, keep=KEEP)
 
 
 def free(source: BufferRing) -> list[np.ndarray]:
     """All buffers that nobody has."""
-    return [buffer for buffers in source._free.values() for buffer in buffers]
+    return [buffer for buffers in source._free.values() for buffer in buffers] + [loan.buffer for loan in source._back]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -60,6 +63,11 @@ def test_the_buffer_given_back_last_is_lent_first() -> None:
     del second
     again = [source.lend(4), source.lend(4)]
     assert [lent.data_ptr() for lent in again] == addresses
+
+
+def memory(source: BufferRing) -> list[weakref.ref[np.ndarray]]:
+    """What owns the memory of each buffer that is lent."""
+    return [weakref.ref(loan.buffer.base) for loan in source._lent.values()]
 
 
 HOLDERS: dict[str, Callable[[Tensor], Any]] = {
@@ -124,6 +132,71 @@ def test_a_closed_ring_keeps_nothing() -> None:
     assert free(source) == []
 
 
+def test_no_python_code_runs_when_a_buffer_comes_back() -> None:
+    # It would run inside a destructor, where Ctrl-C is only printed.
+    called: list[str] = []
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        called.append(frame.f_code.co_qualname)
+
+    source = ring()
+    lent, before = source.lend(4), sys.gettrace()
+    sys.settrace(note)
+    try:
+        del lent
+    finally:
+        sys.settrace(before)
+    assert called == []
+    assert len(free(source)) == 1
+
+
+@pytest.mark.parametrize("images", [4, 7])
+def test_no_more_free_buffers_are_kept_than_asked_for(images: int) -> None:
+    source = ring()
+    lent = [source.lend(4) for _ in range(3 * KEEP)]
+    last = [tensor.data_ptr() for tensor in lent[-KEEP:]]
+    while lent:
+        del lent[0]
+    source.lend(images)
+    assert [buffer.ctypes.data for buffer in free(source) if len(buffer) == 4] == last
+
+
+def test_buffers_that_are_held_while_a_ring_rests_are_kept_up_to_a_number_when_they_come_back() -> None:
+    source = ring()
+    lent = [source.lend(4) for _ in range(3 * KEEP)]
+    last = [tensor.data_ptr() for tensor in lent[-KEEP:]]
+    gone = memory(source)
+    source.rest()
+    for number, tensor in enumerate(lent):
+        tensor.fill_(number)
+    assert [int(tensor.max()) for tensor in lent] == list(range(3 * KEEP))
+    assert [buffer() is None for buffer in gone] == [False] * 3 * KEEP
+    del tensor
+    while lent:
+        del lent[0]
+    assert sorted(buffer.ctypes.data for buffer in free(source)) == sorted(last)
+    assert [buffer() is None for buffer in gone] == [True] * 2 * KEEP + [False] * KEEP
+
+
+def test_buffers_that_came_back_before_a_ring_rests_are_kept_up_to_a_number() -> None:
+    source = ring()
+    lent = [source.lend(4) for _ in range(3 * KEEP)]
+    lent.clear()
+    source.rest()
+    assert len(free(source)) == KEEP
+
+
+def test_a_closed_ring_keeps_nothing_that_came_back_before() -> None:
+    source = ring()
+    lent = [source.lend(4) for _ in range(3)]
+    gone = memory(source)
+    lent.pop()
+    source.close()
+    assert [buffer() is None for buffer in gone] == [False, False, True]
+    lent.clear()
+    assert [buffer() is None for buffer in gone] == [True] * 3
+
+
 def test_a_ring_that_was_let_go_of_lives_as_long_as_what_it_lent() -> None:
     source = ring()
     lent = source.lend(4)
@@ -138,7 +211,7 @@ def test_a_ring_that_was_let_go_of_lives_as_long_as_what_it_lent() -> None:
 
 @pytest.mark.gpu
 def test_pinned_buffers_are_page_locked_and_come_back_too() -> None:
-    source = BufferRing((5, 5), torch.float32, pinned=True)
+    source = BufferRing((5, 5), torch.float32, pinned=True, keep=KEEP)
     lent = source.lend(3)
     assert lent.is_pinned()
     assert lent.data_ptr() % 64 == 0

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
+import sys
 import threading
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -18,7 +22,8 @@ from support import mapped_files, open_files, own_threads, run_python, same_batc
 import cryolike_data.reader as reader_module
 import cryolike_data.ring as ring_module
 from cryolike_data import Collate, Downsample, IndexedDataset, Normalize, ParticleBatch, ZarrDataset, export_zarr
-from cryolike_data.errors import ArgumentError, StackError
+from cryolike_data.errors import ArgumentError, IterationError, StackError
+from cryolike_data.reader import Reader
 from cryolike_data.sampler import ParticleSampler
 from cryolike_data.stream import ParticleStream, stream
 
@@ -137,6 +142,31 @@ def test_what_the_sampler_decides_is_not_decided_twice(ds: IndexedDataset, optio
         stream(ds, sampler=ParticleSampler(ds, 4), **options)
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda ds: torch.utils.data.random_split(ds, [N - 20, 20])[1],
+        lambda ds: ds.select(np.arange(N)[::-1]),
+        lambda ds: ds.select(np.tile(np.arange(N), 2)),
+        lambda ds: range(N),
+    ],
+    ids=["split", "same length", "longer", "numbers"],
+)
+def test_a_sampler_over_anything_but_the_data_set_is_an_error_that_says_how_to_stream_a_part(
+    ds: IndexedDataset, other: Callable[[IndexedDataset], Any]
+) -> None:
+    with pytest.raises(ArgumentError, match=r"select\(subset\.indices\)"):
+        stream(ds, sampler=ParticleSampler(other(ds), 4))
+
+
+def test_a_subset_is_an_error_whose_remedy_streams_the_subset(ds: IndexedDataset) -> None:
+    subset = torch.utils.data.Subset(ds, [7, 1, 4])
+    with pytest.raises(ArgumentError, match=r"Subset.*select\(subset\.indices\)"):
+        stream(subset)
+    (batch,) = stream(ds.select(subset.indices))
+    assert torch.equal(batch.images, ds.read([7, 1, 4]))
+
+
 @pytest.mark.parametrize("options", [{}, {"normalize": "std"}, {"dtype": torch.float32}], ids=str)
 def test_batches_that_are_held_never_change(ds: IndexedDataset, options: dict[str, Any]) -> None:
     held, copies = [], []
@@ -201,6 +231,32 @@ def test_holding_batches_costs_no_more_than_the_batches(ds: IndexedDataset, allo
     held = list(stream(ds, batch_size=2, prefetch=3))
     assert len(held) == N / 2
     assert N <= sum(shape[0] for shape in allocated) <= N + 2 * (3 + 2)
+
+
+@pytest.mark.parametrize("when", ["in the loop", "after the loop"])
+def test_the_memory_of_many_batches_goes_when_they_are_let_go_of(ds: IndexedDataset, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    memory: list[weakref.ref[np.ndarray]] = []
+    make = ring_module._aligned
+
+    def note(*args: Any, **options: Any) -> np.ndarray:
+        buffer = make(*args, **options)
+        memory.append(weakref.ref(buffer.base))
+        return buffer
+
+    monkeypatch.setattr(ring_module, "_aligned", note)
+    monkeypatch.setattr(reader_module, "_TOGETHER_BYTES", 0)
+    loader = stream(ds, batch_size=2, prefetch=3)
+    held = []
+    for k, batch in enumerate(loader):
+        held.append(batch)
+        if k == 25 and when == "in the loop":
+            held.clear()
+    del batch
+    held.clear()
+    assert len(memory) >= 25
+    assert sum(buffer() is not None for buffer in memory) <= 2 * (3 + 4)
+    loader.close()
+    assert all(buffer() is None for buffer in memory)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -462,6 +518,83 @@ def test_ctrl_c_leaves_no_thread_map_or_file(folder: Path) -> None:
     assert (run.returncode, run.stderr) == (0, "")
 
 
+def torch_threads_of_a_new_thread() -> int:
+    counts: list[int] = []
+    thread = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    return counts[0]
+
+
+@pytest.fixture
+def four_torch_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("four_torch_threads")
+@pytest.mark.parametrize("name", ["cryolike-reader", "cryolike-lookahead"])
+def test_ctrl_c_while_a_thread_starts_leaves_no_thread(ds: IndexedDataset, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    start = threading.Thread.start
+
+    def start_and_interrupt(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == name:
+            raise KeyboardInterrupt
+
+    loader = stream(ds, batch_size=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_and_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            list(loader)
+    wait_until(lambda: own_threads() == [])
+    assert (torch.get_num_threads(), torch_threads_of_a_new_thread()) == (4, 4)
+    assert rows_of(list(loader)) == list(range(N))
+
+
+@pytest.mark.parametrize("name", ["cryolike-reader", "cryolike-lookahead"])
+def test_a_thread_that_cannot_start_is_the_error(ds: IndexedDataset, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(reader_module, "_LONGEST_START", 0.0)
+    with pytest.raises(RuntimeError, match="can't start"):
+        list(stream(ds, batch_size=3))
+    assert own_threads() == []
+
+
+@pytest.mark.usefixtures("four_torch_threads")
+def test_streams_that_start_at_once_leave_the_threads_of_torch_as_they_were(ds: IndexedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    halved, other_started = threading.Event(), threading.Event()
+    set_num_threads, found = torch.set_num_threads, []
+
+    def set_and_let_the_other_start(number: int) -> None:
+        set_num_threads(number)
+        if threading.current_thread().name == "cryolike-reader" and not halved.is_set():
+            halved.set()
+            other_started.wait(0.5)  # which it must not be before this one has
+
+    def start_second() -> None:
+        assert halved.wait(10)
+        next(iter(stream(ds, batch_size=30)))
+        found.append(torch.get_num_threads())
+        other_started.set()
+
+    monkeypatch.setattr(torch, "set_num_threads", set_and_let_the_other_start)
+    second = threading.Thread(target=start_second)
+    second.start()
+    next(iter(stream(ds, batch_size=30)))
+    second.join()
+    assert (found, torch.get_num_threads(), torch_threads_of_a_new_thread()) == ([4], 4, 4)
+
+
 EXIT = """
     import sys, threading, numpy as np
     from cryolike_data import IndexedDataset
@@ -540,16 +673,181 @@ def test_closing_inside_the_loop_does_not_count_as_the_end_of_the_epoch(ds: Inde
     assert loader.sampler.epoch == 0
 
 
-def test_an_iterator_that_another_took_the_place_of_does_not_move_the_epoch(ds: IndexedDataset) -> None:
+def test_an_iterator_that_another_took_the_place_of_is_an_error_and_does_not_move_the_epoch(ds: IndexedDataset) -> None:
     loader = stream(ds, batch_size=7, shuffle=True)
     first = iter(loader)
     next(first)
     second = iter(loader)
     seen = next(second).index.tolist()
-    list(first)
+    with pytest.raises(IterationError, match="a stream for each"):
+        next(first)
     seen += rows_of(list(second))
     assert seen == loader.sampler.rows(np.arange(N), 0).tolist()
     assert loader.sampler.epoch == 1
+
+
+def test_a_loop_inside_a_loop_over_the_same_stream_is_an_error_of_the_outer_one(ds: IndexedDataset) -> None:
+    loader = stream(ds, batch_size=7)
+    inner: list[int] = []
+
+    def loop() -> None:
+        for _ in loader:
+            inner.extend(rows_of(list(loader)))
+
+    with pytest.raises(IterationError):
+        loop()
+    assert inner == list(range(N))
+    with pytest.raises(IterationError):
+        list(zip(loader, loader, strict=True))
+
+
+@pytest.mark.usefixtures("busy")
+@pytest.mark.parametrize("batches_read_ahead", [1, 100])
+def test_an_iterator_that_is_kept_moves_no_epoch_however_far_its_reader_was(ds: IndexedDataset, batches_read_ahead: int) -> None:
+    loader = stream(ds, batch_size=7, shuffle=True, prefetch=batches_read_ahead)
+    kept = iter(loader)
+    next(kept)
+    wait_until(lambda: len(loader._reader._filled) == batches_read_ahead or loader._reader._finished)
+    for epoch in range(3):
+        assert loader.state_dict()["epoch"] == epoch
+        assert rows_of(list(loader)) == loader.sampler.rows(np.arange(N), epoch).tolist()
+        if epoch == 1:
+            kept.close()
+    assert loader.state_dict() == {"seed": 0, "epoch": 3, "position": 0}
+
+
+def test_a_state_that_is_loaded_in_the_loop_is_for_the_next_loop(ds: IndexedDataset) -> None:
+    loader = stream(ds, batch_size=7, shuffle=True)
+    state = {"seed": 3, "epoch": 5, "position": 14}
+    seen: list[int] = []
+    for k, batch in enumerate(loader):
+        seen.extend(batch.index.tolist())
+        if k == 2:
+            loader.load_state_dict(state)
+    other = ParticleSampler(ds, 7)
+    assert seen == other.rows(np.arange(N), 0).tolist()
+    assert loader.state_dict() == state
+    other.load_state_dict(state)
+    assert rows_of(list(loader)) == [row for rows in other for row in rows]
+
+
+def test_the_length_after_a_state_was_loaded_is_that_of_the_rest(ds: IndexedDataset) -> None:
+    loader = stream(ds, batch_size=7)
+    loader.load_state_dict({"seed": 0, "epoch": 2, "position": 35})
+    loader.sampler.set_epoch(2)  # as a trainer does before each epoch
+    assert len(loader) == 4
+    assert len(list(loader)) == 4
+    assert len(loader) == 9
+
+
+@pytest.mark.parametrize("state", [{}, {"seed": 5}, {"seed": 5, "position": 3}, {"seed": 5, "epoch": 3, "position": N + 1}], ids=str)
+def test_a_state_that_cannot_be_meant_is_an_error_and_changes_nothing(ds: IndexedDataset, state: dict[str, int]) -> None:
+    loader = stream(ds, batch_size=7, shuffle=True)
+    list(loader)
+    with pytest.raises(ArgumentError):
+        loader.load_state_dict(state)
+    assert loader.state_dict() == {"seed": 0, "epoch": 1, "position": 0}
+    assert rows_of(list(loader)) == loader.sampler.rows(np.arange(N), 1).tolist()
+
+
+def test_a_stream_is_closed_by_another_thread_while_the_next_batches_are_drawn(ds: IndexedDataset) -> None:
+    drawing, go_on = threading.Event(), threading.Event()
+
+    class Waiting(ParticleSampler):
+        def rows(self, positions: np.ndarray, epoch: int) -> np.ndarray:
+            drawing.set()
+            assert go_on.wait(10)
+            return super().rows(positions, epoch)
+
+    loader = stream(ds, sampler=Waiting(ds, 7))
+    seen: list[ParticleBatch] = []
+    errors: list[BaseException] = []
+
+    def close() -> None:
+        try:
+            loader.close()
+            assert own_threads() == []
+        except BaseException as error:
+            errors.append(error)
+
+    consumer, closer = threading.Thread(target=lambda: seen.extend(loader)), threading.Thread(target=close)
+    consumer.start()
+    assert drawing.wait(10)
+    closer.start()
+    wait_until(lambda: "cryolike-reader" not in own_threads())
+    go_on.set()
+    consumer.join()
+    closer.join()
+    assert errors == []
+    assert len(seen) <= 4  # which were being read
+
+
+@pytest.mark.usefixtures("busy")
+@pytest.mark.parametrize("line", range(12))
+def test_a_loop_ends_wherever_another_thread_closes_the_stream(ds: IndexedDataset, line: int) -> None:
+    loader = stream(ds, batch_size=7, prefetch=2)
+    passed = itertools.count()
+
+    def close() -> None:
+        # Not while the consumer reads, which is waited for.
+        if reader._reading.acquire(blocking=False):
+            reader._reading.release()
+            loader.close()
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        if frame.f_code is not Reader._next.__code__:
+            return None
+        if event == "line" and next(passed) == line:
+            closer = threading.Thread(target=close)
+            closer.start()
+            closer.join()
+        return trace
+
+    batches = iter(loader)
+    next(batches)
+    reader, before = loader._reader, sys.gettrace()
+    wait_until(lambda: len(reader._filled) == 2)
+    sys.settrace(trace)
+    try:
+        rows = rows_of(list(batches))
+    finally:
+        sys.settrace(before)
+    assert rows == list(range(7, 7 + len(rows)))
+
+
+FORK = """
+    import os, signal, sys, threading
+    from cryolike_data import IndexedDataset, reader
+    from cryolike_data.stream import stream
+    reader._TOGETHER_BYTES = 0
+    reading, go_on, read_rows = threading.Event(), threading.Event(), IndexedDataset.read_rows
+
+    def wait(self, rows, out=None):
+        if threading.current_thread().name == "cryolike-reader":
+            reading.set()
+            go_on.wait(10)
+        return read_rows(self, rows, out)
+
+    IndexedDataset.read_rows = wait
+    loader = stream(IndexedDataset(sys.argv[1]), batch_size=7, prefetch=3)
+    batches = iter(loader)
+    next(batches)
+    assert reading.wait(10)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        go_on.set()
+        os._exit(0 if len(list(loader)) == 9 else 1)
+    status = os.waitpid(child, 0)[1]
+    go_on.set()
+    batches.close()
+    assert status == 0, status
+"""
+
+
+def test_a_fork_streams_again_although_the_reader_was_at_work(folder: Path) -> None:
+    run = run_python(FORK, folder / "J1/particles.cs")
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 def test_set_epoch_of_the_sampler_chooses_the_epoch(ds: IndexedDataset) -> None:
@@ -601,17 +899,10 @@ def test_a_zarr_store_streams(ds: IndexedDataset, tmp_path: Path) -> None:
 
 
 def test_the_threads_of_torch_stay_as_they_were(ds: IndexedDataset) -> None:
-    def of_a_new_thread() -> int:
-        counts: list[int] = []
-        thread = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
-        thread.start()
-        thread.join()
-        return counts[0]
-
-    before = torch.get_num_threads(), of_a_new_thread()
+    before = torch.get_num_threads(), torch_threads_of_a_new_thread()
     for _ in stream(ds, batch_size=7):
-        assert (torch.get_num_threads(), of_a_new_thread()) == before
-    assert (torch.get_num_threads(), of_a_new_thread()) == before
+        assert (torch.get_num_threads(), torch_threads_of_a_new_thread()) == before
+    assert (torch.get_num_threads(), torch_threads_of_a_new_thread()) == before
 
 
 @pytest.mark.usefixtures("busy")
