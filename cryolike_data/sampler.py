@@ -77,6 +77,12 @@ class ParticleSampler(Sampler[list[int]]):
         own = left * (self.rank + 1) // self.world_size - left * self.rank // self.world_size
         return (self._n - self._start) // self._stride + (own > 0)
 
+    def __repr__(self) -> str:
+        order = "in blocks" if self.shuffle == "blocks" else "shuffled" if self.shuffle else "in order"
+        rank = f", rank {self.rank} of {self.world_size}" if self.world_size > 1 else ""
+        start = f" from position {self._start}" if self._start else ""
+        return f"ParticleSampler({self._n:,} particles {order}, {self.batch_size} a batch{rank}; next is epoch {self.epoch}{start})"
+
     def __iter__(self) -> Iterator[list[int]]:
         for _, rows in self.steps():
             yield rows.tolist()

@@ -85,6 +85,9 @@ def stream(
         raise ArgumentError(f"prefetch is at least 1, not {prefetch}")
     if polar is None and (unit_power or ctf_terms):
         raise ArgumentError("unit_power and ctf_terms are for polar transforms; pass polar=PolarGrid.of_box(...) too")
+    place = None if device is None else torch.device(device)
+    if place is not None and place.type == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError(f"device={str(place)!r} needs a GPU, and torch.cuda.is_available() is False here")
     as_stored = dtype is None and downsample is None and normalize is None
     computed = torch.float32 if dtype is None else dtype
     collate: Collate | None
@@ -94,7 +97,7 @@ def stream(
         collate = PolarCollate(
             polar, downsample=downsample, normalize=normalize, dtype=computed, unit_power=unit_power, ctf_terms=ctf_terms
         )
-    return ParticleStream(dataset, sampler, collate, None if device is None else torch.device(device), prefetch)
+    return ParticleStream(dataset, sampler, collate, place, prefetch)
 
 
 class ParticleStream:
@@ -116,6 +119,10 @@ class ParticleStream:
         self._ring: BufferRing | None = None
         # Host batches whose copy to the device may not be over; letting go of them gives their buffers back.
         self._copying: deque[tuple[torch.cuda.Event, ParticleBatch]] = deque()
+
+    def __repr__(self) -> str:
+        place = "" if self.device is None else f" to {self.device}"
+        return f"ParticleStream({self.sampler!r}{place}, {self.prefetch} batches read ahead)"
 
     def __len__(self) -> int:
         """Batches of the next iteration."""

@@ -985,3 +985,18 @@ def test_an_early_stop_on_cuda_leaves_no_thread(ds: IndexedDataset) -> None:
     for _ in range(10):
         break_off(stream(ds, batch_size=3, device="cuda", normalize="std"))
     assert own_threads() == []
+
+
+def test_a_stream_says_what_it_streams(ds: IndexedDataset) -> None:
+    batches = stream(ds, batch_size=5, shuffle=True)
+    assert repr(batches.sampler) == f"ParticleSampler({len(ds)} particles shuffled, 5 a batch; next is epoch 0)"
+    assert repr(batches) == f"ParticleStream({batches.sampler!r}, 3 batches read ahead)"
+    halves = ParticleSampler(ds, 2, shuffle=False, rank=1, world_size=2)
+    halves.load_state_dict({"seed": 0, "epoch": 3, "position": 4})
+    assert repr(halves) == f"ParticleSampler({len(ds)} particles in order, 2 a batch, rank 1 of 2; next is epoch 3 from position 4)"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_a_stream_to_a_gpu_that_is_not_there_is_refused(ds: IndexedDataset) -> None:
+    with pytest.raises(ArgumentError, match=r"device='cuda' needs a GPU"):
+        stream(ds, device="cuda")
