@@ -40,6 +40,9 @@ class ParticleDataset(Dataset[Particle]):
         if boxes or pixel sizes differ; names the groups and how to select one
     """
 
+    #: Files, besides those of the images, that its columns are read from.
+    tables: tuple[str, ...] = ()
+
     def __init__(self, particles: Particles, source: ImageSource, *, select: Selection = None) -> None:
         self.particles = particles if select is None else particles[resolve_rows(select, len(particles), particles)]
         if len(self.particles) == 0:

@@ -388,6 +388,44 @@ def test_an_export_never_replaces_the_particles_that_it_reads(ds: IndexedDataset
     assert contents(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("n", [N, 70_000])  # of more than 65,536 rows, columns are read again and again
+def test_an_export_never_replaces_the_table_that_it_reads(tmp_path: Path, n: int) -> None:
+    write_stack(tmp_path / "out/stacks/a.mrc", numbered_images(1, BOX))
+    blob = {"blob__path": ["stacks/a.mrc"] * n, "blob__idx": np.zeros(n, "u4"), "blob__psize_A": np.full(n, 1.5, "f4")}
+    table = write_table(tmp_path / "out/particles.cs", uid=uids(n), **blob, location__micrograph_uid=uids(n, seed=1), **ctf_columns(n))
+    before = contents(tmp_path / "out")
+    with pytest.raises(ExportError, match=r"holds the particles that are to be exported \(.*particles\.cs\)"):
+        export_mrc(IndexedDataset(table).select(slice(None, None, 2)), tmp_path / "out", overwrite=True, star=False)
+    assert contents(tmp_path / "out") == before
+
+
+def test_an_export_never_replaces_what_its_columns_are_joined_from(tmp_path: Path) -> None:
+    n = 4
+    write_stack(tmp_path / "a.mrc", numbered_images(n, BOX))
+    blob = {"blob__path": ["a.mrc"] * n, "blob__idx": np.arange(n, dtype="u4"), "blob__psize_A": np.full(n, 1.5, "f4")}
+    table = write_table(tmp_path / "blob.cs", uid=uids(n), **blob)
+    optics = write_table(tmp_path / "out/particles.cs", uid=uids(n), **ctf_columns(n))
+    (tmp_path / "optics.cs").symlink_to(optics)
+    before = contents(tmp_path / "out")
+    for passthrough in (optics, tmp_path / "optics.cs"):
+        with pytest.raises(ExportError, match="holds the particles that are to be exported"):
+            export_mrc(IndexedDataset(table, passthrough=passthrough), tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("content", ["{}", '{"format": "A4", "units": "mm"}', "my own notes", ""])
+def test_a_file_of_somebody_else_that_has_the_name_of_the_manifest_is_not_replaced_unasked(
+    ds: IndexedDataset, tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/export.json").write_text(content)
+    with pytest.raises(ExportExistsError, match=r"export\.json.*overwrite=True"):
+        export_mrc(ds, tmp_path / "out")
+    assert (tmp_path / "out/export.json").read_text() == content
+    export_mrc(ds, tmp_path / "out", overwrite=True)
+    assert len(IndexedDataset(tmp_path / "out/particles.cs")) == N
+
+
 @pytest.mark.shared
 def test_real_particles_give_the_star_file_of_the_depositors(shared: Path, tmp_path: Path) -> None:
     folder = shared / "real/empiar_10076"

@@ -484,6 +484,17 @@ def test_a_store_is_not_overwritten_with_what_is_read_from_it_through_a_link(tak
     assert contents(taken) == before
 
 
+@pytest.mark.parametrize("rows", [slice(None), [1]], ids=str)
+def test_a_compressed_store_is_not_overwritten_with_what_is_read_from_it(particles, tmp_path, rows):
+    place = export_zarr(particles, tmp_path / "a.zarr", compression="zstd")
+    (tmp_path / "link").symlink_to(tmp_path)
+    before = contents(place)
+    for opened in (place, tmp_path / "link" / "a.zarr"):
+        with pytest.raises(ExportError, match="holds the particles that are to be exported"):
+            export_zarr(ZarrDataset(opened).select(rows), place, downsample=Downsample(box=16), overwrite=True)
+    assert contents(place) == before
+
+
 def test_an_empty_folder_is_a_place_for_a_store(particles, tmp_path):
     (tmp_path / "a.zarr").mkdir()
     assert len(ZarrDataset(export_zarr(particles, tmp_path / "a.zarr"))) == N
@@ -682,6 +693,16 @@ def test_overwriting_at_a_url_leaves_nothing_of_what_was_there(particles, url):
     assert [name for name in objects(url) if name.startswith("images/c/")] == ["images/c/0/0/0"]
     export_zarr(particles.select([3]), url, overwrite=True)
     assert torch.equal(ZarrDataset(url).read([0]), particles.read([3]))
+
+
+@pytest.mark.parametrize("spelling", ["{}", "{}/", "{}//"])
+def test_a_store_at_a_url_is_not_overwritten_with_what_is_read_from_it(particles, url, spelling):
+    export_zarr(particles, url)
+    before = objects(url)
+    for source, target in ((url, spelling.format(url)), (spelling.format(url), url)):
+        with pytest.raises(ExportError, match="holds the particles that are to be exported"):
+            export_zarr(ZarrDataset(source).select([2, 0]), target, overwrite=True)
+    assert objects(url) == before
 
 
 def test_overwriting_at_a_url_replaces_stores_and_nothing_else(particles, url):

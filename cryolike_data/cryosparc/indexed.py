@@ -77,3 +77,4 @@ class IndexedDataset(ParticleDataset):
         pool = open_stacks(paths, mode0=mode0, needed=needed, check_headers=check_headers, index_hint=hint)
         particles = assemble(table, blob, pool, file, image, needed, blob_paths=names, pixel_size=pixel_size, index_hint=hint)
         super().__init__(particles, pool, select=select)
+        self.tables = table.files

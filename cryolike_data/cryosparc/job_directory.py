@@ -91,6 +91,7 @@ class JobDirectoryDataset(ParticleDataset):
         needed = images_needed(file, image, len(pool.paths))
         particles = assemble(table, table.load(says_where), pool, file, image, needed, blob_paths=names, pixel_size=pixel_size)
         super().__init__(particles, pool, select=select)
+        self.tables = table.files
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,11 @@ class Table:
         return self.path if origin is None else Path(origin(name))
 
     @property
+    def files(self) -> tuple[str, ...]:
+        """The files that the columns come from."""
+        return tuple(dict.fromkeys(str(self.origin(name).absolute()) for name in self.fields))
+
+    @property
     def slots(self) -> list[str]:
         """The groups of columns that are present: blob, ctf, alignments3D, ..."""
         return list(dict.fromkeys(name.split("/")[0] for name in self.fields if "/" in name))

@@ -34,7 +34,7 @@ class FolderFormat:
     def read_manifest(self, place: Place) -> dict[str, Any] | None:
         """See ``Format``."""
         found = read_json(place, MANIFEST)
-        return found if isinstance(found, dict) and "format" in found and "units" in found else None
+        return found if isinstance(found, dict) and found.keys() >= {"format", "inputs", "units", "rest"} else None
 
     def leftovers(self, place: Place) -> list[str]:
         """See ``Format``: files with names of the kind that is to be written, or of the one that is there."""
@@ -49,7 +49,8 @@ class FolderFormat:
             raise ExportExistsError(f"{root} holds a Zarr store; choose another folder.")
         own = [pattern for known in kinds for pattern in _OWN.get(known, ())]
         found = {path.relative_to(root).as_posix() for pattern in own for path in root.glob(pattern) if path.is_file()}
+        found |= {MANIFEST} if (root / MANIFEST).exists() else set()  # it may be anybody's
         if manifest is not None:
             named = {file.name for values in manifest["units"] for file in UnitRecord.from_json(values).files}
-            found |= {MANIFEST} | {name for name in named if (root / name).is_file()}
+            found |= {name for name in named if (root / name).is_file()}
         return sorted(found)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Literal
 
 from ..dataset import human_bytes
 from ..errors import ArgumentError, ExportError, ExportExistsError
 from ..fingerprint import differences, input_files
+from ..zarr_store import is_url
 from .place import STATE, LocalPlace, Place
 from .plan import ExportPlan
 from .state import PLAN, UnitRecord, at_work_on, plan_of, read_plan, read_record, recorded_units, write_plan
@@ -71,12 +73,9 @@ def _clear(plan: ExportPlan, place: Place) -> None:
     """Remove what an earlier export left; until that is done, the place says what it is being cleared for."""
     # What a run that was stopped while it cleared had still to remove: what told of it may be gone.
     found = sorted({*plan.format.leftovers(place), *(read_plan(place) or {}).get("clearing", ())})
+    _require_apart(plan, found)
     if isinstance(place, LocalPlace):
-        roots = [str(place.root / name) for name in found]
-        for path in map(os.path.realpath, input_files(plan.dataset)):  # the target is one without links too
-            if any(path == root or path.startswith(root + os.sep) for root in roots):
-                raise ExportError(f"{plan.target} holds the particles that are to be exported ({path}); choose another place.")
-        _require_room(plan, freed=sum(map(_size, map(Path, roots))))
+        _require_room(plan, freed=sum(_size(place.root / name) for name in found))
     with at_work_on(place, range(_ANY_UNIT)):
         write_plan(place, plan.about, clearing=found)
         # What makes an export whole goes first, so that what is left of it never looks like one.
@@ -99,6 +98,26 @@ def known_records(plan: ExportPlan, place: Place, units: range) -> dict[int, Uni
         return {record.unit: record for record in records if record.unit in units}
     found = {unit: read_record(place, unit) for unit in recorded_units(place) if unit in units}
     return {unit: record for unit, record in found.items() if record is not None}
+
+
+def _require_apart(plan: ExportPlan, names: Iterable[str]) -> None:
+    """Raise an ``ExportError`` if what is to be removed from the target holds anything that is read, or is a part of it."""
+    removed = {_without_links(f"{plan.target}/{name}") for name in names}
+    around = {folder for path in removed for folder in path.parents}
+    for path in (*input_files(plan.dataset), *plan.dataset.tables):
+        # A link is needed as much as the file that it leads to.
+        for needed in (_without_links(path), _without_links(path if is_url(path) else os.path.realpath(path))):
+            if needed in around or not removed.isdisjoint((needed, *needed.parents)):
+                raise ExportError(f"{plan.target} holds the particles that are to be exported ({path}); choose another place.")
+
+
+def _without_links(path: str) -> PurePath:
+    """A path by folders that are no links; its last part may be one. Two spellings of a URL give the same."""
+    path = path.removeprefix("local://")  # which fsspec takes for a folder
+    if is_url(path):
+        return PurePosixPath(path)
+    folder, name = os.path.split(path.rstrip("/"))
+    return PurePath(os.path.realpath(folder), name)
 
 
 def _require_room(plan: ExportPlan, *, freed: int) -> None:
