@@ -35,6 +35,7 @@ from cryolike_data import (
 )
 from cryolike_data.errors import ArgumentError, ExportError, ExportExistsError, MissingStackError, StackError
 from cryolike_data.export import ExportPlan, ExportReport, finish, plan_export, run, run_unit, unit_range
+from cryolike_data.export.pixels import Pixels
 from cryolike_data.export.place import LocalPlace
 from cryolike_data.export.state import at_work_on, living_runs
 
@@ -550,6 +551,43 @@ def test_two_runs_at_once_on_the_same_units_are_detected(dataset, tmp_path, undi
             finish(plan)
     assert run(plan).written == 2
     assert contents(tmp_path / "out") == undisturbed[kind]
+
+
+def test_units_may_be_shared_in_steps(dataset, tmp_path, undisturbed):
+    plan = plan_of("zarr", dataset, tmp_path / "out")
+    with at_work_on(LocalPlace(tmp_path / "out"), plan.units[0::2]):
+        for units in (plan.units[::-1], plan.units[2::2], range(2, 4), range(4, 0, -2)):
+            with pytest.raises(ExportError, match=r"units 0 to 4 in steps of 2\. Wait"):
+                run(plan, units=units)
+        assert run(plan, units=plan.units[1::2]).written == 2
+    assert run(plan).written == 3
+    assert contents(tmp_path / "out") == undisturbed["zarr"]
+
+
+@pytest.mark.parametrize(("units", "kept"), [(range(3, 5), True), (range(0), False)])
+def test_what_is_being_written_stays_while_any_run_is_at_work(dataset, tmp_path, units, kept):
+    # A unit may take minutes from one piece to the next.
+    plan = plan_of("zarr", dataset, tmp_path / "out")
+    run(plan, units=range(1))
+    partial = tmp_path / "out/.export/partial/0123456789abcdef"
+    with at_work_on(LocalPlace(tmp_path / "out"), units):
+        partial.write_bytes(b"half a file")
+        os.utime(partial, (0, 0))
+        run(plan, units=range(1, 3))
+    assert partial.exists() == kept
+
+
+def test_a_compressed_unit_is_encoded_before_its_file_is_begun(dataset, tmp_path, monkeypatch):
+    plan, pieces, begun = plan_of("zarr", dataset, tmp_path / "out", compression="zstd"), Pixels.pieces, []
+
+    def looking(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for piece in pieces(self, *args, **kwargs):
+            begun.extend((tmp_path / "out/.export/partial").iterdir())
+            yield piece
+
+    monkeypatch.setattr(Pixels, "pieces", looking)
+    run_unit(plan, 0)
+    assert begun == []
 
 
 def test_a_run_that_is_at_work_is_not_replaced(dataset, tmp_path):

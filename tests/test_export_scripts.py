@@ -63,6 +63,22 @@ def test_the_torchrun_script_gives_each_rank_its_part(demo, expected, tmp_path):
     assert contents(tmp_path / "out.zarr") == expected
 
 
+@pytest.mark.parametrize(("number", "sealed"), [("0", True), ("1", False)])
+def test_of_several_machines_with_the_torchrun_script_the_first_seals(demo, tmp_path, number, sealed):
+    torchrun = tmp_path / "bin" / "torchrun"
+    torchrun.parent.mkdir()
+    torchrun.write_text('#!/usr/bin/env bash\nshift 3\nRANK=0 WORLD_SIZE=1 exec "$@"\n')  # as if its own part were all
+    torchrun.chmod(0o755)
+    run(
+        ["bash", str(SCRIPTS / "export_torchrun.sh"), str(demo.indexed), "out.zarr", *OPTIONS],
+        tmp_path,
+        PET_NODE_RANK=number,
+        PATH=os.pathsep.join([str(torchrun.parent), str(Path(sys.executable).parent), os.environ["PATH"]]),
+    )
+    assert (tmp_path / "out.zarr/images/c/0/0/0").exists()
+    assert (tmp_path / "out.zarr/zarr.json").exists() == sealed
+
+
 def test_the_dask_script_runs_on_workers_of_this_machine(demo, tmp_path):
     pytest.importorskip("distributed")
     run([sys.executable, str(SCRIPTS / "export_dask.py"), str(demo.indexed), "out.zarr"], tmp_path)

@@ -4,7 +4,9 @@ from .cryolike import export_cryolike
 from .mrc import export_mrc
 from .plan import ExportPlan
 from .plans import plan_export
-from .run import ExportReport, finish, run, run_unit, unit_range
+from .report import ExportReport
+from .run import run, run_unit, unit_range
+from .seal import finish
 from .zarr import export_zarr
 
 __all__ = [

@@ -21,7 +21,7 @@ from ..zarr_store import is_url
 
 #: Folder of an export that is at work: its plan, what is finished, who is at it, and files that are being written.
 STATE = ".export"
-_PARTIAL = f"{STATE}/partial"
+PARTIAL = f"{STATE}/partial"
 #: Bytes that are read at a time to check a file.
 _READ_BYTES = 8 << 20
 
@@ -90,10 +90,10 @@ class Place(Protocol):
 
     Attributes
     ----------
-    before_placing : called when a file is whole and before it is put into its place, which an error prevents
+    before_placing : called with a file that is whole before it is put into its place, which an error prevents
     """
 
-    before_placing: Callable[[], None] | None
+    before_placing: Callable[[Output], None] | None
 
     def create(self, name: str, *, head_bytes: int = 0, room: int = 0) -> AbstractContextManager[Output]:
         """A file to be written, which is in its place when the context ends without an error.
@@ -112,6 +112,9 @@ class Place(Protocol):
 
     def remove(self, name: str) -> None:
         """Remove a file or a folder with all in it; nothing happens if it is not there."""
+
+    def remove_empty(self, folder: str) -> None:
+        """Remove a folder and those in it as far as there is no file in them."""
 
     def remove_abandoned(self, seconds: float) -> None:
         """Remove what was being written and has not grown for so long: whoever wrote it is dead."""
@@ -132,7 +135,7 @@ class LocalPlace:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.before_placing: Callable[[], None] | None = None
+        self.before_placing: Callable[[Output], None] | None = None
 
     def __str__(self) -> str:
         return str(self.root)
@@ -140,7 +143,7 @@ class LocalPlace:
     @contextmanager
     def create(self, name: str, *, head_bytes: int = 0, room: int = 0) -> Iterator[Output]:
         """See ``Place``; an ``ExportError`` names the file that cannot be written, and no part of it stays behind."""
-        target, partial = self.root / name, self.root / _PARTIAL / uuid.uuid4().hex
+        target, partial = self.root / name, self.root / PARTIAL / uuid.uuid4().hex
         make_folder(partial.parent)
         make_folder(target.parent)
         try:
@@ -149,12 +152,13 @@ class LocalPlace:
             try:
                 with _explained(target):
                     keep_room(descriptor, room)
-                yield _LocalOutput(name, target, descriptor, head_bytes)
+                output = _LocalOutput(name, target, descriptor, head_bytes)
+                yield output
             finally:
                 with _explained(target):  # a network file system may tell here that it is full
                     os.close(descriptor)
             if self.before_placing is not None:
-                self.before_placing()
+                self.before_placing(output)
             with _explained(target):
                 os.replace(partial, target)
         finally:
@@ -181,15 +185,22 @@ class LocalPlace:
     def remove(self, name: str) -> None:
         """See ``Place``."""
         path = self.root / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
+        with _explained(path, "removed"):
+            while path.is_dir() and not path.is_symlink():
+                with suppress(FileNotFoundError):  # somebody else removes it too
+                    shutil.rmtree(path)
             path.unlink(missing_ok=True)
+
+    def remove_empty(self, folder: str) -> None:
+        """See ``Place``."""
+        for path, _, _ in os.walk(self.root / folder, topdown=False):
+            with suppress(OSError):  # there is something in it
+                os.rmdir(path)
 
     def remove_abandoned(self, seconds: float) -> None:
         """See ``Place``."""
-        for name in self.names(_PARTIAL):
-            path = self.root / _PARTIAL / name
+        for name in self.names(PARTIAL):
+            path = self.root / PARTIAL / name
             with suppress(FileNotFoundError):  # it was finished just now
                 if time.time() - path.stat().st_mtime > seconds:
                     path.unlink()
@@ -262,11 +273,11 @@ def _checksum_of(stream: BinaryIO, size: int, buffer: np.ndarray) -> int:
 
 
 @contextmanager
-def _explained(target: Path | str) -> Iterator[None]:
+def _explained(target: Path | str, done: str = "written") -> Iterator[None]:
     """What the system says of a file that cannot be written, as an ``ExportError``."""
     try:
         yield
     except OSError as error:
         raise ExportError(
-            f"{target} cannot be written: {error.strerror or error}. What is finished stays; run the same export again to continue."
+            f"{target} cannot be {done}: {error.strerror or error}. What is finished stays; run the same export again to continue."
         ) from error

@@ -12,12 +12,9 @@ from ..dataset import human_bytes
 from ..errors import ArgumentError, ExportError, ExportExistsError
 from ..fingerprint import differences, input_files
 from ..zarr_store import is_url
-from .place import STATE, LocalPlace, Place
+from .place import STATE, LocalPlace, Output, Place
 from .plan import ExportPlan
-from .state import PLAN, UnitRecord, at_work_on, plan_of, read_plan, read_record, recorded_units, write_plan
-
-#: More units than any export has.
-_ANY_UNIT = 1 << 62
+from .state import ANY_UNITS, PLAN, UnitRecord, at_work_on, plan_of, read_plan, read_record, recorded_units, write_plan
 
 
 def look(plan: ExportPlan, place: Place) -> tuple[Literal["nothing", "clearing", "unfinished", "sealed"], list[str]]:
@@ -76,13 +73,29 @@ def _clear(plan: ExportPlan, place: Place) -> None:
     _require_apart(plan, found)
     if isinstance(place, LocalPlace):
         _require_room(plan, freed=sum(_size(place.root / name) for name in found))
-    with at_work_on(place, range(_ANY_UNIT)):
+    with at_work_on(place, ANY_UNITS):
         write_plan(place, plan.about, clearing=found)
         # What makes an export whole goes first, so that what is left of it never looks like one.
         for name in sorted(found, key=lambda name: name != plan.format.seal):
             place.remove(name)
         place.remove(f"{STATE}/units")
         write_plan(place, plan.about)
+
+
+def place_only_ours(plan: ExportPlan, place: Place, doing: str, known: UnitRecord | None = None) -> None:
+    """Have a place refuse files as soon as another export is at work there, and such as are not those of a record that is known."""
+
+    def require_ours(output: Output) -> None:
+        there, unlike = look(plan, place)
+        if unlike or there not in ("unfinished", "sealed"):
+            raise ExportError(f"{plan.target} was given to another export while {doing} for this one.")
+        if known is not None and output.written not in known.files:
+            raise ExportError(
+                f"{plan.target} is finished, but {output.written.name} is damaged and does not become what it was: the input stacks have "
+                "changed since, or programs that it was made with. Export again with overwrite=True."
+            )
+
+    place.before_placing = require_ours
 
 
 def is_sealed(plan: ExportPlan, place: Place) -> bool:

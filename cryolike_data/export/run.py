@@ -8,58 +8,23 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ..errors import ArgumentError, ExportError
-from ..fingerprint import fingerprint_of_files
 from ..progress import Progress
 from .cluster import require_executor, run_on_cluster
-from .place import STATE, Place, WrittenFile, open_place
+from .place import STATE, Place, open_place
 from .plan import Advance, ExportPlan
-from .prepare import is_sealed, known_records, look, prepare
-from .state import UnitRecord, at_work_on, living_runs, read_record, write_record
+from .prepare import is_sealed, known_records, place_only_ours, prepare
+from .report import ExportReport, report
+from .seal import seal
+from .state import UnitRecord, at_work_on, write_record
 
 if TYPE_CHECKING:
     from distributed import Client
-
-#: Units that are told by number in a message.
-_TOLD = 8
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What a run did.
-
-    Attributes
-    ----------
-    target, format : where, and which kind of output
-    particles : in the whole export
-    units : in the whole export
-    written, kept : units that this run wrote, and those that it found finished and left as they are
-    bytes : of the files of these units
-    seconds : wall time
-    images_per_second : of the units that were written
-    sealed : whether the export is whole
-    """
-
-    target: str
-    format: str
-    particles: int
-    units: int
-    written: int
-    kept: int
-    bytes: int
-    seconds: float
-    images_per_second: float
-    sealed: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain values."""
-        return asdict(self)
 
 
 def run(
@@ -76,8 +41,8 @@ def run(
     ----------
     plan : what to write
     units : the units of this run, where several share the work; ``finish`` seals the result then
-    overwrite : remove another export that is there. One of the same plan is continued: its units are checked against their checksums,
-        and kept if they are whole.
+    overwrite : remove an export that is there and write all units, but continue one of the same plan that is not finished. Without it,
+        one of the same plan is continued or, if it is finished, checked: its units are kept where their checksums are right.
     executor : a ``dask.distributed.Client``, or the address of a scheduler, whose workers run the units (extra ``distributed``)
     progress : show a progress bar; by default on a terminal only, elsewhere a line is logged every so often
 
@@ -90,7 +55,8 @@ def run(
     ExportExistsError
         if another export, or something else, is in the place; says what differs
     ExportError
-        if another run is at work on the same units, the disk is too small, or a file cannot be written
+        if another run is at work on the same units, the disk is too small, a file cannot be written, or a unit of a finished export is
+        damaged and does not become what it was
     """
     started = time.perf_counter()
     if executor is not None:
@@ -107,11 +73,13 @@ def run(
         left = [unit for unit in chosen if unit not in known]
         bar.start()
         written.extend(_run_units(plan, left, executor, bar.advance))
-    records = [*known.values(), *written]
+        if units is None:
+            seal(plan)
     if units is None:
-        finish(plan)
+        place.remove_empty(STATE)
+    records = [*known.values(), *written]
     _warn_of_notes(records, plan)
-    return _report(plan, place, records, written, started)
+    return report(plan, place, records, written, started)
 
 
 def run_unit(plan: ExportPlan, unit: int, *, advance: Advance = lambda images, size: None) -> UnitRecord:
@@ -124,65 +92,22 @@ def run_unit(plan: ExportPlan, unit: int, *, advance: Advance = lambda images, s
     plan : what to write
     unit : its number
     advance : called with the images and bytes that were written since the last call
+
+    Raises
+    ------
+    ExportError
+        if another export is at work there, a file cannot be written, or the export is sealed and a file would not become what it was
     """
-
-    def require_ours() -> None:
-        there, unlike = look(plan, place)
-        if unlike or there not in ("unfinished", "sealed"):
-            raise ExportError(f"{plan.target} was given to another export while unit {unit} was written for this one.")
-
     place = open_place(plan.target)
     rows = plan.rows(unit)
     sealed = prepare(plan, place, overwrite=False, alone=False)
-    place.before_placing = require_ours
+    known = known_records(plan, place, range(unit, unit + 1)).get(unit) if sealed else None
+    place_only_ours(plan, place, f"unit {unit} was written", known)
     with _one_thread():
         record = plan.format.write_unit(plan.dataset, unit, rows, place, advance)
     if not sealed:
         write_record(place, record)
     return record
-
-
-def finish(plan: ExportPlan) -> ExportReport:
-    """Make sure that all units are there, write what belongs to none, and seal the result.
-
-    Returns
-    -------
-    What is there; no unit is written.
-
-    Raises
-    ------
-    ExportError
-        if units are missing or a run is still at work; says which
-    """
-    started = time.perf_counter()
-    place = open_place(plan.target)
-    if is_sealed(plan, place):
-        rest = [WrittenFile.from_json(values) for values in (plan.format.read_manifest(place) or {})["rest"]]
-        if not all(place.holds(file, checked=True) for file in rest):
-            plan.format.write_rest(plan.dataset, place)
-        place.remove(STATE)
-        return _report(plan, place, [*known_records(plan, place, plan.units).values()], [], started)
-    if look(plan, place)[0] != "nothing":
-        prepare(plan, place, overwrite=False, alone=False)
-    if others := living_runs(place, plan.units):
-        raise ExportError(f"{plan.target} cannot be sealed yet: process {others[0]['pid']} on {others[0]['host']} is at work on it.")
-    found = {unit: read_record(place, unit) for unit in plan.units}
-    records = [record for record in found.values() if record is not None and all(place.holds(file, checked=False) for file in record.files)]
-    missing = sorted(set(plan.units) - {record.unit for record in records})
-    if missing:
-        raise ExportError(
-            f"{plan.target} cannot be sealed yet: {len(missing)} of {len(plan)} units are not there ({_told(missing)}). "
-            "Run the same export again to write them."
-        )
-    if fingerprint_of_files(plan.dataset) != plan.about["inputs"]["stacks"]:
-        raise ExportError(
-            f"The input stacks of {plan.target} have changed while they were exported; export them again with overwrite=True."
-        )
-    rest = plan.format.write_rest(plan.dataset, place)
-    about_files = {"units": [record.to_json() for record in records], "rest": [file.to_json() for file in rest]}
-    plan.format.write_seal(plan.dataset, plan.about | about_files, place)
-    place.remove(STATE)
-    return _report(plan, place, records, [], started)
 
 
 def unit_range(text: str, count: int) -> range:
@@ -198,24 +123,6 @@ def unit_range(text: str, count: int) -> range:
         raise ArgumentError(f"A range of units is i/n, part i of n counted from 0, such as 0/4 to 3/4, not {text!r}.")
     i, n = int(part), int(parts)
     return range(i * count // n, (i + 1) * count // n)
-
-
-def _report(plan: ExportPlan, place: Place, records: list[UnitRecord], written: list[UnitRecord], started: float) -> ExportReport:
-    """What was done since ``started``, by the records of the units that are there and of those that were written."""
-    seconds = time.perf_counter() - started
-    images = sum(len(plan.rows(record.unit)) for record in written)
-    return ExportReport(
-        target=plan.target,
-        format=plan.format.kind,
-        particles=len(plan.dataset),
-        units=len(plan),
-        written=len(written),
-        kept=len(records) - len(written),
-        bytes=sum(record.size for record in records),
-        seconds=round(seconds, 3),
-        images_per_second=round(images / seconds, 1),
-        sealed=is_sealed(plan, place),
-    )
 
 
 def _whole(records: dict[int, UnitRecord], place: Place) -> dict[int, UnitRecord]:
@@ -282,8 +189,3 @@ def _warn_of_notes(records: list[UnitRecord], plan: ExportPlan) -> None:
     if constant:
         total = sum(len(plan.rows(record.unit)) for record in records)
         warnings.warn(f"{constant} of {total} images are constant and cannot be normalised; they became zeros.", UserWarning, stacklevel=3)
-
-
-def _told(numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:_TOLD]))
-    return shown + (", ..." if len(numbers) > _TOLD else "")

@@ -15,13 +15,16 @@ from functools import cache
 from typing import Any
 
 from ..errors import ExportError
-from .place import STATE, Place, WrittenFile
+from .place import PARTIAL, STATE, Place, WrittenFile
 
 #: A run on another machine that has not been heard of for so long is taken for dead. The clocks of the machines may differ by less.
 _SILENCE_SECONDS = 120.0
 _HEARTBEAT_SECONDS = 15.0
 #: Where the plan of the export at work lies.
 PLAN = f"{STATE}/plan.json"
+_UNITS, _RUNS = f"{STATE}/units", f"{STATE}/runs"
+#: More than any export has.
+ANY_UNITS = range(1 << 62)
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def write_record(place: Place, record: UnitRecord) -> None:
 
 def recorded_units(place: Place) -> list[int]:
     """The numbers of the units that have a record."""
-    numbers = (name.removesuffix(".json") for name in place.names(f"{STATE}/units"))
+    numbers = (name.removesuffix(".json") for name in place.names(_UNITS))
     return [int(number) for number in numbers if number.isdecimal()]  # a network file system puts names of its own there
 
 
@@ -123,18 +126,24 @@ def describe_unfinished(place: Place) -> str | None:
     )
 
 
+class BeingSealedError(ExportError):
+    """Another process seals the export."""
+
+
 @contextmanager
-def at_work_on(place: Place, units: range) -> Iterator[None]:
-    """Make known that this process works on some units, for as long as the context lasts.
+def at_work_on(place: Place, units: range, *, sealing: bool = False) -> Iterator[None]:
+    """Make known that this process works on some units, or seals what was made of them, for as long as the context lasts.
 
     Raises
     ------
+    BeingSealedError
+        if another living process seals the export too
     ExportError
-        if another living process works on some of them
+        if one works on some of the units
     """
-    name = f"{STATE}/runs/{uuid.uuid4().hex}.json"
+    name = f"{_RUNS}/{uuid.uuid4().hex}.json"
     about = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "began": _process_start(os.getpid())}
-    own = about | {"first": units.start, "stop": units.stop}
+    own = about | {"first": units.start, "stop": units.stop, "step": units.step, "sealing": sealing}
 
     def make_known() -> None:
         write_json(place, name, own | {"seen": time.time()})
@@ -142,14 +151,15 @@ def at_work_on(place: Place, units: range) -> Iterator[None]:
     # First known, then looking: of two that start at once, at least one sees the other.
     make_known()
     try:
-        others = living_runs(place, units, apart_from=name)
-        if others:
-            first = others[0]
-            raise ExportError(
-                f"Another run is at work on this target: process {first['pid']} on {first['host']}, units {first['first']} to "
-                f"{first['stop'] - 1}. Wait for it or stop it, then run the same export again."
+        others = living_runs(place, ANY_UNITS, apart_from=name)
+        if in_the_way := [run for run in others if _have_common(_units_of(run), units)]:
+            only_seal = sealing and all(run.get("sealing") for run in in_the_way)
+            what = f"{place} cannot be sealed yet" if sealing else "Another run is at work on this target"
+            raise (BeingSealedError if only_seal else ExportError)(
+                f"{what}: {_told(in_the_way[0])}. Wait for it or stop it, then run the same export again."
             )
-        place.remove_abandoned(_SILENCE_SECONDS)
+        if not others:  # who may write more slowly than that
+            place.remove_abandoned(_SILENCE_SECONDS)
         ended = threading.Event()
 
         def keep_known() -> None:
@@ -171,20 +181,43 @@ def at_work_on(place: Place, units: range) -> Iterator[None]:
 def living_runs(place: Place, units: range, *, apart_from: str = "") -> list[dict[str, Any]]:
     """The other processes at work on some of these units; what dead ones left is removed."""
     found = []
-    for name in place.names(f"{STATE}/runs"):
-        path = f"{STATE}/runs/{name}"
+    for name in place.names(_RUNS):
+        path = f"{_RUNS}/{name}"
         run = None if path == apart_from else read_json(place, path)
         if run is None:
             continue
         if not _is_alive(run):
             place.remove(path)
-        elif run["first"] < units.stop and units.start < run["stop"]:
+        elif _have_common(_units_of(run), units):
             found.append(run)
     return found
 
 
+def tidy_up(place: Place) -> None:
+    """Remove what is of no use beside an export that is sealed; what cannot be removed does no harm."""
+    with suppress(ExportError):
+        for name in (_UNITS, PARTIAL, PLAN):
+            place.remove(name)
+        living_runs(place, ANY_UNITS)  # which removes what dead ones left
+
+
+def _units_of(run: dict[str, Any]) -> range:
+    return range(run["first"], run["stop"], run.get("step", 1))
+
+
+def _have_common(one: range, other: range) -> bool:
+    fewer, more = sorted((one, other), key=len)
+    return any(unit in more for unit in fewer)
+
+
+def _told(run: dict[str, Any]) -> str:
+    units = _units_of(run)
+    steps = "" if units.step == 1 else f" in steps of {units.step}"
+    return f"process {run['pid']} on {run['host']}, units {units[0]} to {units[-1]}{steps}"
+
+
 def _record_name(unit: int) -> str:
-    return f"{STATE}/units/{unit:06d}.json"
+    return f"{_UNITS}/{unit:06d}.json"
 
 
 def _is_alive(run: dict[str, Any]) -> bool:

@@ -19,7 +19,7 @@ class StorePlace:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self.before_placing: Callable[[], None] | None = None
+        self.before_placing: Callable[[Output], None] | None = None
         self._store: Any = open_store(url, read_only=False)
 
     def __str__(self) -> str:
@@ -33,7 +33,7 @@ class StorePlace:
         output = _StoreOutput(name, head_bytes)
         yield output
         if self.before_placing is not None:
-            self.before_placing()
+            self.before_placing(output)
         buffer = default_buffer_prototype().buffer.from_bytes(bytes(output.content))
         self._wait(self._store.set(name, buffer), name)
 
@@ -66,6 +66,9 @@ class StorePlace:
                 await self._store.delete(name)
 
         self._wait(gone(), name)
+
+    def remove_empty(self, folder: str) -> None:
+        """See ``Place``: there are no folders without files."""
 
     def remove_abandoned(self, seconds: float) -> None:
         """See ``Place``: nothing of a file is there before all of it is."""

@@ -149,8 +149,10 @@ class ZarrFormat:
     def write_unit(self, dataset: ParticleDataset, unit: int, rows: range, place: Place, advance: Advance) -> UnitRecord:
         """See ``Format``."""
         images = self._images(dataset, rows, advance)
+        # Encoded before the file is begun: what has not grown for long is taken for abandoned.
+        parts = self._packed(images, len(rows)) if self.compression is None else list(self._encoded(images, len(rows)))
         with place.create(self.files(unit)[0], room=self.needed_bytes(len(rows))) as file:
-            for part in self._packed(images, len(rows)) if self.compression is None else self._encoded(images, len(rows)):
+            for part in parts:
                 file.write(part)
         return UnitRecord(unit, (file.written,), {})
 
