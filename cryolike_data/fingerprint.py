@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections import defaultdict
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .dataset import ParticleDataset
-from .errors import MissingStackError
-from .zarr_store import is_url
+from .errors import MissingStackError, StackError
+from .zarr_store import is_url, open_store
 
 
 def fingerprint(dataset: ParticleDataset) -> dict[str, Any]:
-    """What tells one set of inputs from another: paths, sizes and modification times of the files, and the columns of the table."""
+    """What tells one set of inputs from another: paths, sizes and modification times of the files, and the columns of the table.
+
+    Of stores that are not read file by file it takes what they say of themselves, with the checksums that ``export_zarr`` left.
+    """
     of_column: defaultdict[str, Any] = defaultdict(partial(hashlib.blake2b, digest_size=16))
     for part in dataset.particles.stretches():
         for name, column in part.columns().items():
@@ -39,15 +45,43 @@ def fingerprint_of_files(dataset: ParticleDataset) -> str:
     files, gone = input_files(dataset), []
     for path in files:
         try:
-            status = None if is_url(path) else os.stat(path)
+            seen = b"".join(_seen(path))
         except FileNotFoundError:
             gone.append(path)
             continue
-        seen = "" if status is None else f"{status.st_size} {status.st_mtime_ns}"
-        state.update(os.fsencode(f"{path}\0{seen}\n"))
+        state.update(os.fsencode(path) + b"\0" + seen + b"\n")
     if gone:
         raise MissingStackError("\n".join([f"{len(gone)} of {len(files)} stacks are gone:", *(f"  {path}" for path in gone)]))
     return state.hexdigest()
+
+
+def _seen(path: str) -> Iterator[bytes]:
+    """What changes with the content of a file of images, or of a store that is read as a whole; a ``FileNotFoundError`` if it is gone."""
+    url = is_url(path)
+    status = None if url else os.stat(path)
+    if status is not None and not stat.S_ISDIR(status.st_mode):
+        yield f"{status.st_size} {status.st_mtime_ns}".encode()
+        return
+    yield from _metadata(path)
+    for file in [] if url else sorted(Path(path, "images").rglob("*")):
+        status = file.stat()
+        yield os.fsencode(f"{file} {status.st_size} {status.st_mtime_ns}\n")
+
+
+def _metadata(location: str) -> Iterator[bytes]:
+    """What a store says of itself and of its images, and the manifest of the export that made it."""
+    from zarr.core.buffer import default_buffer_prototype
+    from zarr.core.sync import sync
+
+    store = open_store(location, read_only=True)
+    for name in ("zarr.json", "images/zarr.json", "source/zarr.json"):
+        try:
+            found = sync(store.get(name, default_buffer_prototype()))
+        except Exception as error:  # whatever the library for this kind of URL raises
+            raise StackError(f"{location} cannot be read: {error}") from error
+        if found is None and name != "source/zarr.json":
+            raise FileNotFoundError(name)
+        yield b"" if found is None else found.to_bytes()
 
 
 def input_files(dataset: ParticleDataset) -> list[str]:

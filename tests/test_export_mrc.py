@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import sys
@@ -162,7 +163,7 @@ def test_statistics_of_pixels_that_are_no_numbers_are_marked_as_not_determined(t
 
 
 @pytest.mark.parametrize("method", ["mean", "fourier"])
-def test_smaller_images_have_a_larger_pixel_size_and_the_same_shifts(
+def test_smaller_images_have_a_larger_pixel_size_and_shifts_of_their_own(
     ds: IndexedDataset, images: np.ndarray, tmp_path: Path, method: Any
 ) -> None:
     table = export_mrc(ds, tmp_path / "out", downsample=Downsample(box=4, method=method), batch_size=4)
@@ -175,13 +176,60 @@ def test_smaller_images_have_a_larger_pixel_size_and_the_same_shifts(
     columns = np.load(table)
     assert (columns["blob/psize_A"] == 3).all()
     assert (columns["blob/shape"] == 4).all()
-    np.testing.assert_allclose(columns["alignments3D/shift"] * columns["alignments3D/psize_A"][:, None], SHIFT_A, rtol=3e-7)
+    # The middle of a block of two pixels of 1.5 A is half a pixel beyond the first of them.
+    shift_A, close = SHIFT_A + (0.75 if method == "mean" else 0), {"rtol": 3e-7, "atol": 3e-7 if method == "mean" else 0}
+    np.testing.assert_allclose(columns["alignments3D/shift"] * columns["alignments3D/psize_A"][:, None], shift_A, **close)
     optics, particles = star(tmp_path / "out")
     assert (optics["rlnImagePixelSize"][0], optics["rlnImageSize"][0]) == (3, 4)
-    np.testing.assert_allclose(particles[["rlnOriginXAngst", "rlnOriginYAngst"]], SHIFT_A, rtol=3e-7)
+    np.testing.assert_allclose(particles[["rlnOriginXAngst", "rlnOriginYAngst"]], shift_A, **close)
     read = IndexedDataset(table)
     assert (read.box, read.pixel_size) == (4, 3)
-    np.testing.assert_allclose(read.particles.shift_A, SHIFT_A, rtol=3e-7)
+    np.testing.assert_allclose(read.particles.shift_A, shift_A, **close)
+
+
+def write_gaussians(folder: Path, n: int, box: int, *, pixel_size: float) -> IndexedDataset:
+    """Particles of one stack, each a Gaussian that its shift brings to pixel box // 2."""
+    shift = np.random.default_rng(3).uniform(-2, 2, (n, 2)).astype("f4")
+    x, y = (box // 2 - shift[:, axis, None, None].astype(float) for axis in (0, 1))
+    at = np.arange(box)
+    images = np.exp(-((at - x) ** 2 + (at[:, None] - y) ** 2) / (2 * (box / 12) ** 2)).astype("f4")
+    write_stack(folder / "a.mrc", images)
+    table = {"uid": uids(n), "blob__path": ["a.mrc"] * n, "blob__idx": np.arange(n, dtype="u4"), **ctf_columns(n)}
+    sizes = dict.fromkeys(("blob__psize_A", "alignments3D__psize_A"), np.full(n, pixel_size, "f4"))
+    return IndexedDataset(write_table(folder / "a.cs", **table, **sizes, alignments3D__shift=shift))
+
+
+@pytest.mark.parametrize(("box", "new"), [(48, 24), (48, 16), (48, 12), (45, 15), (75, 15), (42, 21), (44, 11), (48, 48)], ids=str)
+@pytest.mark.parametrize("method", ["fourier", "mean", "max"])
+def test_shifts_centre_the_particles_in_smaller_images(tmp_path: Path, box: int, new: int, method: Any) -> None:
+    source = write_gaussians(tmp_path, 100, box, pixel_size=1.5)
+    downsample = Downsample(box=new, method=method)
+    table = export_mrc(source, tmp_path / "out", downsample=downsample)
+    _, rows = star(tmp_path / "out")
+    read = IndexedDataset(table)
+    stored = ZarrDataset(export_zarr(source, tmp_path / "a.zarr", downsample=downsample))
+    images = read.read(slice(None)).numpy().astype(float)
+    position = (np.arange(new) - new // 2) * read.pixel_size
+    x, y = ((images.sum(axis=axis) * position).sum(axis=1) / images.sum(axis=(1, 2)) for axis in (1, 2))
+    for shift in (read.particles.shift_A, stored.particles.shift_A, rows[["rlnOriginXAngst", "rlnOriginYAngst"]].to_numpy()):
+        away = np.stack([x, y], axis=1) + shift
+        # The largest of a block leans to one side or the other, and over many to none.
+        np.testing.assert_allclose(away.mean(axis=0) if method == "max" else away, 0, atol=0.05 * 1.5)
+
+
+def test_particles_without_shifts_get_none_by_downsampling(tmp_path: Path) -> None:
+    table, _ = write_particles(tmp_path / "source", N, box=BOX)
+    downsample = Downsample(box=4, method="mean")
+    assert IndexedDataset(export_mrc(IndexedDataset(table), tmp_path / "out", downsample=downsample)).particles.shift_A is None
+    assert ZarrDataset(export_zarr(IndexedDataset(table), tmp_path / "a.zarr", downsample=downsample)).particles.shift_A is None
+
+
+def test_what_an_export_adds_to_the_shifts_is_told_with_it(ds: IndexedDataset, tmp_path: Path) -> None:
+    before = ds.particles.shift_A.copy()
+    for method, expected in (("mean", 0.75), ("fourier", None)):
+        export_mrc(ds, tmp_path / method, downsample=Downsample(box=4, method=method))
+        assert json.loads((tmp_path / method / "export.json").read_text())["settings"].get("added_shift_A") == expected
+    np.testing.assert_array_equal(ds.particles.shift_A, before)
 
 
 def test_float16_halves_the_files_and_stays_valid(tmp_path: Path) -> None:
@@ -353,6 +401,13 @@ def test_a_job_directory_is_exported(demo: DemoProject, tmp_path: Path) -> None:
     assert (read.box, read.pixel_size) == (16, 4)
     for stack in stacks(tmp_path / "out"):
         assert_valid(stack)
+
+
+def test_the_tables_of_a_job_directory_are_known_to_an_export(demo: DemoProject) -> None:
+    dataset = JobDirectoryDataset(demo.folder, demo.job_number)
+    tables = [str(demo.folder / "J4" / name) for name in ("J4_passthrough_particles.cs", "restacked_particles.cs")]
+    for chosen in (dataset, dataset[3:]):
+        assert sorted(chosen.tables) == tables
 
 
 def test_a_store_goes_to_stacks_and_back_with_the_same_bytes(demo: DemoProject, tmp_path: Path) -> None:

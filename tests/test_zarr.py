@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from cryolike_data import Collate, Downsample, IndexedDataset, ParticleDataset, ZarrDataset, export_zarr
 from cryolike_data.demo import DemoProject
 from cryolike_data.errors import ArgumentError, CryolikeDataError, ExportError, ExportExistsError, MissingStackError, StackError
+from cryolike_data.export import finish, plan_export, run
 from cryolike_data.export.mrc import plan_mrc
 from cryolike_data.export.pixels import Pixels
 from cryolike_data.export.place import LocalPlace
@@ -262,6 +263,24 @@ def test_pixels_too_large_for_float16_are_not_written_as_infinity(tmp_path):
     with pytest.raises(StackError, match="not finished"):
         ZarrDataset(tmp_path / "a.zarr")
     assert [path for path in contents(tmp_path / "a.zarr") if not path.startswith(".export/")] == []
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("float16", 65500), ("float32", 3.4e38), ("float64", 1.79e308)])
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_pixels_that_are_rounded_do_not_become_infinity(tmp_path, dtype, largest, compression):
+    images = numbered_images(5, 8)
+    images[3, 2, 2] = np.inf
+    dataset = write_particles(tmp_path / "one", images)
+    kept = export_zarr(dataset, tmp_path / "a.zarr", dtype=dtype, keep_bits=6, compression=compression)
+    assert np.argwhere(~np.isfinite(images_of(kept)[:])).tolist() == [[3, 2, 2]]
+    if dtype == "float64":  # which no stack holds
+        return
+    images[4, 0, 0] = -largest
+    dataset = write_particles(tmp_path / "other", images)
+    with pytest.raises(ExportError, match=f"larger than {dtype} can hold rounded to 6 bits"):
+        export_zarr(dataset, tmp_path / "b.zarr", dtype=dtype, keep_bits=6, compression=compression)
+    with pytest.raises(StackError, match="not finished"):
+        ZarrDataset(tmp_path / "b.zarr")
 
 
 def test_downsampled_images_are_means_and_the_pixel_size_follows(particles, demo, table, tmp_path):
@@ -703,6 +722,52 @@ def test_a_store_at_a_url_is_not_overwritten_with_what_is_read_from_it(particles
         with pytest.raises(ExportError, match="holds the particles that are to be exported"):
             export_zarr(ZarrDataset(source).select([2, 0]), target, overwrite=True)
     assert objects(url) == before
+
+
+@pytest.mark.parametrize("source", ["compressed", "url"])
+@pytest.mark.parametrize("there", ["finished", "stopped"])
+def test_a_store_that_changed_in_place_is_another_source(particles, tmp_path, source, there, request):
+    place = request.getfixturevalue("url") if source == "url" else tmp_path / "source.zarr"
+    compression = None if source == "url" else "zstd"
+    export_zarr(particles, place, compression=compression, downsample=Downsample(box=16))
+    target, settings = tmp_path / "a.zarr", {"format": "zarr", "shard_bytes": 7 * IMAGE_BYTES}
+    plan = plan_export(ZarrDataset(place), target, **settings)
+    run(plan, units=None if there == "finished" else plan.units)
+    before = contents(target)
+    assert plan_export(ZarrDataset(place), target, **settings).about == plan.about
+    # The same particles, columns and settings: only the pixels are others.
+    export_zarr(particles, place, compression=compression, downsample=Downsample(box=16, method="max"), overwrite=True)
+    with pytest.raises(ExportExistsError, match=r"the input stacks .* differ"):
+        run(plan_export(ZarrDataset(place), target, **settings))
+    if there == "stopped":
+        with pytest.raises(ExportError, match="have changed while they were exported"):
+            finish(plan)
+    assert contents(target) == before
+
+
+def test_a_shard_of_a_compressed_store_that_is_replaced_makes_another_source(particles, tmp_path):
+    place = export_zarr(particles, tmp_path / "source.zarr", compression="zstd", shard_bytes=7 * IMAGE_BYTES)
+    first = plan_export(ZarrDataset(place), tmp_path / "a.zarr").about["inputs"]
+    os.utime(shards_of(place)[3], ns=(0, 0))
+    second = plan_export(ZarrDataset(place), tmp_path / "a.zarr").about["inputs"]
+    assert {name for name in first if first[name] != second[name]} == {"stacks"}
+
+
+def test_a_source_at_a_url_that_is_gone_is_told(particles, tmp_path, url):
+    source = ZarrDataset(export_zarr(particles, url))
+    assert source.particles.uid.any()
+    files = fsspec.filesystem("memory")
+    files.rm(url.removeprefix("memory:/"), recursive=True)
+    with pytest.raises(MissingStackError, match="1 of 1 stacks are gone"):
+        plan_export(source, tmp_path / "a.zarr")
+    files.pipe_file(url.removeprefix("memory:/") + "/a", b"")
+
+
+@pytest.mark.parametrize("kind", ["zarr", "mrc"])
+def test_a_url_that_means_a_local_folder_is_refused(particles, tmp_path, kind):
+    with pytest.raises(ArgumentError, match=r"a\.zarr is a local folder; pass its path without local://"):
+        plan_export(particles, f"local://{tmp_path}/a.zarr", format=kind)
+    assert os.listdir(tmp_path) == []
 
 
 def test_overwriting_at_a_url_replaces_stores_and_nothing_else(particles, url):

@@ -51,9 +51,9 @@ def export_mrc(
     """Write the particles, in the order of the data set, as MRC stacks with the tables that point at them.
 
     ``particles/stack_NNNNNN.mrcs`` are the images, ``particles.cs`` is a CryoSPARC table and ``particles.star`` one for RELION 3.1
-    and later. Uids, optics, poses and half sets are kept; box, pixel size, paths and shifts are those of the new images. Paths are
-    relative to the tables (with a leading ">" in the ``.cs``). ``export.json`` comes last: where it is, all is whole. Until then
-    the same call continues a run that was stopped.
+    and later. Uids, optics, poses and half sets are kept; box, pixel size, paths and shifts are those of the new images, whose centre
+    pooling moves (``Downsample.centre_offset``). Paths are relative to the tables (with a leading ">" in the ``.cs``). ``export.json``
+    comes last: where it is, all is whole. Until then the same call continues a run that was stopped.
 
     A pose of a 2-D alignment is written as that of a 3-D one, a rotation about the viewing axis. Columns that this package makes
     nothing of (``location/*``, ``pick_stats/*``) are not written.
@@ -134,7 +134,7 @@ class MrcFormat(FolderFormat):
 
     def settings(self) -> dict[str, Any]:
         """See ``Format``."""
-        return self.pixels.settings() | {"stack": self.unit_images, "star": self.star}
+        return self.pixels.settings() | self.pixels.recentring() | {"stack": self.unit_images, "star": self.star}
 
     def needed_bytes(self, particles: int) -> int:
         """See ``Format``."""
@@ -164,7 +164,7 @@ class MrcFormat(FolderFormat):
         box, pixel_size = self.pixels.box, self.pixels.pixel_size
         tables = (
             table_of(part, paths=paths, file=stack, image=image, box=box, pixel_size=pixel_size)
-            for part, stack, image in _placed(dataset, self.unit_images)
+            for part, stack, image in self._placed(dataset)
         )
         with place.create("particles.cs") as file:
             save_table(tables, len(dataset), OutputStream(file))
@@ -172,21 +172,19 @@ class MrcFormat(FolderFormat):
         if self.star:
             groups = star_optics(dataset.particles.stretches())
             pieces = (
-                particle_block(part, groups, image_names=_image_names(names, stack, image))
-                for part, stack, image in _placed(dataset, self.unit_images)
+                particle_block(part, groups, image_names=_image_names(names, stack, image)) for part, stack, image in self._placed(dataset)
             )
             with place.create("particles.star") as file:
                 write_star({"optics": optics_block(groups, box=box, pixel_size=pixel_size), "particles": pieces}, OutputStream(file))
             files.append(file.written)
         return files
 
-
-def _placed(dataset: ParticleDataset, per_stack: int) -> Iterator[tuple[Particles, np.ndarray, np.ndarray]]:
-    """All particles, stretch by stretch, and the new stack of each and its place in there."""
-    start = 0
-    for part in dataset.particles.stretches():
-        yield part, *np.divmod(np.arange(start, start + len(part)), per_stack)
-        start += len(part)
+    def _placed(self, dataset: ParticleDataset) -> Iterator[tuple[Particles, np.ndarray, np.ndarray]]:
+        """All particles as they are in the new images, stretch by stretch, and the new stack of each and its place in there."""
+        start = 0
+        for part in dataset.particles.stretches():
+            yield self.pixels.recentred(part), *np.divmod(np.arange(start, start + len(part)), self.unit_images)
+            start += len(part)
 
 
 def _image_names(files: list[str], stack: np.ndarray, image: np.ndarray) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from ..collate import Collate
 from ..dataset import ParticleDataset
 from ..errors import ArgumentError, ExportError
 from ..memory import kept_tensor
+from ..particles import Particles
 from ..transforms import Downsample
 
 #: Bytes that are worked on at a time: so many that threads seldom wait for the interpreter lock, and little memory.
@@ -71,6 +72,21 @@ class Pixels:
         box = dataset.box if downsample is None else downsample.output_box(dataset.box)
         pixel_size = dataset.pixel_size * dataset.box / box
         return cls(box, pixel_size, name, dataset.box, dataset.pixel_size, downsample, downsample is None and name == stored)
+
+    @property
+    def added_shift_A(self) -> float:
+        """What is added to a shift along x and along y, because the centre of the images moves: angstrom."""
+        return 0.0 if self.downsample is None else self.downsample.centre_offset(self.source_box) * self.source_pixel_size
+
+    def recentred(self, particles: Particles) -> Particles:
+        """Particles with the shifts that centre them in the images that are written."""
+        if self.added_shift_A == 0 or (shift := particles.shift_A) is None:
+            return particles
+        return replace(particles, shift_A=(shift.astype(np.float64) + self.added_shift_A).astype(shift.dtype))
+
+    def recentring(self) -> dict[str, float]:
+        """The same as a setting, if it changes anything."""
+        return {"added_shift_A": self.added_shift_A} if self.added_shift_A else {}
 
     @property
     def image_bytes(self) -> int:

@@ -126,6 +126,8 @@ def make_plan(dataset: ParticleDataset, target: str | os.PathLike[str], layout: 
         raise ArgumentError("There are no particles to export: the selection is empty.")
     from .. import __version__
 
+    if os.fspath(target).startswith("local://"):  # fsspec would make no folders in it
+        raise ArgumentError(f"{os.fspath(target)} is a local folder; pass its path without local:// in front.")
     place = str(target) if is_url(target) else str(Path(target).expanduser().resolve())
     about = {
         "format": layout.kind,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..dataset import ParticleDataset
-from ..errors import ArgumentError, ExportExistsError
+from ..errors import ArgumentError, ExportError, ExportExistsError
 from ..shard import index_bytes
 from ..transforms import Downsample
 from ..zarr_store import FORMAT, is_url
@@ -53,9 +53,9 @@ def export_zarr(
     """Write the particles, in the order of the data set, as a Zarr v3 group.
 
     ``images`` is (N, D, D) in shards; ``uid``, ``row``, ``pose``, ``shift_A``, ``half_set`` and ``sign`` are arrays beside it,
-    optics are in the group ``ctf``, and where each image came from is in the group ``source``. Until all of it is there, the
-    store cannot be opened; the same call continues a run that was stopped. ``ZarrDataset`` reads the store back; so do
-    zarr-python, xarray and any other reader of Zarr v3.
+    optics are in the group ``ctf``, and where each image came from is in the group ``source``. Shifts are those of the new images,
+    whose centre pooling moves (``Downsample.centre_offset``). Until all of it is there, the store cannot be opened; the same call
+    continues a run that was stopped. ``ZarrDataset`` reads the store back; so do zarr-python, xarray and any other reader of Zarr v3.
 
     Parameters
     ----------
@@ -136,7 +136,7 @@ class ZarrFormat:
     def settings(self) -> dict[str, Any]:
         """See ``Format``."""
         sizes = {"layout": FORMAT, "chunk": self.chunk, "shard": self.unit_images}
-        return self.pixels.settings() | sizes | {"compression": self.compression, "keep_bits": self.keep_bits}
+        return self.pixels.settings() | self.pixels.recentring() | sizes | {"compression": self.compression, "keep_bits": self.keep_bits}
 
     def needed_bytes(self, particles: int) -> int:
         """See ``Format``."""
@@ -160,7 +160,7 @@ class ZarrFormat:
         """See ``Format``."""
         made = self._array(self.particles) | {"attributes": {"pixel_size_A": self.pixels.pixel_size}}
         files = [place.write(name, content) for name, content in encode("images", made)]
-        columns = dataset.particles.apart().columns()
+        columns = self.pixels.recentred(dataset.particles.apart()).columns()
         columns = {name: columns[name] for name in columns if name not in ("box", "pixel_size", "file", "slice")}
         columns |= {"source/file": dataset.particles.file, "source/image": dataset.particles.slice}
         names = list(columns)
@@ -279,7 +279,12 @@ def _rounded(pixels: np.ndarray, keep_bits: int) -> np.ndarray:
     """Rounded as the bit rounding codec does, which readers need not know then."""
     from numcodecs import BitRound
 
-    return np.frombuffer(BitRound(keep_bits).encode(pixels), pixels.dtype).reshape(pixels.shape)
+    rounded = np.frombuffer(BitRound(keep_bits).encode(pixels), pixels.dtype).reshape(pixels.shape)
+    if (infinite := np.isinf(rounded)).any() and not np.isinf(pixels[infinite]).all():
+        raise ExportError(
+            f"Some pixels are larger than {rounded.dtype} can hold rounded to {keep_bits} bits; keep more bits, or normalize them."
+        )
+    return rounded
 
 
 def _compressor(compression: Compression | None, itemsize: int) -> Any:

@@ -1,7 +1,7 @@
 """Downsampling of square images: Fourier cropping to any smaller box, or mean and max pooling by an integer factor.
 
 Fourier cropping keeps the mean and the centre: pixel ``D0 // 2`` lands on ``D // 2``. Pooling averages (or takes the largest of)
-blocks of pixels, which moves the centre by (factor - 1) / 2 source pixels and lets frequencies beyond the new Nyquist alias.
+blocks of pixels, which moves the centre (see ``Downsample.centre_offset``) and lets frequencies beyond the new Nyquist alias.
 """
 
 from __future__ import annotations
@@ -79,6 +79,19 @@ class Downsample:
     def output_pixel_size(self, pixel_size: float, box: int) -> float:
         """Pixel size of the result, in the unit of ``pixel_size``, for images of ``box`` pixels; the field of view stays the same."""
         return pixel_size * box / self.output_box(box)
+
+    def centre_offset(self, box: int) -> float:
+        """How far the centre of the new images (pixel D // 2) lies beyond that of the old ones (D0 // 2), along x and along y.
+
+        In source pixels. A shift that centres the particle in an image of ``box`` pixels does so in the new one when this is added.
+        Fourier cropping keeps the centre. Pooling moves it by (factor - 1) / 2 where the new box is even, because that is how far the
+        middle of a block lies from its first pixel; by -1/2 where only the new box is odd; and not at all where both are.
+        """
+        new = self.output_box(box)
+        if self.method == "fourier":
+            return 0.0
+        factor = box // new
+        return (factor - 1) / 2 + factor * (new // 2) - box // 2
 
     def __call__(self, images: Tensor) -> Tensor:
         """Downsample (..., D0, D0) floating images to (..., D, D) of the same dtype; the images themselves where D = D0."""
