@@ -25,6 +25,7 @@ from .zarr_dataset import ZarrDataset
 #: Options that say what is written, by the formats that know them and their names there.
 _SETTINGS = {
     "dtype": ("zarr", "mrc"),
+    "contrast": ("cryolike", "mrc"),
     "shard_bytes": ("zarr",),
     "compression": ("zarr",),
     "keep_bits": ("zarr",),
@@ -47,6 +48,7 @@ def add_arguments(export: argparse.ArgumentParser) -> None:
     images.add_argument("--box", type=int, help="downsample to this box size, pixels")
     images.add_argument("--factor", type=int, help="downsample by this factor")
     images.add_argument("--method", choices=("fourier", "mean", "max"), help="how to downsample (default: fourier)")
+    images.add_argument("--contrast", choices=("stored", "positive"), help="positive: bright particles, by blob/sign (default: stored)")
     images.add_argument("--dtype", choices=("float16", "float32", "float64"), help="pixels of Zarr and MRC (default: as the files)")
 
     particles = export.add_argument_group("which particles", "in this order: conditions, every, shuffle, limit")

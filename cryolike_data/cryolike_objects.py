@@ -60,6 +60,9 @@ def to_cryolike(batch: PolarBatch, descriptor: ImageDescriptor) -> tuple[Images,
             pose, log_likelihood = compute_optimal_pose(comparator, templates, images, precision, True)
             result[batch.index] = log_likelihood
 
+    CryoLike's cross-correlation takes particles to be bright: where ``dataset.particles.sign`` is -1,
+    ``batch.fourier.neg_()`` comes first. Its likelihood is the same for both.
+
     Parameters
     ----------
     batch : images with their polar transforms and CTF. ``normalize="max", unit_power=True`` scales them as CryoLike does; another scale

@@ -16,7 +16,7 @@ import pytest
 import zarr
 from support import centred, contents, ctf_columns, load_cryolike_stack, numbered_images, stored_images, uids, write_stack, write_table
 
-from cryolike_data import ImageDescriptor
+from cryolike_data import ImageDescriptor, IndexedDataset
 from cryolike_data.cli import main
 from cryolike_data.demo import DemoProject
 from cryolike_data.export.cryolike import CryoLikeFormat
@@ -576,3 +576,15 @@ def test_names_that_a_terminal_cannot_show_are_shown_in_part(one_group, tmp_path
     surroundings = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
     ran = subprocess.run([sys.executable, "-c", code, "info", folder / one_group.name], capture_output=True, check=True, env=surroundings)
     assert re.search(rb"pr(\\\w+)+j/", ran.stdout)
+
+
+def test_contrast_is_an_option(demo, tmp_path, capsys, caplog):
+    assert run("export", demo.indexed, tmp_path / "m", "--format", "mrc") == 0
+    assert "--contrast positive" in caplog.text
+    caplog.clear()
+    assert run("export", demo.indexed, tmp_path / "p", "--format", "mrc", "--contrast", "positive") == 0
+    assert not caplog.records
+    capsys.readouterr()
+    assert (IndexedDataset(tmp_path / "p/particles.cs").particles.sign == 1).all()
+    assert run("export", demo.indexed, tmp_path / "a.zarr", "--contrast", "positive") == 1
+    assert "--contrast has no meaning for a Zarr store" in capsys.readouterr().err

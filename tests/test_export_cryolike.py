@@ -766,3 +766,16 @@ def test_counts_that_make_no_sense_are_refused(particles, tmp_path, options):
     with pytest.raises(ArgumentError, match="batch_size is at least 1"):
         export_cryolike(particles, tmp_path / "out", descriptor=GRID, **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_dark_particles_become_bright_ones(particles, tmp_path, caplog):
+    one = particles.select(lambda p: p.ctf.voltage_kv == 300)
+    assert (one.particles.sign == -1).all()
+    descriptor = ImageDescriptor.from_individual_values(n_pixels=one.box, pixel_size=one.pixel_size)
+    export_cryolike(one, tmp_path / "dark", descriptor=descriptor, batch_size=16)
+    assert "The cross-correlation of CryoLike takes particles to be bright" in caplog.text
+    caplog.clear()
+    export_cryolike(one, tmp_path / "bright", descriptor=descriptor, batch_size=16, contrast="positive")
+    assert not caplog.records
+    for dark, bright in zip(all_stacks(tmp_path / "dark")[:2], all_stacks(tmp_path / "bright")[:2], strict=True):
+        np.testing.assert_allclose(bright, -dark, rtol=0, atol=1e-5 * np.abs(dark).max())

@@ -14,12 +14,14 @@ import mrcfile
 import numpy as np
 import pytest
 import starfile
+import torch
 from cryosparc.dataset import Dataset
 from scipy.spatial.transform import Rotation
 from support import contents, ctf_columns, numbered_images, stored_images, uids, write_particles, write_stack, write_table
 
 from cryolike_data import Downsample, IndexedDataset, JobDirectoryDataset, ZarrDataset, export_zarr
-from cryolike_data.demo import DemoProject
+from cryolike_data.ctf import ctf_values, half_plane
+from cryolike_data.demo import DemoProject, project_model
 from cryolike_data.errors import ArgumentError, ExportError, ExportExistsError, MissingDependencyError, TableError
 from cryolike_data.export import export_mrc
 
@@ -497,3 +499,74 @@ def test_real_particles_give_the_star_file_of_the_depositors(shared: Path, tmp_p
     np.testing.assert_array_equal(star_images(tmp_path / "out", particles["rlnImageName"].tolist()), expected)
     for stack in stacks(tmp_path / "out"):
         assert_valid(stack)
+
+
+# --- contrast
+
+
+SIGNS = np.array([-1, 1, -1, -1, 1, -1, -1, -1, 1, -1], "f4")
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f2", "i1", "i2", "u2"])
+@pytest.mark.parametrize("sign", [np.full(N, -1, "f4"), SIGNS], ids=["dark", "mixed"])
+@pytest.mark.parametrize("downsample", [None, Downsample(box=6), Downsample(factor=2, method="mean")], ids=str)
+def test_dark_particles_become_bright_ones(tmp_path: Path, dtype: str, sign: np.ndarray, downsample: Downsample | None) -> None:
+    images = numbered_images(N, BOX, dtype=dtype)
+    if dtype in ("i1", "i2"):
+        images[0, 0, 0] = np.iinfo(images.dtype).min  # whose negative is none of this type
+    cs, _ = write_particles(tmp_path / "source", N, box=BOX, stacks=1, blob__sign=sign, **POSES)
+    write_stack(tmp_path / "source/J1/extract/stack_0.mrc", images[np.argsort(np.load(cs)["blob/idx"])], pixel_size=1.5)
+    dataset = IndexedDataset(cs)
+    stored = dataset.read(slice(None)).float()
+    expected = (stored if downsample is None else downsample(stored)) * torch.from_numpy(sign)[:, None, None]
+    export_mrc(dataset, tmp_path / "out", downsample=downsample, contrast="positive", batch_size=4)
+    found = exported(tmp_path / "out")
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+    assert found.dtype == ("f2" if dtype == "f2" and downsample is None else "f4")
+    again = IndexedDataset(tmp_path / "out/particles.cs")
+    assert (again.particles.sign == 1).all()
+    np.testing.assert_array_equal(again.particles.uid, dataset.particles.uid)
+
+
+def test_bright_particles_stay_as_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cs, images = write_particles(tmp_path / "source", N, box=BOX, blob__sign=np.ones(N, "f4"), **POSES)
+    export_mrc(IndexedDataset(cs), tmp_path / "as stored")
+    export_mrc(IndexedDataset(cs), tmp_path / "positive", contrast="positive")
+    assert contents(tmp_path / "as stored") == contents(tmp_path / "positive")
+    np.testing.assert_array_equal(exported(tmp_path / "positive"), images)
+    assert not caplog.records
+
+
+def test_a_star_file_of_dark_particles_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cs, _ = write_particles(tmp_path / "source", N, box=BOX, blob__sign=np.full(N, -1, "f4"), **POSES)
+    export_mrc(IndexedDataset(cs), tmp_path / "a", star=False)
+    export_mrc(IndexedDataset(cs), tmp_path / "b", contrast="positive")
+    assert not caplog.records
+    export_mrc(IndexedDataset(cs), tmp_path / "c")
+    assert 'RELION takes particles to be bright: contrast="positive"' in caplog.text
+    with pytest.raises(ExportExistsError):
+        export_mrc(IndexedDataset(cs), tmp_path / "c", contrast="positive")  # which is another export
+
+
+@pytest.mark.parametrize("sign", [None, np.zeros(N, "f4")], ids=["no sign", "zeros"])
+def test_nothing_is_turned_where_the_contrast_is_not_known(tmp_path: Path, sign: np.ndarray | None) -> None:
+    cs, _ = write_particles(tmp_path, N, box=BOX, **({} if sign is None else {"blob__sign": sign}))
+    with pytest.raises(TableError, match="needs blob/sign"):
+        export_mrc(IndexedDataset(cs), tmp_path / "out", contrast="positive")
+    with pytest.raises(ArgumentError, match="contrast is one of"):
+        export_mrc(IndexedDataset(cs), tmp_path / "out", contrast="white")  # type: ignore[arg-type]
+
+
+def test_relion_predicts_the_images_that_were_turned(demo: DemoProject, tmp_path: Path) -> None:
+    """CTF times projection, as RELION makes them of a positive density, resembles what was exported."""
+    dataset = IndexedDataset(demo.indexed)
+    export_mrc(dataset, tmp_path, contrast="positive", dtype="float32")
+    with np.load(demo.truth) as file:
+        truth = dict(file)
+    projections = project_model(truth, truth["rotvec"], truth["shift_A"], dataset.box, dataset.pixel_size)
+    ctf = ctf_values(dataset.particles.ctf, *half_plane(dataset.box, dataset.pixel_size))
+    predicted = torch.fft.irfft2(torch.fft.rfft2(projections.double()) * ctf, s=projections.shape[-2:])
+    ours = torch.from_numpy(exported(tmp_path))
+    alike = [float(torch.corrcoef(torch.stack([a.flatten().double(), b.flatten()]))[0, 1]) for a, b in zip(ours, predicted, strict=True)]
+    assert min(alike) > 0.1
+    assert np.median(alike) > 0.25  # in noise

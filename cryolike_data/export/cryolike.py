@@ -24,7 +24,7 @@ from ..transforms import Downsample, Normalize, PolarTransform, normalize_polar
 from ..transforms.finufft_plan import require_finufft
 from .cryolike_optics import require_optics, stack_optics
 from .folder import FolderFormat
-from .pixels import Pixels
+from .pixels import Contrast, Pixels, warn_of_dark_particles
 from .place import Output, Place, WrittenFile
 from .plan import Advance, ExportPlan, make_plan
 from .run import run
@@ -48,6 +48,7 @@ def export_cryolike(
     batch_size: int = 1024,
     n_stacks_max: int = -1,
     downsample: Downsample | None = None,
+    contrast: Contrast = "stored",
     fourier: bool = True,
     plots: bool = False,
     overwrite: bool = False,
@@ -72,6 +73,8 @@ def export_cryolike(
     batch_size : images per stack
     n_stacks_max : stop after so many stacks; -1 means no limit
     downsample : how to make the images smaller
+    contrast : "positive" multiplies the images of dark particles (``blob/sign`` of -1) by -1, as CryoLike's cross-correlation wants
+        them; its converter leaves them as they are
     fourier : write the transforms; without them the metadata lie beside the images in ``phys/``
     plots : also draw CryoLike's three pictures of each stack into ``plots/`` (extra ``plot``)
     overwrite : replace the export that is in ``folder``
@@ -100,6 +103,7 @@ def export_cryolike(
         batch_size=batch_size,
         n_stacks_max=n_stacks_max,
         downsample=downsample,
+        contrast=contrast,
         fourier=fourier,
         plots=plots,
     )
@@ -115,19 +119,21 @@ def plan_cryolike(
     batch_size: int = 1024,
     n_stacks_max: int = -1,
     downsample: Downsample | None = None,
+    contrast: Contrast = "stored",
     fourier: bool = True,
     plots: bool = False,
 ) -> ExportPlan:
     """A plan to write CryoLike stacks, see ``export_cryolike``; what cannot be exported is found out here."""
     if batch_size < 1 or n_stacks_max < -1:
         raise ArgumentError(f"batch_size is at least 1 and n_stacks_max at least -1 (no limit), not {batch_size} and {n_stacks_max}")
-    pixels = Pixels.of(dataset, downsample=downsample, dtype="float32")
+    pixels = Pixels.of(dataset, downsample=downsample, dtype="float32", contrast=contrast)
     given = descriptor if isinstance(descriptor, ImageDescriptor) else ImageDescriptor.load(Path(descriptor).expanduser())
     grid = given.for_images(source_box=dataset.box, source_pixel_size=dataset.pixel_size, box=pixels.box, pixel_size=pixels.pixel_size)
     if n_stacks_max != -1:
         dataset = dataset.select(slice(0, n_stacks_max * batch_size))
     plan = make_plan(dataset, folder, CryoLikeFormat(pixels, grid, batch_size, fourier, plots))
     require_optics(dataset.particles, batch_size)
+    warn_of_dark_particles(dataset, pixels, "The cross-correlation of CryoLike")
     if plots:
         from ..plots import require_matplotlib
 

@@ -24,7 +24,7 @@ from ..relion import optics_block, particle_block, require_starfile, star_optics
 from ..transforms import Downsample
 from ..transforms.downsample import cache_sized_groups
 from .folder import FolderFormat
-from .pixels import Pixels
+from .pixels import Contrast, Pixels, warn_of_dark_particles
 from .place import OutputStream, Place, WrittenFile
 from .plan import Advance, ExportPlan, make_plan
 from .run import run
@@ -42,6 +42,7 @@ def export_mrc(
     *,
     downsample: Downsample | None = None,
     dtype: str | torch.dtype | None = None,
+    contrast: Contrast = "stored",
     batch_size: int = 1024,
     star: bool = True,
     overwrite: bool = False,
@@ -64,6 +65,7 @@ def export_mrc(
     folder : where it all goes
     downsample : how to make the images smaller
     dtype : "float16" (MRC mode 12) or "float32"; by default that of the files, or float32 after downsampling
+    contrast : "positive" multiplies the images of dark particles (``blob/sign`` of -1) by -1, as RELION wants them
     batch_size : images per stack
     star : write ``particles.star`` (extra ``star``), for which the optics have to be known
     overwrite : replace the export that is in ``folder``
@@ -83,7 +85,7 @@ def export_mrc(
     ExportError
         if another run is at work there, the disk is too small, or a file cannot be written
     """
-    plan = plan_mrc(dataset, folder, downsample=downsample, dtype=dtype, batch_size=batch_size, star=star)
+    plan = plan_mrc(dataset, folder, downsample=downsample, dtype=dtype, contrast=contrast, batch_size=batch_size, star=star)
     run(plan, overwrite=overwrite, executor=executor, progress=progress)
     return Path(plan.target) / "particles.cs"
 
@@ -94,15 +96,16 @@ def plan_mrc(
     *,
     downsample: Downsample | None = None,
     dtype: str | torch.dtype | None = None,
+    contrast: Contrast = "stored",
     batch_size: int = 1024,
     star: bool = True,
 ) -> ExportPlan:
     """A plan to write MRC stacks, see ``export_mrc``; what cannot be exported is found out here."""
     if batch_size < 1:
         raise ArgumentError(f"batch_size is at least 1, not {batch_size}")
-    pixels = Pixels.of(dataset, downsample=downsample, dtype=dtype)
+    pixels = Pixels.of(dataset, downsample=downsample, dtype=dtype, contrast=contrast)
     if dtype is None and pixels.dtype not in _MODES:  # 8-bit pixels without a sign
-        pixels = Pixels.of(dataset, downsample=downsample, dtype="float32")
+        pixels = Pixels.of(dataset, downsample=downsample, dtype="float32", contrast=contrast)
     if pixels.dtype not in _MODES:
         raise ArgumentError(f"MRC stacks hold float16 or float32 pixels, not {pixels.dtype}")
     plan = make_plan(dataset, folder, MrcFormat(pixels, batch_size, star))
@@ -112,6 +115,7 @@ def plan_mrc(
             star_optics(dataset.particles.stretches())
         except TableError as error:
             raise TableError(f"{error} Or pass star=False (--no-star) to write no star file.") from error
+        warn_of_dark_particles(dataset, pixels, "RELION")
     return plan
 
 
@@ -183,7 +187,7 @@ class MrcFormat(FolderFormat):
         """All particles as they are in the new images, stretch by stretch, and the new stack of each and its place in there."""
         start = 0
         for part in dataset.particles.stretches():
-            yield self.pixels.recentred(part), *np.divmod(np.arange(start, start + len(part)), self.unit_images)
+            yield self.pixels.as_written(part), *np.divmod(np.arange(start, start + len(part)), self.unit_images)
             start += len(part)
 
 

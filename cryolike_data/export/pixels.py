@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -12,10 +13,16 @@ from torch import Tensor
 
 from ..collate import Collate
 from ..dataset import ParticleDataset
-from ..errors import ArgumentError, ExportError
+from ..errors import ArgumentError, ExportError, TableError
 from ..memory import kept_tensor
 from ..particles import Particles
+from ..repeated import once
 from ..transforms import Downsample
+
+log = logging.getLogger(__name__)
+
+#: Pixels as they are stored, or multiplied by ``blob/sign``, so that particles are bright.
+Contrast = Literal["stored", "positive"]
 
 #: Bytes that are worked on at a time: so many that threads seldom wait for the interpreter lock, and little memory.
 _PIECE_BYTES = 8 << 20
@@ -38,6 +45,7 @@ class Pixels:
     source_box, source_pixel_size : of the images that are read
     downsample : how they become smaller
     as_stored : nothing is done to them
+    turned : those of dark particles are multiplied by -1
     """
 
     box: int
@@ -47,39 +55,51 @@ class Pixels:
     source_pixel_size: float
     downsample: Downsample | None
     as_stored: bool
+    turned: bool = False
 
     @classmethod
-    def of(cls, dataset: ParticleDataset, *, downsample: Downsample | None, dtype: str | torch.dtype | None) -> Pixels:
+    def of(
+        cls, dataset: ParticleDataset, *, downsample: Downsample | None, dtype: str | torch.dtype | None, contrast: Contrast = "stored"
+    ) -> Pixels:
         """The images of a data set, made smaller and converted.
 
         Parameters
         ----------
         dataset : the particles
         downsample : how to make the images smaller
-        dtype : "float16", "float32" or "float64"; by default that of the files, or float32 after downsampling
+        dtype : "float16", "float32" or "float64"; by default that of the files, or float32 after downsampling and for integers that
+            are turned
+        contrast : "positive" multiplies the images of dark particles by -1
 
         Raises
         ------
         ArgumentError
             if the images cannot be made so
+        TableError
+            if it is not known which particles are dark
         """
         stored = np.dtype(dataset.source.dtype).newbyteorder("=").name
-        name = (stored if downsample is None else "float32") if dtype is None else str(dtype).removeprefix("torch.")
+        turned = _are_to_turn(dataset, contrast)
+        kept = downsample is None and not (turned and not stored.startswith("float"))
+        name = (stored if kept else "float32") if dtype is None else str(dtype).removeprefix("torch.")
         if dtype is not None and name not in _DTYPES:
             raise ArgumentError(f"dtype is one of {', '.join(_DTYPES)}, or None for that of the files, not {dtype!r}")
         if downsample is not None and not isinstance(downsample, Downsample):
             raise ArgumentError(f"downsample is a Downsample, such as Downsample(box=128), not {downsample!r}")
         box = dataset.box if downsample is None else downsample.output_box(dataset.box)
         pixel_size = dataset.pixel_size * dataset.box / box
-        return cls(box, pixel_size, name, dataset.box, dataset.pixel_size, downsample, downsample is None and name == stored)
+        as_stored = downsample is None and name == stored and not turned
+        return cls(box, pixel_size, name, dataset.box, dataset.pixel_size, downsample, as_stored, turned)
 
     @property
     def added_shift_A(self) -> float:
         """What is added to a shift along x and along y, because the centre of the images moves: angstrom."""
         return 0.0 if self.downsample is None else self.downsample.centre_offset(self.source_box) * self.source_pixel_size
 
-    def recentred(self, particles: Particles) -> Particles:
-        """Particles with the shifts that centre them in the images that are written."""
+    def as_written(self, particles: Particles) -> Particles:
+        """Particles with the contrast that they have in the images that are written, and the shifts that centre them there."""
+        if self.turned and particles.sign is not None:
+            particles = replace(particles, sign=np.ones_like(particles.sign))
         if self.added_shift_A == 0 or (shift := particles.shift_A) is None:
             return particles
         return replace(particles, shift_A=(shift.astype(np.float64) + self.added_shift_A).astype(shift.dtype))
@@ -100,7 +120,7 @@ class Pixels:
             "pixel_size_A": self.pixel_size,
             "dtype": self.dtype,
             "downsample": None if self.downsample is None else asdict(self.downsample),
-        }
+        } | ({"contrast": "positive"} if self.turned else {})
 
     def pieces(self, dataset: ParticleDataset, rows: range, *, images: int | None = None) -> Iterator[Tensor]:
         """The images of some rows piece by piece. A piece may be overwritten when the next one is asked for.
@@ -131,6 +151,9 @@ class Pixels:
             if read is None:
                 read = dataset.read_rows(chosen, kept_tensor("read", (len(chosen), dataset.box, dataset.box), dataset.dtype))
             done = read if collate is None else collate.process_images(read)
+            if self.turned and (sign := dataset.particles.sign) is not None:
+                factors = torch.from_numpy(sign[chosen]).to(done.dtype)[:, None, None]
+                done = torch.mul(done, factors, out=kept_tensor("turned", done.shape, done.dtype))
             yield _as_float16(done) if self.dtype == "float16" and collate is not None else done
 
 
@@ -139,3 +162,25 @@ def _as_float16(images: Tensor) -> Tensor:
     if (half.isinf() & ~images.isinf()).any():
         raise ExportError("Some pixels are larger than float16 can hold (65504); normalize them, or export float32.")
     return half
+
+
+def warn_of_dark_particles(dataset: ParticleDataset, pixels: Pixels, reader: str) -> None:
+    """Log it if particles are written dark for a program that takes them to be bright."""
+    sign = dataset.particles.sign
+    if sign is not None and not pixels.turned and (once(sign) < 0).any():
+        log.warning(
+            'Particles are dark (blob/sign is -1) and are written as they are stored. %s takes particles to be bright: contrast="positive" '
+            "(--contrast positive) turns them.",
+            reader,
+        )
+
+
+def _are_to_turn(dataset: ParticleDataset, contrast: Contrast) -> bool:
+    if contrast not in get_args(Contrast):
+        raise ArgumentError(f"contrast is one of {', '.join(map(repr, get_args(Contrast)))}, not {contrast!r}")
+    if contrast == "stored":
+        return False
+    sign = dataset.particles.sign
+    if sign is None or not np.isin(once(sign), (-1, 1)).all():
+        raise TableError("contrast='positive' needs blob/sign, which is 1 or -1 for each particle; the table has no such column.")
+    return bool((once(sign) < 0).any())

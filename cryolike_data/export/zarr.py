@@ -160,7 +160,7 @@ class ZarrFormat:
         """See ``Format``."""
         made = self._array(self.particles) | {"attributes": {"pixel_size_A": self.pixels.pixel_size}}
         files = [place.write(name, content) for name, content in encode("images", made)]
-        columns = self.pixels.recentred(dataset.particles.apart()).columns()
+        columns = self.pixels.as_written(dataset.particles.apart()).columns()
         columns = {name: columns[name] for name in columns if name not in ("box", "pixel_size", "file", "slice")}
         columns |= {"source/file": dataset.particles.file, "source/image": dataset.particles.slice}
         names = list(columns)
