@@ -21,7 +21,7 @@ class Collate:
 
     Parameters
     ----------
-    downsample : how to make the images smaller; their pixel size follows
+    downsample : how to make the images smaller; their pixel size follows, and their shifts where it moves the centre (pooling does)
     normalize : "max" (CryoLike's: subtract the mean, divide by the largest magnitude), "std" (mean 0, standard deviation 1),
         "background" (mean 0 and standard deviation 1 outside a circle), or a ``Normalize``
     device : where the batch goes; where it is by default. Pixels travel in the dtype of the file.
@@ -80,4 +80,5 @@ class Collate:
         if self.device is not None:
             # Towards a CPU, which reads the images at once, the copy has to be over.
             batch = batch.to(self.device, non_blocking=torch.device(self.device).type != "cpu")
-        return ParticleBatch(self.process_images(batch.images), pixel_size, batch.columns)
+        offset = 0.0 if self.downsample is None else self.downsample.centre_offset(batch.box) * batch.pixel_size
+        return ParticleBatch(self.process_images(batch.images), pixel_size, batch.columns.recentred(offset))

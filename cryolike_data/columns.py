@@ -50,6 +50,12 @@ class Columns:
         """Columns with ``function`` applied to each."""
         return Columns({name: function(column) for name, column in self.tensors.items()})
 
+    def recentred(self, offset_A: float) -> Columns:
+        """The columns for images whose centre is moved by so much along x and along y: the shifts grow by it."""
+        if offset_A == 0:
+            return self
+        return Columns(lambda: {name: column + offset_A if name == "shift_A" else column for name, column in self.tensors.items()})
+
     def to(self, device: torch.device | str | None, *, non_blocking: bool = False) -> Columns:
         """The columns on another device, in one transfer for each dtype: many small ones would take longer than the images."""
         groups: dict[torch.dtype, list[str]] = {}

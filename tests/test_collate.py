@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import uids, write_particles
+from support import uids, write_particles, write_stack
 
 from cryolike_data import Collate, Downsample, IndexedDataset, Normalize, ParticleBatch, collate
 from cryolike_data.errors import ArgumentError
@@ -192,3 +192,23 @@ def test_a_collate_pickles(ds: IndexedDataset) -> None:
 def test_a_particle_alone_is_no_batch(ds: IndexedDataset) -> None:
     with pytest.raises(ArgumentError, match="a list of particles"):
         Collate()(ds[0])
+
+
+@pytest.mark.parametrize("method", ["fourier", "mean", "max"])
+@pytest.mark.parametrize(("box", "smaller"), [(32, 8), (30, 10), (30, 15), (33, 11)])
+def test_shifts_are_those_of_the_smaller_images(tmp_path: Path, method: Any, box: int, smaller: int) -> None:
+    """A spot that the shift brings to the centre of the stored image is brought to the centre of the smaller one too."""
+    shift = np.array([[3.5, -2.0], [0.0, 0.0], [-4.0, 1.0]], "f4")
+    centre = np.arange(box) - box // 2
+    x, y = centre + shift[:, :1], centre + shift[:, 1:]
+    spots = np.exp(-(y[:, :, None] ** 2 + x[:, None] ** 2) / (2 * 3.0**2)).astype("f4")
+    pose = {"alignments3D__pose": np.zeros((3, 3), "f4"), "alignments3D__shift": shift, "alignments3D__psize_A": np.full(3, 1.5, "f4")}
+    cs, _ = write_particles(tmp_path, 3, box=box, stacks=1, blob__idx=np.arange(3, dtype="u4"), **pose)
+    write_stack(tmp_path / "J1/extract/stack_0.mrc", spots, pixel_size=1.5)
+    batch = Collate(downsample=Downsample(box=smaller, method=method))(IndexedDataset(cs).batch(range(3)))
+    place = (torch.arange(smaller) - smaller // 2) * batch.pixel_size
+    weight = batch.images.clamp(min=0)
+    found = torch.stack([(weight * place).sum((1, 2)), (weight * place[:, None]).sum((1, 2))], 1) / weight.sum((1, 2))[:, None]
+    assert batch.shift_A is not None
+    torch.testing.assert_close(found, -batch.shift_A, rtol=0, atol=0.5)
+    assert batch.to("meta").shift_A.shape == (3, 2)

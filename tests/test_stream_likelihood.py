@@ -30,7 +30,7 @@ from support import (
 )
 
 import cryolike_data.likelihood.streaming as streaming
-from cryolike_data import Downsample, IndexedDataset
+from cryolike_data import Downsample, IndexedDataset, ZarrDataset, export_zarr
 from cryolike_data.demo import DemoProject, write_project
 from cryolike_data.errors import ArgumentError, ExportError, ExportExistsError, TableError
 from cryolike_data.likelihood import Templates, displacement_grid, integrated_log_likelihood, stream_likelihood
@@ -814,3 +814,15 @@ def test_other_things_than_a_data_set_and_templates_are_refused(demo: DemoProjec
     for wrong in ((IndexedDataset(demo.indexed), "volume.mrc"), ("particles.cs", templates)):
         with pytest.raises(ArgumentError, match=r"takes a data set, .*, and Templates, .* not a \w+ and a \w+"):
             stream_likelihood(*wrong, [[0.0, 0.0]])
+
+
+def test_shifts_are_for_the_stored_images_where_pooling_moves_the_centre(demo: DemoProject, tmp_path: Path) -> None:
+    particles, rule = IndexedDataset(demo.indexed).select(range(6)), Downsample(factor=2, method="mean")
+    grid = PolarGrid(4.0, 0.25, 32)
+    templates = Templates.from_volume(demo.volume, grid, step_deg=60)
+    tried = displacement_grid(3, 4.0)
+    export_zarr(particles, tmp_path / "pooled.zarr", downsample=rule)
+    pooled = stream_likelihood(ZarrDataset(tmp_path / "pooled.zarr"), templates, tried, batch_size=4, dtype=torch.float64)
+    found = stream_likelihood(particles, templates, tried, batch_size=4, dtype=torch.float64, downsample=rule)
+    np.testing.assert_array_equal(found["template"], pooled["template"])
+    np.testing.assert_allclose(found["shift_A"], pooled["shift_A"] - 0.5 * particles.pixel_size, rtol=0, atol=1e-9)

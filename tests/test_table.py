@@ -203,7 +203,7 @@ def test_csdat_without_lz4_says_what_to_install(tmp_path: Path, monkeypatch: pyt
         (b"\x94CSDAT" + bytes(100), "old Snappy CSDAT format"),
         (b"", "not a CryoSPARC table"),
         (b"\x93NUM", "not a CryoSPARC table"),
-        (b"data_\n\nloop_\n_rlnImageName #1\n", "not a CryoSPARC table: it starts with b'data_"),
+        (b"data_\n\nloop_\n_rlnImageName #1\n", "a RELION star file"),
         (pickle.dumps({"uid": [1]}), "pickle, which could run code"),
         (gzip.compress(b"\x93NUMPY"), "gunzip"),
         (b"\x89HDF\r\n\x1a\n", "HDF5"),

@@ -7,6 +7,7 @@ import operator
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,7 +82,8 @@ def stream_likelihood(
     Returns
     -------
     (N,) records with the fields ``row``, ``uid``, those of ``ImageLikelihood``, and ``done``, which is 1 where a particle has been
-        compared: other ranks may still be at work. With ``output`` it is a read-only map of the file.
+        compared: other ranks may still be at work. ``shift_A`` is for the images as they are stored, also where
+        ``downsample`` pools. With ``output`` it is a read-only map of the file.
 
     Raises
     ------
@@ -170,12 +172,14 @@ def _compared(
 ) -> Iterator[tuple[range, np.ndarray, ImageLikelihood]]:
     """The rows of each batch, their uid and what is found about them; all batches are of one size, but for the last one of the data set."""
     rows = np.concatenate([np.asarray(each) for each in batches]) if batches else np.empty(0, np.int64)
+    # Shifts are for the images as they are stored, whose centre pooling moves.
+    offset_A = 0.0 if collate.downsample is None else collate.downsample.centre_offset(dataset.box) * dataset.pixel_size
     part = dataset if len(rows) == len(dataset) else dataset.select(rows)
     sampler = ParticleSampler(part, batch_size, shuffle=False, rank=0, world_size=1)
     with ParticleStream(part, sampler, collate, templates.device, _PREFETCH) as stream:
         for each, batch in zip(batches, stream, strict=True):
             found = integrated_log_likelihood(batch, templates, displacements_A, by_template=by_template, memory_bytes=memory_bytes)
-            yield each, batch.uid.cpu().numpy().view(np.uint64), found
+            yield each, batch.uid.cpu().numpy().view(np.uint64), replace(found, shift_A=found.shift_A - offset_A)
 
 
 def _about(dataset: ParticleDataset, templates: Templates, displacements_A: torch.Tensor) -> dict[str, Any]:
