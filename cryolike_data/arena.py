@@ -197,7 +197,7 @@ class Arena:
         if self._check is not None:
             self._check(number)
         size = int(self._sizes[number])
-        if sum(arena._maps for arena in list(_ARENAS)) + self._maps_a_file + _SPARE_MAPS > _max_maps():
+        if _maps_in_use() + self._maps_a_file + _SPARE_MAPS > _max_maps():
             raise NoMoreMapsError(f"{path} cannot be mapped beside the many thousands of files of other data sets.")
         descriptor = open_to_map(path, size)
         try:
@@ -209,6 +209,15 @@ class Arena:
             os.close(descriptor)
         self._mapped[number] = True
         self._maps += self._maps_a_file
+
+
+def _maps_in_use() -> int:
+    """Maps of all arenas of the process."""
+    while True:
+        try:
+            return sum(arena._maps for arena in _ARENAS)
+        except RuntimeError:  # another thread has made an arena meanwhile; a lock might stay locked in a fork
+            continue
 
 
 def can_map(n_files: int, starts: np.ndarray, dtype: np.dtype[Any]) -> bool:

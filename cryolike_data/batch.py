@@ -173,11 +173,9 @@ class Particle:
         return Particle, (self.batch, 0)
 
     def __repr__(self) -> str:
-        about = [f"{self.box} px of {self.pixel_size:.4g} A"]
-        if self.ctf is not None and self.ctf.defocus_u is not None:
-            about.append(f"defocus U {float(self.ctf.defocus_u):.0f} A")
-        article = "an" if type(self.source).__name__[0] in "AEIOU" else "a"
-        return f"Particle({self.row} of the {len(self.source)} in {article} {type(self.source).__name__}: {', '.join(about)})"
+        source = type(self.source).__name__
+        article = "an" if source[0] in "AEIOU" else "a"
+        return f"Particle({self.row} of the {len(self.source)} in {article} {source}, {self.box} px of {self.pixel_size:.4g} A)"
 
 
 def merge_particles(items: Sequence[Particle] | ParticleBatch) -> ParticleBatch:

@@ -80,7 +80,7 @@ def test_a_particle_reads_nothing_until_asked(tmp_path: Path) -> None:
     ds = IndexedDataset(cs)
     (tmp_path / "J1/extract/stack_0.mrc").unlink()
     (tmp_path / "J1/extract/stack_1.mrc").unlink()
-    assert repr(ds[2]) == "Particle(2 of the 7 in an IndexedDataset: 8 px of 1.5 A, defocus U 10410 A)"
+    assert repr(ds[2]) == "Particle(2 of the 7 in an IndexedDataset, 8 px of 1.5 A)"
 
 
 def test_a_particle_has_no_other_attributes(ds: IndexedDataset) -> None:
