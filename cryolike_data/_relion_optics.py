@@ -70,9 +70,7 @@ class OpticsGroups:
     def warn(self) -> None:
         """Log what is lost, if anything is, and what is not certain."""
         if self.left_out:
-            log.warning(
-                "%s: left out of the star file, because it cannot be told with certainty how RELION names it.", ", ".join(self.left_out)
-            )
+            log.warning("%s: left out of the star file, which cannot tell such, or not with certainty.", ", ".join(self.left_out))
         if "rlnBeamTiltX" in self.columns:
             log.warning("The beam tilt in the star file has RELION's sign, if tilt_A has that; nothing published says so.")
 

@@ -106,10 +106,11 @@ class Arena:
         self._mapped = np.zeros(len(paths), bool)
         self._maps = 0
         reserved = _reserve(length + _ALIGNMENT)
-        # Not at the end of the program: threads may be reading then, and the system unmaps by itself.
-        weakref.finalize(self, _unmap, reserved, length + _ALIGNMENT).atexit = False
         self._address = -(-reserved // _ALIGNMENT) * _ALIGNMENT
         range_: Any = (ctypes.c_ubyte * length).from_address(self._address)
+        # Every view keeps the range, and may outlive the arena. Not at the end of the program: threads may be reading then, and the
+        # system unmaps by itself.
+        weakref.finalize(range_, _unmap, reserved, length + _ALIGNMENT).atexit = False
         self._pixels = torch.from_numpy(np.frombuffer(range_, dtype))
         # Rows overlap wherever an image may start at a multiple of the step; only those that are images are ever touched.
         self._number = np.dtype(_NUMBERS[math.gcd(max(_NUMBERS), self._step)])
@@ -207,8 +208,8 @@ class Arena:
                 raise NoMoreMapsError(f"{path} cannot be mapped into memory: {os.strerror(code)}.")
         finally:
             os.close(descriptor)
+        self._maps += 0 if self._mapped[number] else self._maps_a_file  # another thread may have mapped it too
         self._mapped[number] = True
-        self._maps += self._maps_a_file
 
 
 def _maps_in_use() -> int:

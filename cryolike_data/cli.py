@@ -28,16 +28,15 @@ from .zarr_dataset import ZarrDataset
 
 #: What messages say to who calls the functions, and what they say here.
 _AS_OPTIONS = (
-    (r"\boverwrite=True", "--overwrite"),
-    (r'\bfolder="([^"]*)"', r"--folder \1"),
-    (r"\bindex_base=", "--index-base "),
-    (r"\bpassthrough=", "--passthrough"),
-    (r'\bpairing="(\w+)"', r"--pairing \1"),
-    (r"\bpixel_size= ", "--pixel-size "),
-    (r"\b(factor|box)=(\d)", r"--\1 \2"),
-    (r"\b(factor|box)=(?=[ .])", r"--\1"),
-    (r"\bdataset\.select\(lambda p: np\.isclose\(p\.ctf\.(\w+), ([^)]*)\)\)", r"--where 'ctf/\1 == \2'"),
-    (r"\bdataset\.select\(lambda p: np\.isclose\(p\.(\w+), ([^)]*)\)\)", r"--where '\1 == \2'"),
+    (r"(?<![\w/])overwrite=True", "--overwrite"),
+    (r'(?<![\w/])folder="([^"]*)"', r"--folder \1"),
+    (r"(?<![\w/])index_base=", "--index-base "),
+    (r"(?<![\w/])passthrough=", "--passthrough"),
+    (r'(?<![\w/])pairing="(\w+)"', r"--pairing \1"),
+    (r"(?<![\w/])pixel_size= ", "--pixel-size "),
+    (r"(?<![\w/])(factor|box)=(\d)", r"--\1 \2"),
+    (r"(?<![\w/])(factor|box)=(?=[ .])", r"--\1"),
+    (r"(?<![\w/])dataset\.select\(lambda p: np\.isclose\(p\.ctf\.(\w+), ([^)]*)\)\)", r"--where 'ctf/\1 == \2'"),
 )
 
 

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .ctf import Ctf
 
+#: Dtypes that NumPy has too.
+_OF_NUMPY = {torch.from_numpy(np.empty(0, code)).dtype for code in ("?", *"bBhHiI", "i8", "u8", *"efdFD")}
+
 Maker = Callable[[], dict[str, Tensor]]
 
 
@@ -75,7 +78,9 @@ class Columns:
 
 
 def _is_array(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype != torch.bfloat16 and not tensor.requires_grad and not tensor.is_conj()
+    """Whether NumPy can show a tensor as it is."""
+    plain = tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.dtype in _OF_NUMPY
+    return plain and not (tensor.requires_grad or tensor.is_conj() or tensor.is_neg())
 
 
 def _of_arrays(arrays: dict[str, Any]) -> Columns:

@@ -68,7 +68,7 @@ class Particles:
         gives (0, 0, angle)
     shift_A : (N, 2) float32 translation (x, y) to apply to the image to centre the particle, angstrom, or None
     half_set : (N,) 0 or 1, or None
-    sign : (N,) contrast sign of the stored pixels, or None; never applied
+    sign : (N,) contrast sign of the stored pixels, or None; applied by exports with ``contrast="positive"`` only
     """
 
     file: np.ndarray
@@ -213,9 +213,8 @@ def resolve_rows(selection: Selection, n: int, particles: Particles | None = Non
     RowIndexError
         if a row is out of range or a mask has the wrong length
     """
-    if callable(selection):
+    if by_function := callable(selection):
         selection = selection(particles)
-        _require_no_truth_values(selection, n)
     if isinstance(selection, slice):
         return np.arange(*selection.indices(n), dtype=np.int64)
     if isinstance(selection, torch.Tensor):
@@ -224,6 +223,8 @@ def resolve_rows(selection: Selection, n: int, particles: Particles | None = Non
         rows = np.asarray(selection)
     except ValueError as error:
         raise RowIndexError(f"rows are chosen by a one-dimensional mask or list of row numbers: {error}") from error
+    if by_function:
+        _require_no_truth_values(rows, n)
     # Seen as unsigned, a negative number is larger than any row: the usual case costs one pass.
     if rows.dtype == np.int64 and rows.ndim == 1 and len(rows) and rows.view(np.uint64).max() < n:
         return np.array(rows, order="C")
@@ -244,12 +245,10 @@ def resolve_rows(selection: Selection, n: int, particles: Particles | None = Non
     return np.where(rows < 0, rows + n, rows)
 
 
-def _require_no_truth_values(selection: Selection, n: int) -> None:
+def _require_no_truth_values(rows: np.ndarray, n: int) -> None:
     """Raise a ``RowIndexError`` for zeros and ones for all of n rows: row numbers, but nobody means rows 0 and 1 again and again."""
-    if isinstance(selection, np.ndarray | torch.Tensor) and n > 2 and selection.shape == (n,):
-        values = np.asarray(selection)
-        if values.dtype.kind in "iuf" and np.isin(values, (0, 1)).all():
-            raise RowIndexError("the function gave zeros and ones, which are row numbers and no condition; compare, as in p.half_set == 1")
+    if n > 2 and rows.shape == (n,) and rows.dtype.kind in "iuf" and np.isin(rows, (0, 1)).all():
+        raise RowIndexError("the function gave zeros and ones, which are row numbers and no condition; compare, as in p.half_set == 1")
 
 
 def shortest(value: Any) -> float | int:

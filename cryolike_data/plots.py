@@ -47,6 +47,7 @@ def montage(images: Tensor, *, columns: int = 8, titles: list[str] | None = None
 
 def require_picture_name(path: Path) -> None:
     """Raise an ``ArgumentError`` unless matplotlib writes pictures under such a name."""
+    require_matplotlib()
     from matplotlib.backend_bases import FigureCanvasBase
 
     known = FigureCanvasBase.get_supported_filetypes()

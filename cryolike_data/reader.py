@@ -142,8 +142,11 @@ class Reader:
         except IndexError:  # the end, or another thread has closed the reader
             pass
         error, self._error = self._error, None
-        if error is not None:
-            raise error
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # it holds this frame, and with it the data set
         return None
 
     def _run(self) -> None:

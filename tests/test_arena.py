@@ -559,3 +559,21 @@ def test_arenas_together_leave_maps_for_the_rest_of_the_process(
     assert "cannot be mapped beside the many thousands of files of other data sets" in caplog.text
     del first
     check(open_stacks(paths), images, through_arena=True)
+
+
+def test_views_outlive_the_arena(tmp_path: Path) -> None:
+    """As they do where a thread of an export gives the arena up while another one is at work on a view."""
+    paths, images = written(tmp_path, [3, 4])
+    stacks = open_stacks(paths)
+    file, image = np.array([1, 1, 1]), np.arange(3)
+    view = stacks.locate(file, image).view(np.arange(3))
+    assert view is not None
+    stacks.give_up_arena()
+    np.testing.assert_array_equal(read(stacks, file, image), images[1][:3])
+    del stacks
+    gc.collect()
+    np.testing.assert_array_equal(view.numpy(), images[1][:3])
+    assert mapped_files(tmp_path)
+    del view
+    gc.collect()
+    assert not mapped_files(tmp_path)

@@ -588,3 +588,20 @@ def test_contrast_is_an_option(demo, tmp_path, capsys, caplog):
     assert (IndexedDataset(tmp_path / "p/particles.cs").particles.sign == 1).all()
     assert run("export", demo.indexed, tmp_path / "a.zarr", "--contrast", "positive") == 1
     assert "--contrast has no meaning for a Zarr store" in capsys.readouterr().err
+
+
+def test_a_picture_without_matplotlib_names_the_extra(one_group, tmp_path, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run("show", one_group, tmp_path / "a.png") == 1
+    captured = capsys.readouterr()
+    assert_one_message(captured)
+    assert "cryolike-data[plot]" in captured.err
+
+
+def test_names_of_files_are_told_as_they_are(tmp_path, capsys):
+    folder = tmp_path / "box=128" / 'folder="x"'
+    folder.mkdir(parents=True)
+    assert run("info", folder / "particles.cs") == 1
+    assert str(folder / "particles.cs") in capsys.readouterr().err

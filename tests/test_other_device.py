@@ -159,7 +159,7 @@ def test_the_likelihood(particles: IndexedDataset, templates: Templates, dtype: 
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="this torch has one way to ask for TF32")
-@pytest.mark.parametrize("asked", ["newer way", "older way"])
+@pytest.mark.parametrize("asked", ["newer way", "older way", "for all of torch"])
 def test_the_likelihood_takes_no_shortcuts_however_they_were_asked_for(
     particles: IndexedDataset, templates: Templates, monkeypatch: pytest.MonkeyPatch, asked: str
 ) -> None:
@@ -176,15 +176,20 @@ def test_the_likelihood_takes_no_shortcuts_however_they_were_asked_for(
     try:
         if asked == "newer way":
             products.fp32_precision = "tf32"
+        elif asked == "for all of torch":
+            torch.backends.fp32_precision = "tf32"
         else:
             torch.set_float32_matmul_precision("high")
         monkeypatch.setattr(torch, "bmm", bmm)
         with other_device():
             integrated_log_likelihood(batch.to(OTHER), templates.to(OTHER), DISPLACEMENTS_A)
-        assert products.fp32_precision == "tf32"
+        if asked == "for all of torch":  # it goes on following that
+            torch.backends.fp32_precision = "ieee"
+        assert products.fp32_precision == ("tf32" if asked != "for all of torch" else "ieee")
         if asked == "older way":
             assert torch.get_float32_matmul_precision() == "high"
     finally:
+        torch.backends.fp32_precision = "none"
         products.fp32_precision = of_newer
         torch.set_float32_matmul_precision(of_older)
     assert seen == {"ieee"}

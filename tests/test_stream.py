@@ -787,12 +787,14 @@ def test_a_stream_is_closed_by_another_thread_while_the_next_batches_are_drawn(d
 def test_a_loop_ends_wherever_another_thread_closes_the_stream(ds: IndexedDataset, line: int) -> None:
     loader = stream(ds, batch_size=7, prefetch=2)
     passed = itertools.count()
+    closed = threading.Event()
 
     def close() -> None:
         # Not while the consumer reads, which is waited for.
         if reader._reading.acquire(blocking=False):
             reader._reading.release()
             loader.close()
+            closed.set()
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         if frame.f_code is not Reader._next.__code__:
@@ -813,6 +815,7 @@ def test_a_loop_ends_wherever_another_thread_closes_the_stream(ds: IndexedDatase
     finally:
         sys.settrace(before)
     assert rows == list(range(7, 7 + len(rows)))
+    assert closed.is_set() == (len(rows) < len(ds) - 7)
 
 
 FORK = """

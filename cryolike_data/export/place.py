@@ -90,10 +90,10 @@ class Place(Protocol):
 
     Attributes
     ----------
-    before_placing : called with a file that is whole before it is put into its place, which an error prevents
+    before_placing : called with this place and a file that is whole before that is put into its place, which an error prevents
     """
 
-    before_placing: Callable[[Output], None] | None
+    before_placing: Callable[[Place, Output], None] | None
 
     def create(self, name: str, *, head_bytes: int = 0, room: int = 0) -> AbstractContextManager[Output]:
         """A file to be written, which is in its place when the context ends without an error.
@@ -135,7 +135,7 @@ class LocalPlace:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.before_placing: Callable[[Output], None] | None = None
+        self.before_placing: Callable[[Place, Output], None] | None = None
 
     def __str__(self) -> str:
         return str(self.root)
@@ -158,7 +158,7 @@ class LocalPlace:
                 with _explained(target):  # a network file system may tell here that it is full
                     os.close(descriptor)
             if self.before_placing is not None:
-                self.before_placing(output)
+                self.before_placing(self, output)
             with _explained(target):
                 os.replace(partial, target)
         finally:

@@ -85,7 +85,8 @@ def _clear(plan: ExportPlan, place: Place) -> None:
 def place_only_ours(plan: ExportPlan, place: Place, doing: str, known: UnitRecord | None = None) -> None:
     """Have a place refuse files as soon as another export is at work there, and such as are not those of a record that is known."""
 
-    def require_ours(output: Output) -> None:
+    # Given the place, which must not hold itself, and with it the plan and all files that this maps.
+    def require_ours(place: Place, output: Output) -> None:
         there, unlike = look(plan, place)
         if unlike or there not in ("unfinished", "sealed"):
             raise ExportError(f"{plan.target} was given to another export while {doing} for this one.")

@@ -212,6 +212,8 @@ def _have_common(one: range, other: range) -> bool:
 
 def _told(run: dict[str, Any]) -> str:
     units = _units_of(run)
+    if units == ANY_UNITS:
+        return f"process {run['pid']} on {run['host']}, all units"
     steps = "" if units.step == 1 else f" in steps of {units.step}"
     return f"process {run['pid']} on {run['host']}, units {units[0]} to {units[-1]}{steps}"
 

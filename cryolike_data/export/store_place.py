@@ -11,7 +11,7 @@ import numpy as np
 from ..checksum import crc32c
 from ..errors import ExportError
 from ..zarr_store import open_store
-from .place import Output, WrittenFile, write_whole
+from .place import Output, Place, WrittenFile, write_whole
 
 
 class StorePlace:
@@ -19,7 +19,7 @@ class StorePlace:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self.before_placing: Callable[[Output], None] | None = None
+        self.before_placing: Callable[[Place, Output], None] | None = None
         self._store: Any = open_store(url, read_only=False)
 
     def __str__(self) -> str:
@@ -33,7 +33,7 @@ class StorePlace:
         output = _StoreOutput(name, head_bytes)
         yield output
         if self.before_placing is not None:
-            self.before_placing(output)
+            self.before_placing(self, output)
         buffer = default_buffer_prototype().buffer.from_bytes(bytes(output.content))
         self._wait(self._store.set(name, buffer), name)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..batch import ParticleBatch
 from ..errors import ArgumentError, TableError
 from ..polar_batch import PolarBatch
 from ..transforms import PolarGrid
+from .precision import full_precision
 from .result import ImageLikelihood, pose_and_shift
 from .templates import Templates, as_displacements, require_fit
 
@@ -81,7 +82,7 @@ def integrated_log_likelihood(
     require_fit(batch.grid, batch.box, batch.pixel_size, templates, memory_bytes)
     images = _Images.of(batch)
     found = _Found.nothing(len(batch), len(templates), images)
-    with _full_precision(images):
+    with nullcontext() if images.on_cpu else full_precision():
         for step in _steps(images, templates, tried, _MEMORY_BYTES[images.on_cpu] if memory_bytes is None else int(memory_bytes)):
             found.add(step, *images.compare(step))
     return _result(images, found, templates, tried, by_template)
@@ -238,30 +239,6 @@ def _result(images: _Images, found: _Found, templates: Templates, displacements_
     for numbers in (displacement, rotation, pose, shift):
         numbers[unknown] = torch.nan
     return ImageLikelihood((given + priors).logsumexp(1), template, displacement, rotation, pose, shift, given if by_template else None)
-
-
-@contextmanager
-def _full_precision(images: _Images) -> Iterator[None]:
-    """Without shortcuts such as TF32 on CUDA, which a training program may have asked for: they would cost several nats."""
-    if images.on_cpu:
-        yield
-        return
-    # Since torch 2.9 there are two ways to ask for them, and the older one refuses to be read once a program has used the newer.
-    products: Any = torch.backends.cuda.matmul
-    newer = hasattr(products, "fp32_precision")
-    before = products.fp32_precision if newer else torch.get_float32_matmul_precision()
-
-    def ask_for(precision: str) -> None:
-        if newer:
-            products.fp32_precision = precision
-        else:
-            torch.set_float32_matmul_precision(precision)
-
-    ask_for("ieee" if newer else "highest")
-    try:
-        yield
-    finally:
-        ask_for(before)
 
 
 def _ctf(batch: PolarBatch) -> Tensor:

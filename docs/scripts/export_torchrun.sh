@@ -4,7 +4,8 @@
 #   bash export_torchrun.sh TABLE.cs OUT.zarr [options of cryolike-data export ...]
 #
 # PROCESSES sets how many there are on each machine (default: 4). On several machines start it on each, with PET_NNODES, PET_NODE_RANK
-# and PET_MASTER_ADDR set, from where torchrun takes its options: at its end it waits for the other machines, and number 0 seals.
+# and PET_MASTER_ADDR set, from where torchrun takes its options: at its end it waits for the other machines (five minutes; if one takes
+# longer, run `cryolike-data export ... --finish` once all are done), and number 0 seals.
 set -euo pipefail
 # --no-python: what follows is any program, started once per rank with RANK and WORLD_SIZE set.
 torchrun --nproc-per-node "${PROCESSES:-4}" --no-python \
