@@ -12,6 +12,7 @@ from torch.utils.data import get_worker_info
 from .batch import Particle, ParticleBatch, merge_particles
 from .errors import ArgumentError
 from .transforms import Downsample, Normalize
+from .transforms.downsample import moved_centre_A
 from .transforms.normalize import NormalizeMethod
 
 
@@ -80,5 +81,5 @@ class Collate:
         if self.device is not None:
             # Towards a CPU, which reads the images at once, the copy has to be over.
             batch = batch.to(self.device, non_blocking=torch.device(self.device).type != "cpu")
-        offset = 0.0 if self.downsample is None else self.downsample.centre_offset(batch.box) * batch.pixel_size
-        return ParticleBatch(self.process_images(batch.images), pixel_size, batch.columns.recentred(offset))
+        columns = batch.columns.recentred(moved_centre_A(self.downsample, batch.box, batch.pixel_size))
+        return ParticleBatch(self.process_images(batch.images), pixel_size, columns)

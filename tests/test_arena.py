@@ -545,7 +545,6 @@ def test_a_shrunk_stack_is_an_error_when_it_is_to_be_seen(tmp_path: Path) -> Non
         images.view(np.arange(4))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="arenas are made on Linux only")
 def test_arenas_together_leave_maps_for_the_rest_of_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -18,6 +18,7 @@ from ..memory import kept_tensor
 from ..particles import Particles
 from ..repeated import once
 from ..transforms import Downsample
+from ..transforms.downsample import moved_centre_A
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class Pixels:
     @property
     def added_shift_A(self) -> float:
         """What is added to a shift along x and along y, because the centre of the images moves: angstrom."""
-        return 0.0 if self.downsample is None else self.downsample.centre_offset(self.source_box) * self.source_pixel_size
+        return moved_centre_A(self.downsample, self.source_box, self.source_pixel_size)
 
     def as_written(self, particles: Particles) -> Particles:
         """Particles with the contrast that they have in the images that are written, and the shifts that centre them there."""

@@ -23,6 +23,7 @@ from ..progress import Progress
 from ..sampler import ParticleSampler, place_among_ranks
 from ..stream import ParticleStream
 from ..transforms import Downsample
+from ..transforms.downsample import moved_centre_A
 from ..transforms.polar_grid import require_within_nyquist
 from .integrated import integrated_log_likelihood
 from .records import Results
@@ -141,7 +142,7 @@ def stream_likelihood(
         "ctf_terms": list(collate.ctf_terms),
         "dtype": str(dtype).removeprefix("torch."),
         "by_template": by_template,
-    } | ({"shift_offset_A": offset_A} if (offset_A := _moved_centre_A(dataset, downsample)) else {})
+    } | ({"shift_offset_A": offset_A} if (offset_A := moved_centre_A(downsample, dataset.box, dataset.pixel_size)) else {})
     about = {} if folder is None else _about(dataset, chosen, tried) | {"settings": settings}
     unknown = 0
     with closing(Results(folder, len(dataset), len(templates) if by_template else 0, about, overwrite=overwrite)) as results:
@@ -172,18 +173,13 @@ def _compared(
 ) -> Iterator[tuple[range, np.ndarray, ImageLikelihood]]:
     """The rows of each batch, their uid and what is found about them; all batches are of one size, but for the last one of the data set."""
     rows = np.concatenate([np.asarray(each) for each in batches]) if batches else np.empty(0, np.int64)
-    offset_A = _moved_centre_A(dataset, collate.downsample)
+    offset_A = moved_centre_A(collate.downsample, dataset.box, dataset.pixel_size)
     part = dataset if len(rows) == len(dataset) else dataset.select(rows)
     sampler = ParticleSampler(part, batch_size, shuffle=False, rank=0, world_size=1)
     with ParticleStream(part, sampler, collate, templates.device, _PREFETCH) as stream:
         for each, batch in zip(batches, stream, strict=True):
             found = integrated_log_likelihood(batch, templates, displacements_A, by_template=by_template, memory_bytes=memory_bytes)
             yield each, batch.uid.cpu().numpy().view(np.uint64), replace(found, shift_A=found.shift_A - offset_A)
-
-
-def _moved_centre_A(dataset: ParticleDataset, downsample: Downsample | None) -> float:
-    """What the shifts of pooled images are ahead of those of the images as they are stored, angstrom."""
-    return 0.0 if downsample is None else downsample.centre_offset(dataset.box) * dataset.pixel_size
 
 
 def _about(dataset: ParticleDataset, templates: Templates, displacements_A: torch.Tensor) -> dict[str, Any]:

@@ -108,6 +108,11 @@ class Downsample:
         return f"Downsample({size}, method={self.method!r})"
 
 
+def moved_centre_A(downsample: Downsample | None, box: int, pixel_size: float) -> float:
+    """What is added to a shift along x and along y because downsampling moves the centre of images of this box and pixel size, angstrom."""
+    return 0.0 if downsample is None else downsample.centre_offset(box) * pixel_size
+
+
 def crop_fourier(images: Tensor, box: int) -> Tensor:
     """Resample images to a smaller box by cropping their Fourier transform.
 
