@@ -36,7 +36,7 @@ def read_each(
             return error
 
     # In a few portions, because handing a task to a thread takes as long as reading a header.
-    portions = [items[k::_THREADS] for k in range(_THREADS)]
+    portions = [items[k::_THREADS] for k in range(min(_THREADS, len(items)))]
     results: list[Any] = [None] * len(items)
     with ThreadPoolExecutor(max_workers=_THREADS) as pool:
         for k, found in enumerate(pool.map(lambda portion: [result_or_error(item) for item in portion], portions)):

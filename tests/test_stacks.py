@@ -290,3 +290,11 @@ def test_a_process_forked_while_a_thread_reads_can_read_too(tmp_path: Path, monk
     may_go_on.set()
     thread.join()
     assert status == 0
+
+
+@pytest.mark.parametrize("check_headers", [True, False])
+def test_a_first_stack_that_cannot_be_opened_is_one_of_our_errors(tmp_path: Path, check_headers: bool) -> None:
+    paths, _ = write_stacks(tmp_path, [1, 1])
+    paths[0].unlink()  # after the table was looked through, say
+    with pytest.raises(StackError, match=r"stacks cannot be read:\n.*0\.mrc"):
+        open_stacks(paths, needed=np.ones(2, np.int64), check_headers=check_headers)
