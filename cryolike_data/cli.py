@@ -16,15 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from . import __version__
-from .cli_export import add_arguments, export_command, refuse
+from .cli_export import add_arguments, export_command
+from .cli_source import add_source, open_source
 from .collate import Collate
-from .cryosparc import IndexedDataset, JobDirectoryDataset
 from .cryosparc.join import load_table
-from .dataset import ParticleDataset, human_bytes
+from .dataset import human_bytes
 from .errors import ArgumentError, CryolikeDataError
 from .stacks import Stacks
 from .transforms import Downsample
-from .zarr_dataset import ZarrDataset
 
 #: What messages say to who calls the functions, and what they say here.
 _AS_OPTIONS = (
@@ -37,6 +36,7 @@ _AS_OPTIONS = (
     (r"(?<![\w/])(factor|box)=(\d)", r"--\1 \2"),
     (r"(?<![\w/])(factor|box)=(?=[ .])", r"--\1"),
     (r"(?<![\w/])dataset\.select\(lambda p: np\.isclose\(p\.ctf\.(\w+), ([^)]*)\)\)", r"--where 'ctf/\1 == \2'"),
+    (r"(?<![\w/])select=lambda p: np\.isclose\(p\.(\w+), ([^)]*)\)", r"--where '\1 == \2'"),
 )
 
 
@@ -78,25 +78,25 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     info = commands.add_parser("info", help="what is in a table and its stacks")
-    _add_source(info)
+    add_source(info)
     info.set_defaults(command=_info)
 
     export = commands.add_parser(
         "export", help="write a Zarr store, MRC stacks with .cs and .star, or CryoLike stacks; continues where it was stopped"
     )
-    _add_source(export)
+    add_source(export)
     add_arguments(export)
-    export.set_defaults(command=lambda options: export_command(options, _open), how_to_go_on="; the same command goes on from here")
+    export.set_defaults(command=export_command, how_to_go_on="; the same command goes on from here")
 
     show = commands.add_parser("show", help="a picture of some particles (extra: plot)")
-    _add_source(show)
+    add_source(show)
     show.add_argument("out", type=Path, metavar="PNG", help="the picture to write")
     show.add_argument("--count", type=int, default=32, help="how many particles, evenly spread over the table (default: 32)")
     show.add_argument("--box", type=int, help="downsample to this box size first, which takes noise away")
     show.set_defaults(command=_show)
 
     bench = commands.add_parser("bench", help="how fast these images can be had here, and what holds them up")
-    _add_source(bench)
+    add_source(bench)
     bench.add_argument("--batch-size", type=int, default=256, help="particles per batch (default: 256)")
     bench.add_argument("--gigabytes", type=float, default=1.0, help="how much to read at the most (default: 1)")
     bench.add_argument("--no-cold", action="store_true", help="leave out reading from the disk")
@@ -112,60 +112,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=_location, metavar="FILE", help=".cs, .csg or .zarr (or its URL); with --job the project folder")
-    parser.add_argument("--job", type=int, metavar="N", help="read the job directory FILE/JN")
-    parser.add_argument("--folder", type=Path, help="where the stacks lie, by file name")
-    parser.add_argument("--passthrough", type=Path, action="append", help="a table with further columns, joined by uid; may be repeated")
-    parser.add_argument("--index-base", type=int, choices=(0, 1), help="1 if blob/idx counts from 1 (default: 0)")
-    parser.add_argument("--pairing", choices=("sequence", "uid"), help="how rows of a job find their images (default: sequence)")
-    parser.add_argument("--pixel-size", type=float, help="angstrom (default: from the table or the MRC headers)")
-    parser.add_argument("--group", type=int, help="take the particles of this exposure group only")
-
-
-def _location(text: str) -> Path | str:
-    """A path, or a URL as it is."""
-    return text if "://" in text else Path(text)
-
-
-def _open(options: argparse.Namespace) -> ParticleDataset:
-    dataset = _open_whole(options)
-    if options.group is None:
-        return dataset
-    ctf = dataset.particles.ctf
-    if ctf is None or ctf.exposure_group is None or options.group not in ctf.exposure_group:
-        raise ArgumentError(f"There is no exposure group {options.group} in {options.file}; `cryolike-data info` lists the groups.")
-    return dataset.select(ctf.exposure_group == options.group)
-
-
-def _open_whole(options: argparse.Namespace) -> ParticleDataset:
-    if isinstance(options.file, str):
-        refuse(options, ("job", "folder", "index_base", "passthrough", "pixel_size", "pairing"), "a Zarr store")
-        return ZarrDataset(options.file)
-    if options.job is not None:
-        refuse(options, ("folder", "index_base", "passthrough"), "a job directory")
-        return JobDirectoryDataset(options.file, options.job, pairing=options.pairing or "sequence", pixel_size=options.pixel_size)
-    refuse(options, ("pairing",), "anything but a job directory")
-    if options.file.is_dir():
-        if options.file.suffix == ".zarr" or (options.file / "zarr.json").is_file():
-            refuse(options, ("folder", "index_base", "passthrough", "pixel_size"), "a Zarr store")
-            return ZarrDataset(options.file)
-        raise ArgumentError(f"{options.file} is a folder; give a .cs file, or --job N to read the job directory {options.file / 'JN'}.")
-    return IndexedDataset(
-        options.file,
-        folder=options.folder,
-        index_base=options.index_base or 0,
-        passthrough=options.passthrough,
-        pixel_size=options.pixel_size,
-    )
-
-
 def _info(options: argparse.Namespace) -> None:
     if isinstance(options.file, Path) and options.file.is_file():
         # Before the stacks are looked for, so that a table without its stacks still tells what it holds.
         table = load_table(options.file, passthrough=options.passthrough)
         print(f"{options.file}\n  rows       {len(table):,}\n  fields     {len(table.fields)} in {table.describe_slots()}")
-    dataset = _open(options)
+    dataset = open_source(options)
     print(repr(dataset))
     print(f"  bytes      {human_bytes(len(dataset) * dataset.image_bytes)} of images, {human_bytes(dataset.image_bytes)} each")
     ctf = dataset.particles.ctf
@@ -189,10 +141,10 @@ def _show(options: argparse.Namespace) -> None:
     if options.count < 1:
         raise ArgumentError(f"--count is at least 1, not {options.count}")
     require_picture_name(options.out)
-    dataset = _open(options)
+    dataset = open_source(options)
     rows = np.unique(np.linspace(0, len(dataset) - 1, options.count).round().astype(int))
     collate = Collate(downsample=None if options.box is None else Downsample(box=options.box))
-    figure = montage(collate(dataset.batch(rows)).images, titles=[f"row {row}" for row in rows.tolist()])
+    figure = montage(collate(dataset.batch(rows)).images, titles=[f"row {row}" for row in dataset.particles.row[rows].tolist()])
     figure.savefig(options.out)
     print(f"{len(rows)} of {len(dataset):,} particles are shown in {options.out}")
 
@@ -200,7 +152,7 @@ def _show(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> None:
     from .diagnose import diagnose
 
-    dataset = _open(options)
+    dataset = open_source(options)
     if options.batch_size < 1 or not 0 < options.gigabytes < math.inf:
         raise ArgumentError(f"--batch-size and --gigabytes are positive, not {options.batch_size} and {options.gigabytes}")
     print(repr(dataset))

@@ -5,20 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from .cryosparc.columns import CTF_FIELDS
-from .cryosparc.join import load_table
+from .cli_source import open_source, refuse
 from .dataset import ParticleDataset, human_bytes
 from .descriptor import ImageDescriptor
-from .errors import ArgumentError
 from .export import ExportReport, finish, plan_export, run, unit_range
 from .export.plans import ExportFormat
-from .selection import choose
 from .transforms import Downsample
 from .zarr_dataset import ZarrDataset
 
@@ -51,13 +45,6 @@ def add_arguments(export: argparse.ArgumentParser) -> None:
     images.add_argument("--contrast", choices=("stored", "positive"), help="positive: bright particles, by blob/sign (default: stored)")
     images.add_argument("--dtype", choices=("float16", "float32", "float64"), help="pixels of Zarr and MRC (default: as the files)")
 
-    particles = export.add_argument_group("which particles", "in this order: conditions, every, shuffle, limit")
-    particles.add_argument("--where", action="append", default=[], metavar="CONDITION", help="such as 'ctf/df1_A < 20000'; may be repeated")
-    particles.add_argument("--half", choices=("A", "B"), help="one half set")
-    particles.add_argument("--every", type=int, metavar="N", help="one of N particles")
-    particles.add_argument("--shuffle", type=int, metavar="SEED", help="write in a random order, so that reading in order is random")
-    particles.add_argument("--limit", type=int, metavar="N", help="at the most N particles")
-
     layout = export.add_argument_group("files")
     layout.add_argument("--shard-bytes", type=int, help="size of a file of a Zarr store (default: 268435456)")
     layout.add_argument("--compression", choices=("zstd", "blosc"), help="of a Zarr store (default: none, which reads fastest)")
@@ -77,10 +64,10 @@ def add_arguments(export: argparse.ArgumentParser) -> None:
     running.add_argument("--json", action="store_true", help="print a summary as JSON, and nothing else")
 
 
-def export_command(options: argparse.Namespace, open_dataset: Callable[[argparse.Namespace], ParticleDataset]) -> None:
+def export_command(options: argparse.Namespace) -> None:
     """Run the command."""
     _log_progress()
-    dataset = _select(options, open_dataset(options))
+    dataset = open_source(options)
     resized = options.box is not None or options.factor is not None
     if not resized:
         refuse(options, ("method",), "images that keep their size; add --box or --factor")
@@ -101,13 +88,6 @@ def export_command(options: argparse.Namespace, open_dataset: Callable[[argparse
     print(_told(report, kind, star=not options.no_star))
 
 
-def refuse(options: argparse.Namespace, names: Sequence[str], what: str) -> None:
-    """Raise an ``ArgumentError`` if one of these options was given."""
-    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) not in (None, False)]
-    if given:
-        raise ArgumentError(f"{', '.join(given)} has no meaning for {what}.")
-
-
 def _settings(options: argparse.Namespace, kind: str, dataset: ParticleDataset, downsample: Downsample | None) -> dict[str, Any]:
     refuse(options, [name for name, kinds in _SETTINGS.items() if kind not in kinds], _TITLES[kind])
     given = {name: getattr(options, name) for name, kinds in _SETTINGS.items() if kind in kinds}
@@ -119,28 +99,6 @@ def _settings(options: argparse.Namespace, kind: str, dataset: ParticleDataset, 
         box = dataset.box if downsample is None else downsample.output_box(dataset.box)
         given["descriptor"] = ImageDescriptor.from_individual_values(n_pixels=box, pixel_size=dataset.pixel_size * dataset.box / box)
     return {name: value for name, value in given.items() if value is not None}
-
-
-def _select(options: argparse.Namespace, dataset: ParticleDataset) -> ParticleDataset:
-    asked = (options.where, options.half, options.every, options.limit, options.shuffle)
-    if all(option in (None, []) for option in asked):
-        return dataset
-    table = load_table(options.file, passthrough=options.passthrough) if isinstance(options.file, Path) and options.file.is_file() else None
-
-    def column(name: str) -> np.ndarray:
-        if table is not None and name in table:
-            found: np.ndarray = table[name][dataset.particles.row]
-            return found
-        known = dataset.particles.columns()
-        known |= {field: known[f"ctf/{ours}"] for ours, field in CTF_FIELDS.items() if f"ctf/{ours}" in known}
-        if name not in known:
-            there = sorted({*known, *(() if table is None else table.fields)})
-            raise ArgumentError(f"There is no column {name!r} to choose by; there are {', '.join(there)}.")
-        return known[name]
-
-    return choose(
-        dataset, column=column, where=options.where, half=options.half, every=options.every, limit=options.limit, shuffle=options.shuffle
-    )
 
 
 def _told(report: ExportReport, kind: str, *, star: bool) -> str:

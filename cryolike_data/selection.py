@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .dataset import ParticleDataset
 from .errors import ArgumentError
 from .order import mix, permute
+from .particles import Particles
 
 Half = Literal["A", "B"]
 
@@ -31,7 +31,7 @@ _AND = re.compile(r"""\sand\s(?=(?:[^'"]|'[^']*'|"[^"]*")*$)""")
 
 
 def choose(
-    dataset: ParticleDataset,
+    particles: Particles,
     *,
     column: Callable[[str], np.ndarray],
     where: Sequence[str] = (),
@@ -39,12 +39,12 @@ def choose(
     every: int | None = None,
     limit: int | None = None,
     shuffle: int | None = None,
-) -> ParticleDataset:
-    """A data set of some of the particles: first all that fulfil the conditions, of these every so many, shuffled, and the first of them.
+) -> np.ndarray:
+    """The rows of some of the particles: all that fulfil the conditions, of these every so many, shuffled, and the first of them.
 
     Parameters
     ----------
-    dataset : the particles
+    particles : among which to choose
     column : gives a column with a value for each particle by its name, or raises
     where : conditions, all of which have to hold: ``"ctf/df1_A < 20000"``, ``"alignments3D/shift[0] >= -3 and alignments3D/class == 1"``
     half : one half set, A (0 in the table) or B (1)
@@ -60,20 +60,21 @@ def choose(
     for name, number in (("every", every), ("limit", limit)):
         if number is not None and number < 1:
             raise ArgumentError(f"{name} is at least 1, not {number}")
-    kept = np.ones(len(dataset), bool)
+    kept = np.ones(len(particles), bool)
     for condition in (part for text in where for part in _AND.split(text)):
         kept &= _holds(condition, column)
     if half is not None:
-        if dataset.particles.half_set is None:
+        if particles.half_set is None:
             raise ArgumentError("The particles have no half sets (alignments3D/split) to choose by.")
-        kept &= dataset.particles.half_set == ("A", "B").index(half)
+        kept &= particles.half_set == ("A", "B").index(half)
     rows = np.flatnonzero(kept)[:: every or 1]
     if shuffle is not None:
         rows = rows[permute(np.arange(len(rows)), len(rows), mix(shuffle))]
     rows = rows[:limit]
     if len(rows) == 0:
-        raise ArgumentError(f"None of the {len(dataset)} particles is left by this selection.")
-    return dataset.select(rows)
+        told = f": {' and '.join(where)}" if where else ""
+        raise ArgumentError(f"None of the {len(particles)} particles is left by this selection{told}.")
+    return rows
 
 
 def _holds(condition: str, column: Callable[[str], np.ndarray]) -> np.ndarray:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import operator
 import os
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.lib.recfunctions import repack_fields
-from support import stored_images, uids, write_particles
+from support import ctf_columns, numbered_images, stored_images, uids, write_particles, write_stack, write_table
 
 from cryolike_data import IndexedDataset, ZarrDataset
 from cryolike_data.cli import main
@@ -63,7 +65,7 @@ def whole(written: tuple[Path, np.ndarray]) -> IndexedDataset:
 
 def chosen(whole: IndexedDataset, *where: str, **options: Any) -> list[int]:
     """Rows that ``choose`` takes."""
-    rows: list[int] = choose(whole, column=COLUMNS.__getitem__, where=where, **options).particles.row.tolist()
+    rows: list[int] = choose(whole.particles, column=COLUMNS.__getitem__, where=where, **options).tolist()
     return rows
 
 
@@ -189,7 +191,7 @@ def test_wrong_conditions_are_explained(whole: IndexedDataset, condition: str, t
         return COLUMNS[name]
 
     with pytest.raises(ArgumentError, match=told):
-        choose(whole, column=column, where=[condition])
+        choose(whole.particles, column=column, where=[condition])
 
 
 @pytest.mark.parametrize("options", [{"every": 0}, {"limit": 0}, {"every": -2}, {"limit": -1}], ids=str)
@@ -363,6 +365,63 @@ def test_an_unknown_column_lists_those_that_there_are(written: Any, table: np.nd
 # --- the summary as JSON
 
 KEYS = {"target", "format", "particles", "units", "written", "kept", "bytes", "seconds", "images_per_second", "sealed"}
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """A table of three images of 8 px and 1.5 A, and five of 16 px and 1.2 A."""
+    for name, count, box in (("small", 3, 8), ("large", 5, 16)):
+        write_stack(tmp_path / f"{name}.mrc", numbered_images(count, box))
+    columns = ctf_columns(8) | {"ctf__exp_group_id": np.array([4] * 3 + [9] * 5, "u4")}
+    return write_table(
+        tmp_path / "particles.cs",
+        uid=uids(8),
+        blob__path=["small.mrc"] * 3 + ["large.mrc"] * 5,
+        blob__idx=np.array([0, 1, 2, 0, 1, 2, 3, 4], "u4"),
+        blob__psize_A=np.array([1.5] * 3 + [1.2] * 5, "f4"),
+        **columns,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        (("--where", "box == 8"), 3),
+        (("--where", "blob/psize_A > 1.3"), 3),
+        (("--where", "box == 16", "--limit", 2), 2),
+        (("--group", 9), 5),
+        (("--group", 9, "--every", 2), 3),
+    ],
+    ids=str,
+)
+def test_a_table_of_mixed_boxes_is_narrowed_down_while_it_is_opened(mixed: Path, capsys: Any, options: tuple[Any, ...], count: int) -> None:
+    assert run("info", mixed, *options) == 0
+    assert f"{count} particles in" in capsys.readouterr().out
+
+
+def test_a_table_of_mixed_boxes_is_exported_part_by_part(mixed: Path, tmp_path: Path) -> None:
+    assert run("export", mixed, tmp_path / "out.zarr", "--where", "box == 16") == 0
+    assert torch.equal(ZarrDataset(tmp_path / "out.zarr").read(slice(None)), torch.from_numpy(numbered_images(5, 16)))
+
+
+def test_the_remedy_for_mixed_boxes_works_as_it_is_written(mixed: Path, capsys: Any) -> None:
+    assert run("info", mixed) == 1
+    what, remedy = re.split(r"\s{2,}", capsys.readouterr().err.splitlines()[-1].strip())
+    assert (what, remedy) == ("box 16: 5 particles", "--where 'box == 16'")
+    assert run("info", mixed, *shlex.split(remedy)) == 0
+
+
+def test_a_picture_names_particles_by_their_rows_in_the_table(mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plots = pytest.importorskip("cryolike_data.plots")
+    montage, named = plots.montage, []
+    monkeypatch.setattr(plots, "montage", lambda images, *, titles: (named.extend(titles), montage(images, titles=titles))[1])
+    assert run("show", mixed, tmp_path / "a.png", "--group", 9, "--count", 2) == 0
+    assert named == ["row 3", "row 7"]
+
+
+def test_a_group_that_is_not_there_is_named(mixed: Path, capsys: Any) -> None:
+    assert run("info", mixed, "--group", 5) == 1
+    assert "None of the 8 particles is left by this selection: ctf/exp_group_id == 5." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
