@@ -170,6 +170,24 @@ def test_a_setting_that_a_format_does_not_know_or_lacks_is_named(dataset, tmp_pa
         plan_export(dataset, tmp_path / "out", format=kind, **settings)
 
 
+NUMBERS = [("zarr", "shard_bytes", 5120), ("zarr", "keep_bits", 7), ("mrc", "batch_size", 5), ("cryolike", "batch_size", 5)]
+
+
+@pytest.mark.parametrize(("kind", "name", "number"), [*NUMBERS, ("cryolike", "n_stacks_max", 2)])
+def test_a_number_of_numpy_means_what_one_of_python_does(dataset, tmp_path, kind, name, number):
+    for given in (number, np.int64(number)):
+        report = run(plan_of(kind, dataset, tmp_path / "out", **{name: given}))
+    assert report.written == 0
+    assert report.sealed
+
+
+@pytest.mark.parametrize(("kind", "name", "number"), NUMBERS)
+@pytest.mark.parametrize("given", [str, float, lambda number: [number]], ids=["text", "float", "list"])
+def test_a_setting_that_is_no_whole_number_is_named(dataset, tmp_path, kind, name, number, given):
+    with pytest.raises(ArgumentError, match=re.escape(f"{name} is a whole number, not {given(number)!r}")):
+        plan_of(kind, dataset, tmp_path / "out", **{name: given(number)})
+
+
 @each_format
 def test_a_plan_of_no_particles_is_refused(dataset, tmp_path, kind):
     with pytest.raises(ArgumentError, match="no particles to export"):

@@ -26,7 +26,7 @@ from .cryolike_optics import require_optics, stack_optics
 from .folder import FolderFormat
 from .pixels import Contrast, Pixels, warn_of_dark_particles
 from .place import Output, Place, WrittenFile
-from .plan import Advance, ExportPlan, make_plan
+from .plan import Advance, ExportPlan, integer, make_plan
 from .run import run
 from .state import UnitRecord
 from .tensor_file import around_tensor
@@ -124,6 +124,7 @@ def plan_cryolike(
     plots: bool = False,
 ) -> ExportPlan:
     """A plan to write CryoLike stacks, see ``export_cryolike``; what cannot be exported is found out here."""
+    batch_size, n_stacks_max = integer("batch_size", batch_size), integer("n_stacks_max", n_stacks_max)
     if batch_size < 1 or n_stacks_max < -1:
         raise ArgumentError(f"batch_size is at least 1 and n_stacks_max at least -1 (no limit), not {batch_size} and {n_stacks_max}")
     pixels = Pixels.of(dataset, downsample=downsample, dtype="float32", contrast=contrast)

@@ -26,7 +26,7 @@ from ..transforms.downsample import cache_sized_groups
 from .folder import FolderFormat
 from .pixels import Contrast, Pixels, warn_of_dark_particles
 from .place import OutputStream, Place, WrittenFile
-from .plan import Advance, ExportPlan, make_plan
+from .plan import Advance, ExportPlan, integer, make_plan
 from .run import run
 from .state import UnitRecord
 
@@ -101,6 +101,7 @@ def plan_mrc(
     star: bool = True,
 ) -> ExportPlan:
     """A plan to write MRC stacks, see ``export_mrc``; what cannot be exported is found out here."""
+    batch_size = integer("batch_size", batch_size)
     if batch_size < 1:
         raise ArgumentError(f"batch_size is at least 1, not {batch_size}")
     pixels = Pixels.of(dataset, downsample=downsample, dtype=dtype, contrast=contrast)

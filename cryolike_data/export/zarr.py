@@ -19,7 +19,7 @@ from ..transforms import Downsample
 from ..zarr_store import FORMAT, is_url
 from .pixels import Pixels
 from .place import STATE, LocalPlace, Place, WrittenFile
-from .plan import Advance, ExportPlan, make_plan
+from .plan import Advance, ExportPlan, integer, make_plan
 from .run import run
 from .state import UnitRecord, read_plan
 from .zarr_arrays import column_array, encode, group_metadata
@@ -127,10 +127,11 @@ class ZarrFormat:
         pixels = Pixels.of(dataset, downsample=downsample, dtype=dtype)
         if compression is not None and compression not in _COMPRESSIONS:
             raise ArgumentError(f"compression is one of {', '.join(_COMPRESSIONS)}, or None, not {compression!r}")
+        keep_bits = None if keep_bits is None else integer("keep_bits", keep_bits)
         kept = np.finfo(pixels.dtype).nmant if np.dtype(pixels.dtype).kind == "f" else 0
         if keep_bits is not None and not 1 <= keep_bits <= kept:
             raise ArgumentError(f"keep_bits is from 1 to {kept}, the bits of a {pixels.dtype} mantissa, not {keep_bits}")
-        chunk, shard = _sizes(max(1, len(dataset)), pixels.image_bytes, shard_bytes)
+        chunk, shard = _sizes(max(1, len(dataset)), pixels.image_bytes, integer("shard_bytes", shard_bytes))
         return cls(pixels, len(dataset), chunk, shard, compression, keep_bits)
 
     def settings(self) -> dict[str, Any]:
