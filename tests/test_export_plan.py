@@ -189,6 +189,14 @@ def test_a_setting_that_is_no_whole_number_is_named(dataset, tmp_path, kind, nam
 
 
 @each_format
+def test_a_subset_is_refused_with_what_to_pass_instead(dataset, tmp_path, kind):
+    subset = torch.utils.data.Subset(dataset, [7, 3])
+    with pytest.raises(ArgumentError, match=re.escape("not a Subset; dataset.select(subset.indices) is")):
+        plan_of(kind, subset, tmp_path / "out")
+    assert plan_of(kind, dataset.select(subset.indices), tmp_path / "out").dataset.particles.row.tolist() == [7, 3]
+
+
+@each_format
 def test_a_plan_of_no_particles_is_refused(dataset, tmp_path, kind):
     with pytest.raises(ArgumentError, match="no particles to export"):
         plan_of(kind, dataset.select([]), tmp_path / "out")

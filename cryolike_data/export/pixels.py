@@ -75,10 +75,15 @@ class Pixels:
         Raises
         ------
         ArgumentError
-            if the images cannot be made so
+            if the images cannot be made so, or this is no data set of particles
         TableError
             if it is not known which particles are dark
         """
+        if not isinstance(dataset, ParticleDataset):
+            raise ArgumentError(
+                f"What is exported is a data set, such as IndexedDataset(...), not a {type(dataset).__name__}; "
+                "dataset.select(subset.indices) is a data set of the particles of a Subset."
+            )
         stored = np.dtype(dataset.source.dtype).newbyteorder("=").name
         turned = _are_to_turn(dataset, contrast)
         kept = downsample is None and not (turned and not stored.startswith("float"))
