@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import EXPORTS, contents, numbered_images, results, run_python, write_particles, write_stack
+from support import EXPORTS, contents, numbered_images, own_threads, results, run_python, write_particles, write_stack
 
 from cryolike_data import (
     Downsample,
@@ -721,6 +722,34 @@ def test_a_run_whose_sign_of_life_cannot_be_written_goes_on(tmp_path, monkeypatc
             while len(tried) < 3:
                 assert time.monotonic() < deadline
         assert len(living_runs(LocalPlace(tmp_path), range(3))) == 1
+
+
+@pytest.mark.parametrize(
+    "where", [(threading.Thread, "start"), (threading.Thread, "join"), (LocalPlace, "remove")], ids=["start", "join", "remove"]
+)
+def test_a_process_that_lives_on_after_ctrl_c_is_not_at_work(dataset, tmp_path, undisturbed, where, monkeypatch):
+    monkeypatch.setattr("cryolike_data.export.state._HEARTBEAT_SECONDS", 0.001)
+    plan, (owner, name) = plan_of("zarr", dataset, tmp_path / "out"), where
+    done, interrupted = getattr(owner, name), []
+
+    def interrupted_once(self: Any, *args: Any) -> None:
+        ours = isinstance(self, LocalPlace) or self.name == "cryolike-export"
+        if ours and not interrupted and threading.current_thread() is threading.main_thread():
+            interrupted.append(1)
+            if name == "start":
+                done(self)
+            raise KeyboardInterrupt
+        done(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted_once)
+        with pytest.raises(KeyboardInterrupt), at_work_on(LocalPlace(tmp_path / "out"), plan.units):
+            pass
+    deadline = time.monotonic() + 30
+    while "cryolike-export" in own_threads():
+        assert time.monotonic() < deadline
+    assert run(plan).sealed
+    assert contents(tmp_path / "out") == undisturbed["zarr"]
 
 
 def test_several_that_begin_at_the_same_moment_do_not_take_each_other_for_strangers(dataset, tmp_path, monkeypatch, undisturbed):

@@ -148,9 +148,20 @@ def at_work_on(place: Place, units: range, *, sealing: bool = False) -> Iterator
     def make_known() -> None:
         write_json(place, name, own | {"seen": time.time()})
 
-    # First known, then looking: of two that start at once, at least one sees the other.
-    make_known()
+    ended = threading.Event()
+
+    def keep_known() -> None:
+        while not ended.wait(_HEARTBEAT_SECONDS):
+            with suppress(ExportError):  # the next one may be written
+                make_known()
+        # Here too, where no Ctrl-C comes: whoever lives on after one would be taken for being at work.
+        with suppress(ExportError):
+            place.remove(name)
+
+    thread = threading.Thread(target=keep_known, name="cryolike-export", daemon=True)
     try:
+        # First known, then looking: of two that start at once, at least one sees the other.
+        make_known()
         others = living_runs(place, ANY_UNITS, apart_from=name)
         if in_the_way := [run for run in others if _have_common(_units_of(run), units)]:
             only_seal = sealing and all(run.get("sealing") for run in in_the_way)
@@ -160,21 +171,12 @@ def at_work_on(place: Place, units: range, *, sealing: bool = False) -> Iterator
             )
         if not others:  # who may write more slowly than that
             place.remove_abandoned(_SILENCE_SECONDS)
-        ended = threading.Event()
-
-        def keep_known() -> None:
-            while not ended.wait(_HEARTBEAT_SECONDS):
-                with suppress(ExportError):  # the next one may be written
-                    make_known()
-
-        thread = threading.Thread(target=keep_known, name="cryolike-export", daemon=True)
         thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
+        yield
     finally:
+        ended.set()
+        if thread.is_alive():
+            thread.join()
         place.remove(name)
 
 
