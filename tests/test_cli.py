@@ -14,7 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from support import centred, contents, ctf_columns, load_cryolike_stack, numbered_images, stored_images, uids, write_stack, write_table
+from support import (
+    centred,
+    contents,
+    ctf_columns,
+    load_cryolike_stack,
+    numbered_images,
+    run_python,
+    stored_images,
+    uids,
+    write_stack,
+    write_table,
+)
 
 from cryolike_data import ImageDescriptor, IndexedDataset
 from cryolike_data.cli import main
@@ -216,6 +227,27 @@ def test_the_same_command_continues_a_run_that_was_stopped(one_group, tmp_path, 
     fresh = ("export", one_group, tmp_path / "fresh" / target, *command[3:])
     assert run(*fresh) == 0
     assert contents(tmp_path / target) == contents(tmp_path / "fresh" / target)
+
+
+def test_a_command_that_is_terminated_leaves_nothing_half_written(one_group, tmp_path):
+    # The signal comes while a file is being written, in a thread of its own.
+    code = """
+        import os, signal, sys
+        from cryolike_data import cli
+        from cryolike_data.export import place
+
+        write = place._LocalOutput.write
+        def terminated(self, piece):
+            if "images" in self._name:
+                os.kill(os.getpid(), signal.SIGTERM)
+            write(self, piece)
+        place._LocalOutput.write = terminated
+        sys.exit(cli.main())
+    """
+    ran = run_python(code, "export", one_group, tmp_path / "a.zarr")
+    assert (ran.returncode, ran.stderr) == (130, "cryolike-data: stopped; the same command goes on from here\n")
+    assert set(contents(tmp_path / "a.zarr")) <= {".export/plan.json", ".export/units/000000.json", "images/c/0/0/0"}
+    assert run("export", one_group, tmp_path / "a.zarr") == 0
 
 
 def interrupt(*_: Any) -> None:
