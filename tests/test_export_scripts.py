@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,30 @@ def run(command: list[str], folder: Path, **settings: str) -> subprocess.Complet
 def test_the_array_script_without_slurm_runs_its_parts_at_once(demo, expected, tmp_path):
     run(["bash", str(SCRIPTS / "export_array.sh"), str(demo.indexed), "out.zarr", *OPTIONS], tmp_path, TASKS="3")
     assert contents(tmp_path / "out.zarr") == expected
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=lambda how: how.name)
+def test_what_stops_the_array_script_stops_its_parts(tmp_path, how):
+    exporter = tmp_path / "bin" / "cryolike-data"
+    exporter.parent.mkdir()
+    exporter.write_text('#!/usr/bin/env bash\necho $$ > "part$BASHPID.pid"\nexec sleep 600\n')
+    exporter.chmod(0o755)
+    path = os.pathsep.join([str(exporter.parent), "/usr/bin", "/bin"])
+    # Where the tests themselves run in the background, no shell below them hears Ctrl-C.
+    hears = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp('bash', ['bash', *sys.argv[1:]])"
+    command = [sys.executable, "-c", hears, str(SCRIPTS / "export_array.sh"), "TABLE.cs", "OUT.zarr"]
+    with subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"PATH": path, "TASKS": "2"}, start_new_session=True) as script:
+        deadline = time.monotonic() + 30
+        while len(parts := [int(text) for file in tmp_path.glob("*.pid") if (text := file.read_text())]) < 2:
+            assert time.monotonic() < deadline
+        if how == signal.SIGINT:
+            os.killpg(script.pid, how)  # as a terminal does, to all
+        else:
+            script.send_signal(how)
+        assert script.wait(30) == -how
+    for part in parts:
+        with pytest.raises(ProcessLookupError):
+            os.kill(part, signal.SIGKILL)
 
 
 def test_the_array_script_submits_an_array_and_a_job_that_follows_it(demo, expected, tmp_path):

@@ -12,6 +12,8 @@ if command -v sbatch >/dev/null; then
         --wrap "$(printf '%q ' cryolike-data export "$@") --unit-range \$SLURM_ARRAY_TASK_ID/$tasks")
     sbatch --dependency="afterok:$array" --mem=8G --wrap "$(printf '%q ' cryolike-data export "$@") --finish"
 else
+    # What stops this script has to reach its parts, too: Ctrl-C does not, in the background.
+    trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
     for ((task = 0; task < tasks; task++)); do
         cryolike-data export "$@" --unit-range "$task/$tasks" &
         running+=($!)
