@@ -204,6 +204,15 @@ def test_an_executor_that_is_none_is_refused_before_anything_is_written(dataset,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("address", ["scheduler", "nothing://127.0.0.1:1"])
+def test_an_address_without_a_scheduler_is_named(dataset, tmp_path, undisturbed, address):
+    pytest.importorskip("distributed")
+    with pytest.raises(ExportError, match=f"There is no scheduler of dask at '{address}', which is to be such as tcp://"):
+        export_zarr(dataset, tmp_path / "out", executor=address, **EXPORTS["zarr"])
+    export_zarr(dataset, tmp_path / "out", **EXPORTS["zarr"])
+    assert contents(tmp_path / "out") == undisturbed["zarr"]
+
+
 def test_without_dask_the_error_names_the_extra_before_anything_is_written(dataset, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(MissingDependencyError, match=re.escape('pip install "cryolike-data[distributed]"')):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArgumentError, MissingDependencyError
+from ..errors import ArgumentError, ExportError, MissingDependencyError
 from .plan import ExportPlan
 from .state import UnitRecord
 
@@ -44,13 +44,18 @@ def run_on_cluster(plan: ExportPlan, units: list[int], executor: Client | str) -
     plan : what to write; inputs and target are on a file system that the workers share
     units : the numbers of the units
     executor : a client, or the address of a scheduler
+
+    Raises
+    ------
+    ExportError
+        if there is no scheduler at the address
     """
-    from distributed import Client, as_completed
+    from distributed import as_completed
 
     from .run import run_unit
 
     name = uuid.uuid4().hex
-    with closing(Client(executor)) if isinstance(executor, str) else nullcontext(executor) as client:
+    with closing(_client_of(executor)) if isinstance(executor, str) else nullcontext(executor) as client:
         # On every worker, so that none has to ask another, which may die, for it.
         everywhere: Any = client.scatter(plan, broadcast=True)
         futures = [client.submit(run_unit, everywhere, unit, pure=False, retries=_RETRIES, key=f"unit-{unit}-{name}") for unit in units]
@@ -59,3 +64,12 @@ def run_on_cluster(plan: ExportPlan, units: list[int], executor: Client | str) -
                 yield future.result()
         finally:
             client.cancel(futures)
+
+
+def _client_of(address: str) -> Client:
+    from distributed import Client
+
+    try:
+        return Client(address)
+    except (ValueError, OSError) as error:
+        raise ExportError(f"There is no scheduler of dask at {address!r}, which is to be such as tcp://host:8786: {error}") from error
