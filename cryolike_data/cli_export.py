@@ -113,9 +113,8 @@ def _told(report: ExportReport, kind: str, *, star: bool) -> str:
         "cryolike": f"{report.units} {stacks} of CryoLike in",
         "mrc": f"{report.units} MRC {stacks}, {tables} in",
     }
-    lines.append(f"{where[kind]} {report.target}")
-    if not report.sealed:
-        lines.append("It is not sealed yet: when all parts are written, run the same command with --finish in place of --unit-range.")
+    unsealed = "is not sealed yet: when all parts are written, run the same command with --finish in place of --unit-range."
+    lines.append(f"{where[kind]} {report.target}" if report.sealed else f"{report.target} {unsealed}")
     return "\n".join(lines)
 
 

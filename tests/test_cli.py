@@ -275,6 +275,14 @@ def test_parts_that_are_all_written_are_sealed_by_finish(one_group, tmp_path, ca
     assert contents(tmp_path / "a.zarr") == contents(tmp_path / "fresh.zarr")
 
 
+def test_a_part_tells_of_no_files_that_are_not_there(one_group, tmp_path, capsys):
+    assert run("export", one_group, tmp_path / "out", "--format", "mrc", "--batch-size", 4, "--unit-range", "0/2") == 0
+    told = out(capsys)
+    assert "1 of 3 units written" in told
+    assert "particles.cs" not in told
+    assert not (tmp_path / "out/particles.cs").exists()
+
+
 def test_finish_says_which_units_are_missing(one_group, tmp_path, capsys):
     command = ("export", one_group, tmp_path / "a.zarr", "--shard-bytes", 4096)
     run(*command, "--unit-range", "1/3")
