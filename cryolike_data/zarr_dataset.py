@@ -16,6 +16,7 @@ from .errors import StackError
 from .later import Later, take_rows_of
 from .mrc import StackHeader
 from .particles import Particles, Selection
+from .shard import REMEDY
 from .stacks import ImageSource
 from .zarr_images import ZarrImages
 from .zarr_layout import layout_of, open_files, require_all_keys
@@ -60,7 +61,10 @@ class ZarrDataset(ParticleDataset):
                 raise StackError(f"{location} is {unfinished}.") from error
             raise
         images = cast("zarr.Array[Any]", group["images"])
-        box, pixel_size = int(layout["box"]), float(layout["pixel_size_A"])
+        try:
+            box, pixel_size = int(layout["box"]), float(layout["pixel_size_A"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StackError(f"{location} does not say of which box and pixel size its images are. {REMEDY}") from error
         n = images.shape[0]
         if images.shape != (n, box, box):
             raise StackError(f"{location} speaks of images of {box} x {box} pixels and holds an array of {images.shape}. Export it again.")
@@ -100,21 +104,41 @@ def _read_columns(location: str, n: int, stamp: Stamp, rows: np.ndarray | None) 
     optics = [field.name for field in fields(Ctf)]
     names = [*_COLUMNS, *(f"ctf/{name}" for name in optics)]
     with ThreadPoolExecutor(_THREADS) as threads:
-        columns = dict(zip(names, threads.map(partial(_read_column, group), names), strict=True))
-    wrong = [name for name, column in columns.items() if (name in ("row", "uid") if column is None else len(column) != n)]
-    if wrong:
-        raise StackError(f"{location} lacks {', '.join(wrong)} of its {n} particles. Copy or export it again.")
+        columns = dict(zip(names, threads.map(partial(_read_column, location, group, n), names), strict=True))
+    promised = {"row", "uid"} | _written_arrays(location, group)
+    lost = [name for name, column in columns.items() if column is None and name in promised]
+    if lost:
+        raise StackError(f"{location} lacks {', '.join(lost)} of its {n} particles. {REMEDY}")
     ctf = Ctf(**{name: columns[f"ctf/{name}"] for name in optics})
     found = {name: columns[name] for name in _COLUMNS} | {"ctf": ctf if ctf.items() else None}
     return {name: take_rows_of(column, rows) for name, column in found.items()}
 
 
-def _read_column(group: zarr.Group, name: str) -> np.ndarray | None:
+def _read_column(location: str, group: zarr.Group, n: int, name: str) -> np.ndarray | None:
+    """A column of n particles, or None where the store has none of that name."""
     try:
         array: Any = group[name]
+        if array.shape[0] != n:
+            raise StackError(f"{location} lacks {name} of its {n} particles. {REMEDY}")
+        require_all_keys(location, array)
+        return np.asarray(array[:])
     except KeyError:
         return None
-    return np.asarray(array[:])
+    except StackError:
+        raise
+    except Exception as error:  # of zarr, of a codec, or of the library for this kind of URL
+        raise StackError(f"{name} of {location} cannot be read: {error}. {REMEDY}") from error
+
+
+def _written_arrays(location: str, group: zarr.Group) -> set[str]:
+    """The arrays that the export wrote beside the images, by its manifest; a store that is copied in part may lack some."""
+    try:
+        attributes: Any = group["source"].attrs.asdict()
+        return {file["name"].removesuffix("/zarr.json") for file in attributes["export"]["rest"]}
+    except KeyError:
+        return set()
+    except Exception as error:  # as above
+        raise StackError(f"The manifest of {location} cannot be read: {error}. {REMEDY}") from error
 
 
 def _require_same_store(location: str, stamp: Stamp, path: str, header: StackHeader) -> None:

@@ -113,7 +113,9 @@ def require_all_keys(location: str, array: zarr.Array[Any]) -> None:
     names = [array.metadata.encode_chunk_key(at) for at in product(*grid)]
     missing = sync(_missing(array.store_path.store, array.store_path.path, names))
     if missing:
-        raise StackError(f"{location} lacks {len(missing)} of its {len(names)} files of images (first: images/{missing[0]}). {REMEDY}")
+        raise StackError(
+            f"{location} lacks {len(missing)} of its {len(names)} files of {array.path} (first: {array.path}/{missing[0]}). {REMEDY}"
+        )
 
 
 def _word(value: Any) -> str:

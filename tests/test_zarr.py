@@ -464,6 +464,33 @@ def test_a_shard_cut_short_is_an_error(store, tmp_path):
         ZarrDataset(place).read(slice(None))
 
 
+@pytest.mark.parametrize("lost", ["ctf/defocus_u/c/0", "ctf/phase_shift_rad/c/0", "ctf/phase_shift_rad/zarr.json", "pose", "uid/c/0"])
+def test_columns_of_a_store_that_was_copied_in_part_are_an_error_and_not_zeros(store, tmp_path, lost):
+    place = shutil.copytree(store, tmp_path / "part.zarr")
+    if (place / lost).is_dir():
+        shutil.rmtree(place / lost)
+    else:
+        (place / lost).unlink()
+    with pytest.raises(StackError, match=rf"part\.zarr lacks .*{lost.split('/c/')[0].removesuffix('/zarr.json')}.*Copy or export"):
+        _ = ZarrDataset(place).particles.ctf
+
+
+@pytest.mark.parametrize("damaged", ["ctf/defocus_u/c/0", "ctf/defocus_u/zarr.json", "pose/zarr.json", "source/zarr.json"])
+@pytest.mark.parametrize("left", [0, 111])
+def test_columns_that_are_damaged_are_an_error_that_names_them(store, tmp_path, damaged, left):
+    place = shutil.copytree(store, tmp_path / "cut.zarr")
+    (place / damaged).write_bytes((place / damaged).read_bytes()[:left])
+    with pytest.raises(StackError, match=r"(ctf/defocus_u|pose|The manifest) of .*cut\.zarr cannot be read: .* Copy or export"):
+        _ = ZarrDataset(place).particles.ctf
+
+
+def test_a_store_that_does_not_say_its_pixel_size_is_refused(store, tmp_path):
+    place = shutil.copytree(store, tmp_path / "cut.zarr")
+    (place / "zarr.json").write_text((place / "zarr.json").read_text().replace("pixel_size_A", "pixel_size_?"))
+    with pytest.raises(StackError, match=r"cut\.zarr does not say .*pixel size"):
+        ZarrDataset(place)
+
+
 # --- whole or not at all
 
 
