@@ -187,6 +187,17 @@ def test_a_truncated_csdat_table_is_an_error(tmp_path: Path, part: float) -> Non
         read_table(tmp_path / "t.cs")
 
 
+@pytest.mark.parametrize(
+    "header",
+    ['{"length": Infinity}', '{"length": 1, "dtype": [["uid", "01u8"]]}', "[" * 100_000],
+    ids=["rows without end", "a type that is none", "brackets"],
+)
+def test_a_csdat_table_with_a_garbled_header_is_a_table_error(tmp_path: Path, header: str) -> None:
+    (tmp_path / "t.cs").write_bytes(b"\x95CSDAT" + struct.pack("<I", len(header)) + header.encode() + bytes(100))
+    with pytest.raises(TableError, match=r"t\.cs is a damaged or truncated CSDAT table"):
+        read_table(tmp_path / "t.cs")
+
+
 def test_csdat_without_lz4_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "t.cs").write_bytes(csdat({"uid": uids(2)}))
     monkeypatch.setitem(sys.modules, "lz4.block", None)
@@ -273,6 +284,31 @@ def test_a_table_with_a_garbled_header_is_a_table_error(tmp_path: Path, junk: by
     raw[60 : 60 + len(junk)] = junk
     path.write_bytes(raw)
     with pytest.raises(TableError, match="damaged"):
+        read_table(path)
+
+
+@pytest.mark.parametrize(
+    ("version", "header"),
+    [
+        (2, "{'descr': " + "-" * 60_000 + "1}"),
+        (2, "1+" * 20_000 + "1"),
+        (3, "{'descr': [('a\xfe', '<u8'), ('a\xff', '<u8')], 'fortran_order': False, 'shape': (0,)}"),
+    ],
+    ids=["signs", "sums", "names that are no UTF-8"],
+)
+def test_a_header_that_python_cannot_take_in_is_a_table_error(tmp_path: Path, version: int, header: str) -> None:
+    raw = header.encode("latin1") + b"\n"
+    (tmp_path / "t.cs").write_bytes(b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<I", len(raw)) + raw)
+    with pytest.raises(TableError, match=r"t\.cs has a damaged NumPy header"):
+        read_table(tmp_path / "t.cs")
+
+
+def test_a_table_that_the_system_does_not_let_be_read_is_a_table_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TableError, match=r"nnn\.cs cannot be read: File name too long"):
+        read_table(tmp_path / ("n" * 300 + ".cs"))
+    path = write_table(tmp_path / "t.cs", uid=uids(2))
+    monkeypatch.setattr(Path, "open", lambda *_: os.open(tmp_path, os.O_WRONLY))
+    with pytest.raises(TableError, match=r"t\.cs cannot be read: Is a directory"):
         read_table(path)
 
 

@@ -157,13 +157,17 @@ def read_table(path: str | os.PathLike[str]) -> Table:
     MissingStackError
         if there is no such file
     TableError
-        if it is no CryoSPARC table, is truncated, or holds Python objects; says which
+        if it cannot be read, is no CryoSPARC table, is truncated, or holds Python objects; says which
     """
     path = Path(path).expanduser()
-    if not path.is_file():
+    try:
+        opened = path.open("rb") if path.is_file() else None
+    except OSError as error:
+        raise TableError(f"{path} cannot be read: {error.strerror}.") from error
+    if opened is None:
         kind = "a Zarr store; open it with ZarrDataset" if (path / "zarr.json").is_file() else "a folder"
         raise MissingStackError(f"There is no table {path}" + (f": it is {kind}." if path.is_dir() else "."))
-    with path.open("rb") as file:
+    with opened as file:
         magic = file.read(6)
         file.seek(0)
         if magic == _NUMPY:
@@ -208,10 +212,10 @@ def _numpy_header(path: Path, file: IO[bytes]) -> tuple[tuple[int, ...], np.dtyp
         # Versions 2 and 3 share a layout, but names are UTF-8 in 3.
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file, max_header_size=_MAX_HEADER_BYTES)
-    except (ValueError, EOFError, TypeError, SyntaxError, tokenize.TokenError) as error:
+        if version >= (3, 0) and dtype.names:
+            dtype.names = tuple(name.encode("latin1").decode("utf-8", "replace") for name in dtype.names)
+    except (ValueError, EOFError, TypeError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError) as error:
         raise TableError(f"{path} has a damaged NumPy header: {error}") from error
-    if version >= (3, 0) and dtype.names:
-        dtype.names = tuple(name.encode("latin1").decode("utf-8", "replace") for name in dtype.names)
     return shape, dtype
 
 
@@ -240,7 +244,7 @@ def _read_csdat(path: Path, file: IO[bytes]) -> Table:
                 columns[name] = np.empty((0, *shape), "S1" if code == "|O" else code)
             elif code == "|O":
                 columns[name] = np.array([heap[start : heap.index(b"\0", start)] for start in columns[name].tolist()])
-    except (ValueError, KeyError, IndexError, TypeError, struct.error, lz4.block.LZ4BlockError) as error:
+    except (ValueError, LookupError, TypeError, SyntaxError, OverflowError, RecursionError, struct.error, lz4.block.LZ4BlockError) as error:
         raise TableError(f"{path} is a damaged or truncated CSDAT table ({error}). Copy or save it again.") from error
     fields = {name: np.dtype((column.dtype, column.shape[1:])) for name, column in columns.items()}
     return Table(path, fields, rows, columns)
