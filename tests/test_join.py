@@ -169,6 +169,14 @@ def test_a_table_without_uids_cannot_be_joined(tmp_path: Path) -> None:
         load_table(blob, passthrough=bare)
 
 
+@pytest.mark.parametrize("uid", [uids(N).astype("f8"), np.full(N, b"none"), uids(N)[:, None]], ids=["rounded", "text", "a row each"])
+def test_uids_that_are_no_integers_cannot_be_joined(tmp_path: Path, uid: np.ndarray) -> None:
+    blob, _ = halves(tmp_path)
+    other = write_table(tmp_path / "other.cs", uid=uid, ctf__df1_A=np.zeros(N, "f4"))
+    with pytest.raises(TableError, match=r"uid of .*other\.cs holds .* for each particle, and should hold an integer"):
+        load_table(blob, passthrough=other)
+
+
 @pytest.mark.parametrize("joined", [True, False])
 def test_an_unknown_rule_for_unmatched_rows_is_an_error(tmp_path: Path, joined: bool) -> None:
     blob, ctf = halves(tmp_path)
@@ -247,11 +255,18 @@ def test_a_group_of_volumes_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "results: 3", "a: [", "- 1\n- 2", "results: {blob: 3}", "\x93NUMPY", "results: {blob: {type: particle.blob}}"]
+    "text",
+    ["", "results: 3", "a: [", "- 1\n- 2", "results: {blob: 3}", "\x93NUMPY", "results: {blob: {type: particle.blob}}", "[" * 5000],
 )
 def test_a_damaged_group_is_a_table_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "g.csg").write_bytes(text.encode("latin-1"))
     with pytest.raises(TableError, match=r"g\.csg"):
+        load_table(tmp_path / "g.csg")
+
+
+def test_a_group_that_names_no_possible_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "g.csg").write_text(f"results: {{blob: {{type: particle.blob, metafile: '{'n' * 300}'}}}}")
+    with pytest.raises(MissingStackError, match=r"1 tables named by .*g\.csg were not found"):
         load_table(tmp_path / "g.csg")
 
 

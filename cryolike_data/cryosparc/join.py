@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import ArgumentError, MissingDependencyError, MissingStackError, PairingError, TableError
+from .columns import require_known_columns
 from .table import Table, read_table
 
 Unmatched = Literal["error", "drop"]
@@ -132,9 +133,10 @@ class _SideBySide:
 
 
 def usable_uid(table: Table) -> np.ndarray:
-    """The uids of a table, or a ``PairingError`` if they are absent, all zero or not unique."""
+    """The uids of a table, or a ``PairingError`` if they are absent, all zero or not unique, a ``TableError`` if they are no integers."""
     if "uid" not in table:
         raise PairingError(f"{table.path} has no uid column, so its rows cannot be matched with another table's.")
+    require_known_columns(table)
     uid = table["uid"].astype(np.uint64, copy=False)
     if len(uid) and not uid.any():
         raise PairingError(f"All {len(uid)} uids of {table.path} are zero, so its rows cannot be matched with another table's.")
@@ -180,7 +182,7 @@ def csg_files(path: Path) -> dict[Path, list[str]]:
         counts.setdefault(file, entry["num_items"])
     if not slots:
         raise TableError(f"{path} does not describe particles.")
-    missing = [file for file in slots if not file.is_file()]
+    missing = [file for file in slots if not os.path.isfile(file)]
     if missing:
         raise MissingStackError("\n".join([f"{len(missing)} tables named by {path} were not found:", *(f"  {file}" for file in missing)]))
     for file, count in counts.items():
@@ -196,7 +198,7 @@ def csg_results(path: Path) -> dict[str, dict[str, Any]]:
         import yaml
     except ImportError as error:
         raise MissingDependencyError(f'{path} is a .csg group, which needs PyYAML: pip install "cryolike-data[csg]"') from error
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise MissingStackError(f"There is no group file {path}.")
     try:
         results = yaml.safe_load(path.read_text("utf-8"))["results"]
@@ -204,7 +206,9 @@ def csg_results(path: Path) -> dict[str, dict[str, Any]]:
         for entry in of_particles.values():
             entry["num_items"] = None if entry.get("num_items") is None else int(entry["num_items"])
         return {slot: entry for slot, entry in of_particles.items() if entry["metafile"]}
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError, KeyError, AttributeError) as error:
+    except OSError as error:
+        raise TableError(f"{path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise TableError(f"{path} is not a CryoSPARC group file: it should list results with a metafile each ({error}).") from error
 
 
@@ -214,4 +218,4 @@ def find_metafile(group: Path, name: str) -> Path:
     if name.startswith(">"):
         return beside
     candidates = [beside, *(folder / name for folder in group.absolute().parents)]
-    return next((file for file in candidates if file.is_file()), beside)
+    return next((file for file in candidates if os.path.isfile(file)), beside)
