@@ -78,10 +78,9 @@ def read_header(path: str | os.PathLike[str], *, mode0: Mode0 = "auto") -> Stack
     Raises
     ------
     StackError
-        if the file is compressed, too short, not an MRC stack, or holds pixels that are no real images; says what to do
+        if the file cannot be read, is compressed, too short, not an MRC stack, or holds pixels that are no real images; says what to do
     """
-    with open(path, "rb") as file:
-        return parse_header(file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size, path, mode0=mode0)
+    return _read_header(path, mode0, "cannot be read")
 
 
 def parse_header(raw: bytes, file_bytes: int, path: str | os.PathLike[str], *, mode0: Mode0 = "auto") -> StackHeader:
@@ -137,7 +136,7 @@ def map_stack(path: str | os.PathLike[str], header: StackHeader) -> np.ndarray:
 
 def require_alike(path: str | os.PathLike[str], expected: StackHeader, *, mode0: Mode0 = "auto", index_hint: str = "") -> None:
     """Raise a ``StackError`` unless a stack is laid out as expected, like the first one, and has as many images."""
-    found = _read_again(path, mode0)
+    found = _read_header(path, mode0, "cannot be opened any more")
     if found.layout != expected.layout:
         raise StackError(f"{path} has {found.layout}, the first stack {expected.layout}. Open the data set with check_headers=True.")
     if found.n_complete < expected.n_complete:
@@ -147,16 +146,18 @@ def require_alike(path: str | os.PathLike[str], expected: StackHeader, *, mode0:
 
 def require_unchanged(path: str | os.PathLike[str], expected: StackHeader, *, mode0: Mode0 = "auto") -> None:
     """Raise a ``StackError`` if another stack has taken the place of the one whose header was read: its pixels would be misread."""
-    found = _read_again(path, mode0)
+    found = _read_header(path, mode0, "cannot be opened any more")
     if found.layout != expected.layout:
         raise StackError(f"{path} has {found.layout} now, and had {expected.layout} when it was opened. Open the data set again.")
 
 
-def _read_again(path: str | os.PathLike[str], mode0: Mode0) -> StackHeader:
+def _read_header(path: str | os.PathLike[str], mode0: Mode0, failure: str) -> StackHeader:
     try:
-        return read_header(path, mode0=mode0)
+        with open(path, "rb") as file:
+            raw, size = file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise StackError(f"{path} cannot be opened any more: {error.strerror}.") from error
+        raise StackError(f"{path} {failure}: {error.strerror}.") from error
+    return parse_header(raw, size, path, mode0=mode0)
 
 
 def open_to_map(path: str | os.PathLike[str], needed: int) -> int:

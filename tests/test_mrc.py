@@ -261,6 +261,14 @@ def test_compressed_stacks_are_refused_with_the_command_that_unpacks_them(tmp_pa
         read_header(path)
 
 
+def test_a_file_that_the_system_cannot_read_is_a_stack_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(StackError, match=r"absent\.mrc cannot be read: No such file"):
+        read_header(tmp_path / "absent.mrc")
+    # It can be opened and not be read, like a file on a disk that fails: such an error of the system names no file.
+    with pytest.raises(StackError, match=r"/proc/self/mem cannot be read: "):
+        read_header("/proc/self/mem")
+
+
 @pytest.mark.parametrize("size", [0, 1, 1023])
 def test_a_file_shorter_than_a_header_is_refused(tmp_path: Path, size: int) -> None:
     (tmp_path / "a.mrc").write_bytes(bytes(size))
