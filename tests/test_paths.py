@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +234,24 @@ def test_a_folder_under_the_name_of_a_stack_is_said_to_be_one(table: Path) -> No
     (table.parent / "a.mrc").mkdir()
     with pytest.raises(MissingStackError, match=r"a\.mrc \(1 rows\) is a folder"):
         resolve("a.mrc", table)
+
+
+def test_a_pipe_under_the_name_of_a_stack_is_said_to_be_no_file(table: Path) -> None:
+    os.mkfifo(table.parent / "a.mrc")
+    with pytest.raises(MissingStackError, match=r"a\.mrc \(1 rows\) is no file"):
+        resolve_paths(["a.mrc"], lambda: [1], table=table)
+
+
+@pytest.mark.parametrize("with_folder", [True, False])
+@pytest.mark.parametrize("name", ["", ">"])
+def test_a_row_without_a_path_is_said_to_have_none(table: Path, tmp_path: Path, name: str, with_folder: bool) -> None:
+    with pytest.raises(MissingStackError, match=rf"'{name}' \(7 rows\) is no path"):
+        resolve_paths([name], lambda: [7], table=table, folder=tmp_path if with_folder else None)
+
+
+def test_spaces_at_the_end_of_a_path_can_be_seen_in_the_error(table: Path) -> None:
+    with pytest.raises(MissingStackError, match=r"'a\.mrc ' \(1 rows\) looked in"):
+        resolve_paths(["a.mrc "], lambda: [1], table=table)
 
 
 @pytest.mark.parametrize("name", ["", "x" * 300 + ".mrc", "a\0b.mrc", "J1/"], ids=["empty", "too long", "zero byte", "slash"])

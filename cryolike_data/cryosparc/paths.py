@@ -177,20 +177,23 @@ def _is_file(place: str) -> bool:
 
 
 def _explain(name: str, rows: int, places: Sequence[Path], folder: Path | None) -> str:
+    if not name.removeprefix(">"):
+        return f"  {name!r} ({rows} rows) is no path: the table does not say where these images lie"
+    shown = name if name == name.strip() else repr(name)
     for place in places:
         try:
             place.stat()
         except (FileNotFoundError, NotADirectoryError):
             if place.is_symlink():
-                return f"  {name} ({rows} rows) is a link at {place} to {os.readlink(place)}, which does not exist"
+                return f"  {shown} ({rows} rows) is a link at {place} to {os.readlink(place)}, which does not exist"
         except (OSError, ValueError) as error:
             return f"  {name[:200]!r} ({rows} rows) cannot be opened: {getattr(error, 'strerror', None) or error}"
         else:
-            return f"  {name} ({rows} rows) is a folder at {place}"
+            return f"  {shown} ({rows} rows) is {'a folder' if place.is_dir() else 'no file that can be mapped'} at {place}"
     # Where a relative path was looked for from, not each place in full.
     depth = 1 if folder is not None or Path(name).is_absolute() else len(Path(name.removeprefix(">")).parts)
     looked = ", ".join(str(place.parents[min(depth, len(place.parents)) - 1]) for place in places[:3])
-    return f"  {name} ({rows} rows) looked in: {looked}{', and the folders above' if len(places) > 3 else ''}"
+    return f"  {shown} ({rows} rows) looked in: {looked}{', and the folders above' if len(places) > 3 else ''}"
 
 
 def _all_problems(problems: list[str], total: int, table: Path, folder: Path | None) -> str:
