@@ -424,6 +424,21 @@ def test_a_damaged_record_is_an_error_and_not_overlooked(tmp_path: Path) -> None
         JobDirectoryDataset(tmp_path, 4)
 
 
+@pytest.mark.parametrize("path", [np.arange(N), np.full((N, 2), b"batch_0_restacked.mrc")], ids=["numbers", "pairs"])
+@pytest.mark.parametrize("pairing", ["sequence", "uid"])
+def test_a_record_that_does_not_hold_paths_is_an_error_and_not_overlooked(tmp_path: Path, path: np.ndarray, pairing: Any) -> None:
+    job, _ = write_job(tmp_path, 4, COUNTS)
+    write_table(job / "restacked_particles.cs", uid=uids(N, seed=4), blob__path=path, blob__idx=np.arange(N))
+    with pytest.raises(TableError, match=r"blob/path of .*restacked_particles\.cs holds .*, and should hold text"):
+        JobDirectoryDataset(tmp_path, 4, pairing=pairing)
+
+
+def test_a_group_file_that_names_no_possible_file_does_not_stop_a_sequence(tmp_path: Path) -> None:
+    job, images = write_job(tmp_path, 4, COUNTS)
+    (job / "J4_particles.csg").write_text(f"results: {{blob: {{type: particle.blob, metafile: '{'n' * 300}'}}}}")
+    same_images(JobDirectoryDataset(tmp_path, 4), images)
+
+
 @pytest.mark.parametrize("wrong", ["a link to nothing", "no PyYAML"])
 def test_a_group_file_that_cannot_be_read_does_not_stop_a_sequence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wrong: str

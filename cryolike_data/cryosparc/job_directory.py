@@ -79,10 +79,8 @@ class JobDirectoryDataset(ParticleDataset):
         job = Path(folder).expanduser().absolute() / f"J{job_number}"
         table = _read_passthrough(job, job_number)
         stacks = _find_stacks(job)
-        record = _find_record(job, stacks, table, needed=pairing == "uid")
         require_known_columns(table)
-        if record is not None:
-            require_known_columns(record)
+        record = _find_record(job, stacks, table, needed=pairing == "uid")
         if pairing == "uid":
             table, pool, file, image, names = _pair_by_uid(table, stacks, record, unmatched, mode0)
         else:
@@ -177,11 +175,12 @@ def _possible_records(job: Path, stacks: _Stacks, *, needed: bool) -> Iterator[T
             log.warning("%s is left aside: %s", group, error)
             continue
         path = None if blob is None else find_metafile(group, str(blob["metafile"]))
-        if path is not None and path != named and path.is_file():
+        if path is not None and path != named and os.path.isfile(path):
             yield read_table(path)
 
 
 def _points_to(table: Table, stacks: _Stacks) -> bool:
+    require_known_columns(table)
     names, _ = unique_paths(table["blob/path"])
     return any(stacks.number(name) is not None for name in names)
 
