@@ -70,6 +70,14 @@ def test_image_numbers_from_one_are_noticed_where_they_run_over_and_the_remedy_n
         IndexedDataset(one_based)
 
 
+def test_images_far_beyond_the_end_of_a_stack_are_not_put_down_to_counting_from_one(tmp_path: Path) -> None:
+    cs, images = write_particles(tmp_path, N, stacks=1)
+    write_stack(tmp_path / "J1/extract/stack_0.mrc", images, nz=1)
+    with pytest.raises(StackError, match=r"has 1 images, 0 to 0; image 5 is asked for") as caught:
+        IndexedDataset(cs)
+    assert "index_base" not in str(caught.value)
+
+
 @pytest.mark.parametrize("kind", ["u1", "i8", "u8", "f4", "f8", ">u4"])
 @pytest.mark.parametrize("base", [0, 1])
 def test_image_numbers_of_any_type_are_read(tmp_path: Path, kind: str, base: Literal[0, 1]) -> None:
@@ -187,10 +195,19 @@ def test_a_table_that_names_no_images_says_what_to_pass(tmp_path: Path, absent: 
     assert "J1_passthrough_particles.cs" in said
 
 
-@pytest.mark.parametrize(("slot", "what"), [("map", "a volume"), ("mask", "a mask"), ("micrograph_blob", "micrographs")])
-def test_tables_of_other_things_are_said_to_be_those(tmp_path: Path, slot: str, what: str) -> None:
-    cs = write_table(tmp_path / "t.cs", **{"uid": uids(1), f"{slot}/path": ["J1/x.mrc"]})
+@pytest.mark.parametrize("optics", [{}, ctf_columns(1)], ids=["", "with optics"])
+@pytest.mark.parametrize(
+    ("slot", "what"), [("map", "a volume"), ("mask", "a mask"), ("micrograph_blob", "micrographs"), ("movie_blob", "movies")]
+)
+def test_tables_of_other_things_are_said_to_be_those(tmp_path: Path, slot: str, what: str, optics: dict[str, Any]) -> None:
+    cs = write_table(tmp_path / "t.cs", **{"uid": uids(1), f"{slot}/path": ["J1/x.mrc"]}, **optics)
     with pytest.raises(TableError, match=f"describes {what}, not particles"):
+        IndexedDataset(cs)
+
+
+def test_particles_that_were_only_picked_are_said_to_have_no_images_yet(tmp_path: Path) -> None:
+    cs = write_table(tmp_path / "t.cs", uid=uids(1), location__center_x_frac=np.zeros(1, "f4"), **ctf_columns(1))
+    with pytest.raises(TableError, match=r"passthrough=.* picked and not extracted have none yet"):
         IndexedDataset(cs)
 
 

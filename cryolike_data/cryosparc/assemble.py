@@ -71,10 +71,12 @@ def _missing_images(pool: Stacks, file: np.ndarray, image: np.ndarray, needed: n
         header, path = pool.headers[number], pool.paths[number]
         if (image[rows] < 0).any():
             told.append(f"{path}: image {image[rows].min()} is asked for ({len(rows)} rows); images count from 0{index_hint}")
-        elif (image[rows] >= header.nz).any():
+        elif (last := image[rows].max()) >= header.nz:
+            # Numbers that count from 1 run over by one image.
+            hint = index_hint if last == header.nz else ""
             told.append(
-                f"{path} has {header.nz} images, 0 to {header.nz - 1}; image {image[rows].max()} is asked for "
-                f"({len(rows)} rows, first row {rows[0]}){index_hint}"
+                f"{path} has {header.nz} images, 0 to {header.nz - 1}; image {last} is asked for "
+                f"({len(rows)} rows, first row {rows[0]}){hint}"
             )
         else:
             told.append(f"{path} is truncated: {header.n_complete} of {header.nz} images are complete; {len(rows)} rows need later ones")

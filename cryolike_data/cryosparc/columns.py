@@ -47,7 +47,7 @@ _KNOWN = (
     | {f"{slot}/shift": ("iuf", _PAIR) for slot in _ALIGNMENTS}
     | {f"{slot}/pose": ("iuf", ((), (3,))) for slot in _ALIGNMENTS}
 )
-_OTHER_SLOTS = {"map": "a volume", "mask": "a mask", "precision": "a volume", "map_half_A": "a half map", "micrograph_blob": "micrographs"}
+_OTHER_SLOTS = {"map": "a volume", "mask": "a mask", "precision": "a volume", "micrograph_blob": "micrographs", "movie_blob": "movies"}
 
 
 def says_where(name: str) -> bool:
@@ -167,11 +167,13 @@ def require_images(table: Table) -> None:
     if not missing:
         return
     other = next((meaning for slot, meaning in _OTHER_SLOTS.items() if any(name.startswith(slot) for name in table.slots)), None)
-    if other is not None and "ctf" not in table.slots and not any(slot.startswith("alignments") for slot in table.slots):
+    if other is not None and not any(slot.startswith("alignments") for slot in table.slots):
         raise TableError(f"{table.path} describes {other}, not particles (it has {table.describe_slots()}).")
     near = sorted(path.name for path in table.path.absolute().parent.glob("*.cs") if path.name != table.path.name)
+    picked = " Particles that were picked and not extracted have none yet." if "location" in table.slots else ""
     raise TableError(
         f"{table.path} has no {' and '.join(missing)}, so it does not say where its images lie (it has {table.describe_slots()}). "
         "Pass the file that does as passthrough=, or the .csg of the job instead of the .cs"
         + (f"; beside it lie {', '.join(near[:6])}." if near else ".")
+        + picked
     )
