@@ -126,7 +126,8 @@ def ctf_values(ctf: Ctf[Tensor] | Ctf[np.ndarray], frequency: Tensor, angle_rad:
 
     Parameters
     ----------
-    ctf : optics, (B,) tensors or arrays; a missing phase shift counts as none, every other term above is required
+    ctf : optics, (B,) tensors or arrays, or those of a single particle (B = 1); a missing phase shift counts as none, every other term
+        above is required
     frequency : (*grid) magnitude of the spatial frequency k, 1/angstrom
     angle_rad : tensor that broadcasts with ``frequency``: direction of k from x (columns) towards y (rows), radian
     terms : higher-order terms to apply; a column of zeros changes nothing but, for the odd terms, the dtype
@@ -166,6 +167,8 @@ def ctf_values(ctf: Ctf[Tensor] | Ctf[np.ndarray], frequency: Tensor, angle_rad:
     asked = require_terms(terms)
     ctf = ctf.map(lambda values: torch.from_numpy(np.array(values)) if isinstance(values, np.ndarray) else values)
     columns = require_optics(ctf, asked)
+    if columns[0].ndim == 0:  # of a single particle
+        columns = [values[None] for values in columns]
     single = frequency.device.type != "cpu" and frequency.dtype == torch.float32
     dtype = torch.float32 if single else torch.float64
     k, angle = frequency.to(dtype), angle_rad.to(frequency.device, dtype)

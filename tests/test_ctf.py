@@ -392,6 +392,13 @@ def test_optics_of_a_table_are_taken_as_those_of_a_batch(demo):
     )
 
 
+def test_optics_of_a_single_particle_are_those_of_a_batch_of_one():
+    batch_of_one, grid, terms = with_terms(optics(), **EXAMPLE), plane(), get_args(CtfTerm)
+    assert torch.equal(
+        ctf_values(batch_of_one.map(lambda values: values[0]), *grid, terms=terms), ctf_values(batch_of_one, *grid, terms=terms)
+    )
+
+
 def test_a_repr_of_optics_is_short():
     columns = {"defocus_u": torch.full((1200,), 15000.0), "phase_shift_rad": torch.zeros(1200)}
     assert repr(Ctf(**columns)) == "Ctf(1,200 particles: defocus_u, phase_shift_rad)"
