@@ -384,6 +384,22 @@ def test_a_tensor_makes_the_templates_that_its_file_makes(demo: DemoProject) -> 
             Templates.from_volume(volume, grid, pixel_size=2.0, **arguments)
 
 
+def test_arrays_may_run_backwards_and_have_another_byte_order(demo: DemoProject) -> None:
+    volume, rotvecs, grid = (
+        read_volume(demo.volume)[0].numpy()[::-1],
+        np.array([[0.1, 0.2, 0.3], [1.0, -0.5, 0.2]])[::-1],
+        PolarGrid(4.0, 0.5, 12),
+    )
+    expected = Templates.from_volume(volume.copy(), grid, rotvecs=rotvecs.copy(), pixel_size=2.0)
+    for given in (volume, volume.astype(">f4")):
+        templates = Templates.from_volume(given, grid, rotvecs=rotvecs, pixel_size=2.0)
+        assert torch.equal(templates.fourier, expected.fourier)
+        assert torch.equal(templates.rotvecs, expected.rotvecs)
+    t = replace(SMALL.templates, rotvecs=SMALL.templates.rotvecs.numpy()[::-1].copy()[::-1])
+    found = integrated_log_likelihood(SMALL.batch(), t, DISPLACEMENTS_A[::-1].copy()[::-1])
+    assert torch.equal(found.pose, integrated_log_likelihood(SMALL.batch(), SMALL.templates, DISPLACEMENTS_A).pose)
+
+
 def test_templates_change_dtype_and_keep_the_rest() -> None:
     t = replace(SMALL.templates, rotvecs=SMALL.templates.rotvecs.float())
     single = t.to("cpu", torch.complex64)
@@ -410,6 +426,7 @@ def test_what_does_not_fit_the_templates_is_an_error() -> None:
     other = PolarCollate(PolarGrid.of_box(16, n_inplanes=24))(particle_batch(SMALL.images, SMALL.table))
     for wrong, message in (
         (particle_batch(SMALL.images, SMALL.table), "no polar transforms; make it by stream"),
+        (batch[0], "no polar transforms; make it by stream"),
         (other, "must share a grid"),
         (replace(batch, pixel_size=2.1), r"share a box; the images' is 33\.6 A, the templates' 32 A"),
     ):

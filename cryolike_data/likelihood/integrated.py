@@ -76,7 +76,7 @@ def integrated_log_likelihood(
         if the table has no optics
     """
     if not isinstance(batch, PolarBatch) or len(batch) == 0:
-        what = "has no polar transforms" if len(batch) else "is empty"
+        what = "is empty" if isinstance(batch, PolarBatch) else "has no polar transforms"
         raise ArgumentError(f"The batch {what}; make it by stream(..., polar=templates.grid) or PolarCollate(grid).")
     tried = as_displacements(displacements_A, templates.box_A)
     require_fit(batch.grid, batch.box, batch.pixel_size, templates, memory_bytes)

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -66,8 +67,8 @@ class Templates:
         )
         object.__setattr__(self, "box_A", float(self.box_A))
         # Small, and looked into for single particles: they stay on the CPU.
-        object.__setattr__(self, "log_weights", torch.as_tensor(weights, dtype=torch.float64, device="cpu"))
-        object.__setattr__(self, "rotvecs", torch.as_tensor(self.rotvecs, dtype=torch.float64, device="cpu"))
+        object.__setattr__(self, "log_weights", _on_cpu(weights, torch.float64))
+        object.__setattr__(self, "rotvecs", _on_cpu(self.rotvecs, torch.float64))
         for name, wanted in (("rotvecs", (count, 3)), ("log_weights", (count,))):
             value = getattr(self, name)
             if tuple(value.shape) != wanted:
@@ -113,14 +114,14 @@ class Templates:
             density, in_header = read_volume(volume)
             pixel_size = in_header if pixel_size is None else pixel_size
         else:
-            density = torch.as_tensor(volume, device="cpu")
+            density = _on_cpu(volume)
         if pixel_size is None:
             raise ArgumentError("a volume that is an array needs pixel_size= (angstrom)")
         require_within_nyquist(grid, density.shape[-1])
         weights = None
         if step_deg is not None:
             rotvecs, weights = viewing_directions(step_deg)
-        poses = torch.as_tensor(rotvecs, dtype=torch.float64, device="cpu")
+        poses = _on_cpu(rotvecs, torch.float64)
         parts = [project_volume(density, some, grid).to(device, dtype) for some in torch.split(poses, _AT_ONCE)]
         return cls(torch.cat(parts), grid, density.shape[-1] * pixel_size, poses, weights)
 
@@ -186,7 +187,7 @@ def displacement_grid(radius_A: float, step_A: float) -> Tensor:
 def as_displacements(displacements_A: Any, box_A: float) -> Tensor:
     """Displacements as an (n, 2) float64 tensor on the CPU, or an ``ArgumentError``."""
     try:
-        tried = torch.as_tensor(displacements_A, dtype=torch.float64, device="cpu")
+        tried = _on_cpu(displacements_A, torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentError(f"displacements_A is (n, 2) numbers: (x, y) in angstrom. {error}") from error
     if tried.ndim != 2 or tried.shape[1] != 2 or len(tried) == 0 or not tried.isfinite().all():
@@ -216,3 +217,10 @@ def require_even(grid: PolarGrid) -> None:
     """Raise unless half a turn on from every point of the grid there is another one."""
     if grid.n_inplanes % 2:
         raise ArgumentError(f"The likelihood needs an even number of angles on each shell, not n_inplanes={grid.n_inplanes}.")
+
+
+def _on_cpu(values: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers of any kind as a tensor."""
+    if isinstance(values, np.ndarray):  # of which torch refuses those in another byte order, and those that run backwards
+        values = values.astype(values.dtype.newbyteorder("="))
+    return torch.as_tensor(values, dtype=dtype, device="cpu")
