@@ -197,6 +197,12 @@ def test_weighted_sums_are_integrals_over_the_sphere() -> None:
         assert weights @ values == pytest.approx(mean, abs=1e-3)
 
 
+@pytest.mark.parametrize("step_deg", [7.3, 60.0])
+def test_directions_of_a_ring_are_evenly_spaced_to_all_digits(step_deg: float) -> None:
+    rotvecs, log_weights = viewing_directions(step_deg)
+    np.testing.assert_allclose(log_weights.exp().numpy() @ seen(rotvecs), 0, atol=1e-14)
+
+
 def test_no_direction_comes_twice_and_none_is_turned_in_the_plane() -> None:
     rotations = Rotation.from_rotvec(viewing_directions(6.0)[0].numpy())
     assert len(cKDTree(rotations.apply([0, 0, 1])).query_pairs(np.deg2rad(3.0))) == 0

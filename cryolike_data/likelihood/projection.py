@@ -151,7 +151,7 @@ def viewing_directions(step_deg: float) -> tuple[Tensor, Tensor]:
     ring = torch.repeat_interleave(torch.arange(n_bands, device="cpu"), count)
     place = torch.arange(len(ring), device="cpu") - (count.cumsum(0) - count)[ring]
     turn, tilt = torch.zeros(2, len(ring), 3, dtype=torch.float64, device="cpu")
-    turn[:, 2], tilt[:, 1] = 2 * math.pi * place / count[ring], polar[ring]
+    turn[:, 2], tilt[:, 1] = 2 * math.pi * place.double() / count[ring], polar[ring]
     # Between polar angles a and b lies (cos a - cos b) / 2 of the sphere.
     share = polar.sin() * math.sin(height / 2) / count
     return rotation_vectors(rotation_matrices(turn) @ rotation_matrices(tilt)), share.log()[ring]
