@@ -121,7 +121,7 @@ def two(tmp_path: Path) -> tuple[list[IndexedDataset], np.ndarray]:
 def test_data_sets_in_a_row_share_batches_in_the_order_of_the_sampler(two: tuple[list[IndexedDataset], np.ndarray], shuffle: bool) -> None:
     parts, images = two
     order = torch.randperm(10, generator=torch.Generator().manual_seed(2)).tolist() if shuffle else list(range(10))
-    batches = list(DataLoader(ConcatDataset(parts), batch_size=3, sampler=order))
+    batches = list(DataLoader(ConcatDataset(parts), batch_size=6, sampler=order))
     found = torch.cat([batch.images for batch in batches])
     np.testing.assert_array_equal(found.numpy(), images[order])
     expected = np.concatenate([uids(4, seed=4), uids(6, seed=6)])[order]
