@@ -91,10 +91,11 @@ class Arena:
         self._shape = ny, nx = shape
         self._image_bytes = image_bytes = ny * nx * dtype.itemsize
         self._sizes = np.where(counts > 0, starts + counts * image_bytes, 0).astype(np.int64)
-        # A gap between two files is a map of its own to the kernel.
-        gaps_allowed = 2 * np.count_nonzero(counts) + _SPARE_MAPS <= _max_maps()
+        # A gap between two files is a map of its own to the kernel, and so is what lies between two while it is not mapped.
+        n_files = int(np.count_nonzero(counts))
+        gaps_allowed = 2 * n_files + _SPARE_MAPS <= _max_maps()
         alignment = _ALIGNMENT if gaps_allowed and self._sizes.max(initial=0) >= _ALIGNMENT else PAGE
-        self._maps_a_file = 1 if alignment == PAGE else 2
+        self._most_maps = n_files if alignment == PAGE else 2 * n_files
         spans = -(-self._sizes // alignment) * alignment
         self._places = np.cumsum(spans) - spans
         length = int(spans.sum())
@@ -198,7 +199,7 @@ class Arena:
         if self._check is not None:
             self._check(number)
         size = int(self._sizes[number])
-        if _maps_in_use() + self._maps_a_file + _SPARE_MAPS > _max_maps():
+        if _maps_in_use() + _SPARE_MAPS > _max_maps():
             raise NoMoreMapsError(f"{path} cannot be mapped beside the many thousands of files of other data sets.")
         descriptor = open_to_map(path, size)
         try:
@@ -208,12 +209,13 @@ class Arena:
                 raise NoMoreMapsError(f"{path} cannot be mapped into memory: {os.strerror(code)}.")
         finally:
             os.close(descriptor)
-        self._maps += 0 if self._mapped[number] else self._maps_a_file  # another thread may have mapped it too
+        if not self._mapped[number]:  # another thread may have mapped it too
+            self._maps = min(self._maps + 2, self._most_maps)
         self._mapped[number] = True
 
 
 def _maps_in_use() -> int:
-    """Maps of all arenas of the process."""
+    """Maps of all arenas of the process, with the gaps between them."""
     while True:
         try:
             return sum(arena._maps for arena in _ARENAS)

@@ -191,7 +191,7 @@ class StackImages:
         try:
             return self._in_arena(rows)
         except NoMoreMapsError as error:
-            log.info("%s Files are read one by one.", error)
+            log.info("%s Files are read one by one.", str(error))  # the error itself, kept with the record, would keep the arena mapped
             self._stacks.give_up_arena()
             self._located = None
             return None

@@ -560,6 +560,22 @@ def test_arenas_together_leave_maps_for_the_rest_of_the_process(
     check(open_stacks(paths), images, through_arena=True)
 
 
+def test_what_lies_between_files_that_are_mapped_counts_as_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_use = sum(arena._maps for arena in arena_module._ARENAS)
+    monkeypatch.setattr(arena_module, "_max_maps", lambda: arena_module._SPARE_MAPS + in_use + 60)
+    paths, images = written(tmp_path, [1] * 60)
+    every_other = np.arange(0, 60, 2)
+    opened = [open_stacks(paths) for _ in range(3)]
+    read(open_stacks(paths), every_other, np.zeros(30, int))  # whatever is made when something is first read
+    gc.collect()
+    before = len(Path("/proc/self/maps").read_text().splitlines())
+    for stacks in opened:
+        found = read(stacks, every_other, np.zeros(30, int))
+        np.testing.assert_array_equal(found, np.stack([images[file][0] for file in every_other]))
+    # Sixty of the first arena, and those of the files that are read one by one instead.
+    assert len(Path("/proc/self/maps").read_text().splitlines()) - before <= 60 + 2 * 30 + 10
+
+
 def test_views_outlive_the_arena(tmp_path: Path) -> None:
     """As they do where a thread of an export gives the arena up while another one is at work on a view."""
     paths, images = written(tmp_path, [3, 4])
