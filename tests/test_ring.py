@@ -155,10 +155,12 @@ def test_no_more_free_buffers_are_kept_than_asked_for(images: int) -> None:
     source = ring()
     lent = [source.lend(4) for _ in range(3 * KEEP)]
     last = [tensor.data_ptr() for tensor in lent[-KEEP:]]
+    gone = memory(source)
     while lent:
         del lent[0]
     source.lend(images)
     assert [buffer.ctypes.data for buffer in free(source) if len(buffer) == 4] == last
+    assert [buffer() is None for buffer in gone] == [True] * 2 * KEEP + [False] * KEEP
 
 
 def test_buffers_that_are_held_while_a_ring_rests_are_kept_up_to_a_number_when_they_come_back() -> None:
@@ -188,13 +190,15 @@ def test_buffers_that_came_back_before_a_ring_rests_are_kept_up_to_a_number() ->
 
 def test_a_closed_ring_keeps_nothing_that_came_back_before() -> None:
     source = ring()
-    lent = [source.lend(4) for _ in range(3)]
+    lent = [source.lend(4) for _ in range(4)]
     gone = memory(source)
     lent.pop()
+    source.rest()  # which takes it back
+    lent.pop()
     source.close()
-    assert [buffer() is None for buffer in gone] == [False, False, True]
+    assert [buffer() is None for buffer in gone] == [False, False, True, True]
     lent.clear()
-    assert [buffer() is None for buffer in gone] == [True] * 3
+    assert [buffer() is None for buffer in gone] == [True] * 4
 
 
 def test_a_ring_that_was_let_go_of_lives_as_long_as_what_it_lent() -> None:
