@@ -169,6 +169,14 @@ def test_the_epoch_moves_on_after_the_last_batch() -> None:
     assert sampler.state_dict() == {"seed": 0, "epoch": 1, "position": 0}
 
 
+def test_the_epoch_after_one_that_was_resumed_is_whole() -> None:
+    sampler = ParticleSampler(Rows(30), 7)
+    sampler.load_state_dict({"seed": 0, "epoch": 4, "position": 21})
+    assert sum(map(len, sampler)) == 9
+    assert sampler.state_dict() == {"seed": 0, "epoch": 5, "position": 0}
+    assert sorted(row for batch in sampler for row in batch) == list(range(30))
+
+
 def test_an_iteration_that_was_broken_off_starts_the_same_epoch_again() -> None:
     sampler = ParticleSampler(Rows(30), 7)
     whole = list(copy.copy(sampler))
@@ -177,8 +185,18 @@ def test_an_iteration_that_was_broken_off_starts_the_same_epoch_again() -> None:
     assert list(sampler) == whole
 
 
-def test_seeds_give_other_orders() -> None:
-    assert len({tuple(next(iter(ParticleSampler(Rows(500), 8, seed=seed)))) for seed in range(50)}) == 50
+def test_a_state_after_the_epoch_was_set_is_the_beginning_of_that_epoch() -> None:
+    sampler = ParticleSampler(Rows(30), 7)
+    for _ in sampler:
+        break
+    sampler.set_epoch(3)
+    assert sampler.state_dict() == sampler.state_dict(step=0) == {"seed": 0, "epoch": 3, "position": 0}
+
+
+def test_seeds_and_epochs_give_other_orders() -> None:
+    first = np.arange(8)
+    samplers = [ParticleSampler(Rows(500), 8, seed=seed) for seed in range(50)]
+    assert len({tuple(sampler.rows(first, epoch).tolist()) for sampler in samplers for epoch in range(4)}) == 200
 
 
 def test_without_shuffle_the_order_is_that_of_the_table() -> None:
@@ -300,6 +318,13 @@ def test_steps_after_a_resume_count_from_where_it_resumed(dataset: IndexedDatase
     for _ in range(3):
         next(drawn)
     assert sampler.state_dict(step=1)["position"] == 16
+
+
+def test_a_step_takes_a_batch_for_each_rank_and_the_last_one_what_is_left(dataset: IndexedDataset) -> None:
+    sampler = ParticleSampler(dataset, 6, rank=1, world_size=2)
+    sampler.load_state_dict({"seed": 0, "epoch": 2, "position": 10})
+    states = [sampler.state_dict(step=step) for step in range(4)]
+    assert states == [{"seed": 0, "epoch": 2, "position": position} for position in (10, 22, 34, len(dataset))]
 
 
 DISTRIBUTED = """
