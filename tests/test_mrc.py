@@ -188,10 +188,21 @@ def test_a_truncated_stack_gives_its_complete_images(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(path), images[:4])
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_the_byte_order_of_a_truncated_stack_is_found_without_a_stamp(tmp_path: Path, order: str) -> None:
+    images = numbered_images(2, 256, dtype="i1")
+    path = write_stack(tmp_path / "a.mrc", images, order=order, stamp=bytes(4))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert read_header(path).nz == 2
+    np.testing.assert_array_equal(read(path), images[:1])
+
+
+@pytest.mark.parametrize("extended", [0, 4096])
 @pytest.mark.parametrize("size", [1024, 1030, 1024 + 8 * 8 * 4 - 1])
-def test_a_stack_without_a_complete_image_gives_none(tmp_path: Path, size: int) -> None:
-    path = write_stack(tmp_path / "a.mrc", numbered_images(5, 8))
+def test_a_stack_without_a_complete_image_gives_none(tmp_path: Path, size: int, extended: int) -> None:
+    path = write_stack(tmp_path / "a.mrc", numbered_images(5, 8), extended=extended)
     path.write_bytes(path.read_bytes()[:size])
+    assert read_header(path).n_complete == 0
     assert read(path).shape == (0, 8, 8)
 
 
