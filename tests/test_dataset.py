@@ -148,7 +148,9 @@ def test_read_gives_images_in_the_order_asked_for(ds: IndexedDataset, images: np
     equal(found, images[rows])
 
 
-@pytest.mark.parametrize("rows", [[7], [-8], [0, 99], np.zeros(6, bool), [0.5], [[0]], 3])
+@pytest.mark.parametrize(
+    "rows", [[7], [-8], [0, 99], np.zeros(6, bool), [0.5], [[0]], 3, np.array([7]), np.array([-8]), np.zeros((2, 2), np.int64)]
+)
 @pytest.mark.parametrize("call", ["read", "batch", "select"])
 def test_rows_that_cannot_be_are_an_index_error(ds: IndexedDataset, rows: Any, call: str) -> None:
     with pytest.raises(RowIndexError):

@@ -335,6 +335,7 @@ def test_every_optics_column_is_kept_per_particle(tmp_path: Path) -> None:
     for name, value in values.items():
         np.testing.assert_array_equal(getattr(ctf, name), value, err_msg=name)
     assert ctf.exposure_group.tolist() == groups.tolist()
+    assert ctf.exposure_group.dtype == np.int64  # torch has no arithmetic on uint32
 
 
 def test_a_table_without_optics_has_no_ctf(tmp_path: Path) -> None:
@@ -403,10 +404,27 @@ def test_the_sign_is_kept_and_not_applied(tmp_path: Path) -> None:
 
 
 def test_mixed_signs_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    cs, _ = write_particles(tmp_path, N, blob__sign=np.array([-1, 1] * 3, "f4"))
+    cs, _ = write_particles(tmp_path, N, blob__sign=np.array([1, 1, -1, 1, 1, 1], "f4"))
     with caplog.at_level(logging.WARNING, "cryolike_data"):
         IndexedDataset(cs)
     assert "both contrast signs" in caplog.text
+
+
+def test_numbers_of_other_widths_are_given_as_documented(tmp_path: Path) -> None:
+    pose = np.linspace(-2, 2, 3 * N).reshape(N, 3)
+    found = {"pose": pose, "shift": np.ones((N, 2)), "psize_A": np.full(N, 1.5), "split": np.arange(N) % 2.0}
+    columns = {f"alignments3D__{name}": values for name, values in found.items()}
+    cs, _ = write_particles(tmp_path, N, uid=np.arange(1, N + 1, dtype="i4"), **columns)
+    particles = IndexedDataset(cs).particles
+    expected = {
+        "uid": np.arange(1, N + 1, dtype=np.uint64),
+        "pose": pose.astype(np.float32),
+        "shift_A": np.full((N, 2), 1.5, np.float32),
+        "half_set": np.arange(N) % 2,
+    }
+    for name, values in expected.items():
+        np.testing.assert_array_equal(getattr(particles, name), values, err_msg=name)
+        assert getattr(particles, name).dtype == values.dtype, name
 
 
 def test_uids_of_zero_are_no_trouble_without_a_join(tmp_path: Path) -> None:
@@ -581,3 +599,10 @@ def test_damaged_and_truncated_stacks_are_one_error(tmp_path: Path) -> None:
     os.truncate(folder / "stack_2.mrc", 1024 + 300)
     with pytest.raises(StackError, match=r"2 of 3 stacks cannot be read:\n.*stack_0\.mrc has 0 bytes.*\n.*stack_2\.mrc is truncated"):
         IndexedDataset(cs)
+
+
+@pytest.mark.parametrize("without", [{"split": np.ones(N, "u4")}, {"shift": np.ones((N, 2), "f4"), "psize_A": column(3)}], ids=lambda of: min(of))
+def test_a_slot_with_poses_is_preferred_to_one_without(tmp_path: Path, without: dict[str, np.ndarray]) -> None:
+    columns = {f"alignments3D__{name}": values for name, values in without.items()}
+    particles = IndexedDataset(write_particles(tmp_path, N, **columns, alignments2D__pose=column(0.5))[0]).particles
+    np.testing.assert_array_equal(particles.pose, np.tile(np.float32([0, 0, 0.5]), (N, 1)))
