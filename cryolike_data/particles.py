@@ -90,7 +90,7 @@ class Particles:
 
     def __getstate__(self) -> dict[str, Any]:
         # Columns of a table are read again elsewhere, and a value that all rows share travels once.
-        return {name: Repeated(value[:1].copy(), len(value)) if is_repeated(value) else value for name, value in self.__dict__.items()}
+        return {name: Repeated(value[:1], len(value)) if is_repeated(value) else value for name, value in self.__dict__.items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         repeated = {name: value for name, value in state.items() if isinstance(value, Repeated)}
