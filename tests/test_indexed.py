@@ -512,7 +512,16 @@ def test_an_image_beyond_an_unchecked_stack_is_an_error_when_it_is_read(tmp_path
     stack = tmp_path / "J1/extract/stack_1.mrc"
     write_stack(stack, numbered_images(1, 8))
     ds = IndexedDataset(cs, check_headers=False)
-    with pytest.raises(StackError, match=r"stack_1\.mrc has 1 images"):
+    with pytest.raises(StackError, match=r"stack_1\.mrc has 1 images, numbered 0 to 0, and image 2 is asked for"):
+        ds.read(slice(None))
+
+
+def test_a_truncated_unchecked_stack_is_named_as_such_when_it_is_read(tmp_path: Path) -> None:
+    cs, _ = write_particles(tmp_path, N, stacks=2)
+    stack = tmp_path / "J1/extract/stack_1.mrc"
+    stack.write_bytes(stack.read_bytes()[:-1])
+    ds = IndexedDataset(cs, check_headers=False)
+    with pytest.raises(StackError, match=r"stack_1\.mrc is truncated: its header promises 3 images, the file holds 2 complete ones\.$"):
         ds.read(slice(None))
 
 
@@ -601,8 +610,8 @@ def test_damaged_and_truncated_stacks_are_one_error(tmp_path: Path) -> None:
         IndexedDataset(cs)
 
 
-@pytest.mark.parametrize("without", [{"split": np.ones(N, "u4")}, {"shift": np.ones((N, 2), "f4"), "psize_A": column(3)}], ids=lambda of: min(of))
-def test_a_slot_with_poses_is_preferred_to_one_without(tmp_path: Path, without: dict[str, np.ndarray]) -> None:
-    columns = {f"alignments3D__{name}": values for name, values in without.items()}
-    particles = IndexedDataset(write_particles(tmp_path, N, **columns, alignments2D__pose=column(0.5))[0]).particles
+@pytest.mark.parametrize(("other", "shape"), [("split", ()), ("shift", (2,))])
+def test_a_slot_with_poses_is_preferred_to_one_without(tmp_path: Path, other: str, shape: tuple[int, ...]) -> None:
+    columns = {f"alignments3D__{other}": np.ones((N, *shape), "f4"), "alignments2D__pose": column(0.5)}
+    particles = IndexedDataset(write_particles(tmp_path, N, **columns)[0]).particles
     np.testing.assert_array_equal(particles.pose, np.tile(np.float32([0, 0, 0.5]), (N, 1)))

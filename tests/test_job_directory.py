@@ -286,6 +286,13 @@ def test_rows_that_the_record_does_not_have_contradict_it(tmp_path: Path) -> Non
         JobDirectoryDataset(tmp_path, 4)
 
 
+def test_a_last_row_that_the_record_does_not_have_contradicts_it(tmp_path: Path) -> None:
+    job, _ = write_job(tmp_path, 4, COUNTS)
+    write_record(job, np.arange(N), uid=np.append(uids(N, seed=4)[:-1], np.uint64(5)))
+    with pytest.raises(PairingError, match=r"1 of 9 rows belong to another image \(row 8 is not in it"):
+        JobDirectoryDataset(tmp_path, 4)
+
+
 def test_downsampling_jobs_keep_their_record_under_another_name(tmp_path: Path) -> None:
     job, images = write_job(tmp_path, 4, COUNTS, kind="downsample")
     write_record(job, MIXED, name="downsampled_particles.cs", blob__path=names(FILE, job="J4/downsample", word="downsample"))
@@ -311,6 +318,14 @@ def test_blob_columns_of_the_passthrough_table_itself_are_a_record(tmp_path: Pat
     with pytest.raises(PairingError, match=r"by J4_passthrough_particles\.cs, 9 of 9"):
         JobDirectoryDataset(tmp_path, 4)
     same_images(JobDirectoryDataset(tmp_path, 4, pairing="uid"), images[inverse])
+
+
+def test_the_record_of_the_job_is_believed_before_blob_columns_of_the_passthrough_table(tmp_path: Path) -> None:
+    job, images = write_job(tmp_path, 4, COUNTS, blob__path=names(FILE), blob__idx=IDX)
+    write_record(job, MIXED)
+    with pytest.raises(PairingError, match=r"by restacked_particles\.cs, 9 of 9"):
+        JobDirectoryDataset(tmp_path, 4)
+    same_images(JobDirectoryDataset(tmp_path, 4, pairing="uid"), images[np.argsort(MIXED)])
 
 
 def test_blob_columns_of_an_earlier_job_prove_nothing_and_are_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

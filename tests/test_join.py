@@ -52,6 +52,13 @@ def test_uids_that_a_float_cannot_tell_apart_are_joined_exactly(tmp_path: Path) 
     assert load_table(blob, passthrough=ctf)["ctf/df1_A"].tolist() == [50, 40, 30, 20, 10, 0]
 
 
+def test_uids_with_a_sign_are_joined_by_their_bits(tmp_path: Path) -> None:
+    close = np.array([2**63 + i for i in range(N)], np.uint64)
+    blob, _ = halves(tmp_path, close)
+    ctf = write_table(tmp_path / "signed.cs", uid=close[::-1].view(np.int64), ctf__df1_A=10.0 * np.arange(N, dtype="f4"))
+    assert load_table(blob, passthrough=ctf)["ctf/df1_A"].tolist() == [50, 40, 30, 20, 10, 0]
+
+
 def test_several_passthrough_tables_are_joined_one_after_another(tmp_path: Path) -> None:
     blob, ctf = halves(tmp_path)
     pose = write_table(tmp_path / "pose.cs", uid=uids(N)[::-1], alignments3D__pose=np.arange(3 * N, dtype="f4").reshape(N, 3))

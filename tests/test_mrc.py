@@ -212,10 +212,11 @@ def test_bytes_after_the_last_image_are_ignored(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(path), images[:3])
 
 
-def test_a_stack_that_shrank_after_its_header_was_read_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [2000, 1024 + 5 * 8 * 8 * 4 - 1])
+def test_a_stack_that_shrank_after_its_header_was_read_is_an_error(tmp_path: Path, size: int) -> None:
     path = write_stack(tmp_path / "a.mrc", numbered_images(5, 8))
     header = read_header(path)
-    path.write_bytes(path.read_bytes()[:2000])
+    path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(StackError, match="has shrunk"):
         map_stack(path, header)
 
