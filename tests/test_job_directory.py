@@ -432,6 +432,23 @@ def test_duplicate_uids_cannot_be_paired(tmp_path: Path, which: str) -> None:
         JobDirectoryDataset(tmp_path, 4, pairing="uid")
 
 
+def test_a_record_that_is_not_laid_out_as_cryosparc_does_it_is_an_error(tmp_path: Path) -> None:
+    job, _ = write_job(tmp_path, 4, COUNTS)
+    write_record(job, np.arange(N), blob__idx=[str(number) for number in IDX])
+    with pytest.raises(TableError, match=r"blob/idx of .*restacked_particles\.cs holds \|S1"):
+        JobDirectoryDataset(tmp_path, 4)
+
+
+@pytest.mark.parametrize("pairing", ["sequence", "uid"])
+@pytest.mark.parametrize(("mode0", "dtype"), [("signed", "i1"), ("unsigned", "u1")])
+def test_bytes_are_read_as_the_caller_says(tmp_path: Path, pairing: Any, mode0: Any, dtype: str) -> None:
+    job, _ = write_job(tmp_path, 4, [N])
+    images = numbered_images(N, 8, dtype=dtype)
+    write_stack(job / "restack/batch_000000_restacked.mrc", images)
+    write_record(job, np.arange(N), blob__path=names(np.zeros(N, int)), blob__idx=np.arange(N, dtype="u4"))
+    same_images(JobDirectoryDataset(tmp_path, 4, pairing=pairing, mode0=mode0), images)
+
+
 def test_a_damaged_record_is_an_error_and_not_overlooked(tmp_path: Path) -> None:
     job, _ = write_job(tmp_path, 4, COUNTS)
     (job / "restacked_particles.cs").write_bytes(b"junk")

@@ -150,6 +150,12 @@ def test_the_row_of_a_particle_is_its_row_in_the_first_file_after_dropping(tmp_p
     ds = IndexedDataset(cs, passthrough=other, unmatched="drop")
     np.testing.assert_array_equal(ds.particles.uid, np.load(cs)["uid"][keep])
     np.testing.assert_array_equal(ds.particles.row, keep)
+    third = write_table(tmp_path / "third.cs", uid=uids(N)[[5, 0, 4]], alignments2D__pose=np.array([50, 0, 40], "f4"))
+    twice = IndexedDataset(cs, passthrough=[other, third], unmatched="drop")
+    for chosen, rows in ((twice.select([1, 0]), [5, 4]), (twice, [4, 5])):
+        assert chosen.particles.row.tolist() == rows
+        np.testing.assert_array_equal(chosen.particles.uid, uids(N)[rows])
+        np.testing.assert_array_equal(chosen.particles.ctf.defocus_u, ctf_columns(N)["ctf__df1_A"][rows])
 
 
 @pytest.mark.parametrize("unmatched", ["error", "drop"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import mrcfile
 import numpy as np
 import pytest
-from support import numbered_images, write_stack
+from support import numbered_images, open_files, write_stack
 
 from cryolike_data.errors import ArgumentError, StackError
 from cryolike_data.mrc import map_stack, read_header
@@ -219,6 +219,7 @@ def test_a_stack_that_shrank_after_its_header_was_read_is_an_error(tmp_path: Pat
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(StackError, match="has shrunk"):
         map_stack(path, header)
+    assert open_files(tmp_path) == []
 
 
 # Pixel sizes

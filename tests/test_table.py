@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import ctf_columns, uids, write_table
+from support import ctf_columns, uids, write_particles, write_table
 
-from cryolike_data import read_table
+from cryolike_data import IndexedDataset, read_table
 from cryolike_data.cryosparc import rows as rows_module
 from cryolike_data.errors import MissingDependencyError, MissingStackError, TableError
 
@@ -171,6 +171,18 @@ def test_csdat_written_by_cryosparc_tools_equals_the_numpy_table(tmp_path: Path)
     assert set(found.fields) == set(expected.dtype.names)
     for name in expected.dtype.names:
         np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_a_selection_of_a_csdat_table_has_its_rows(tmp_path: Path) -> None:
+    cs, images = write_particles(tmp_path, 6)
+    table = np.load(cs)
+    columns = {name: table[name] for name in table.dtype.names or ()}
+    cs.write_bytes(csdat(columns | {"blob/path": [path.decode() for path in table["blob/path"].tolist()]}))
+    chosen = IndexedDataset(cs).select([4, 1, 3]).select([2, 0])
+    np.testing.assert_array_equal(chosen.read([0, 1]).numpy(), images[[3, 4]])
+    assert chosen.particles.row.tolist() == [3, 4]
+    np.testing.assert_array_equal(chosen.particles.uid, table["uid"][[3, 4]])
+    np.testing.assert_array_equal(chosen.particles.ctf.defocus_u, table["ctf/df1_A"][[3, 4]])
 
 
 def test_a_csdat_table_without_rows_is_read(tmp_path: Path) -> None:
