@@ -56,6 +56,23 @@ def test_images_are_converted_before_they_are_averaged(written: tuple[IndexedDat
     np.testing.assert_allclose(batch.images.numpy(), expected, rtol=1e-5, atol=1e-2 if images.dtype.kind in "iu" else 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("stored", "given"), [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.int16, torch.float64)]
+)
+def test_doubles_on_either_side_are_computed_in_double(stored: torch.dtype, given: torch.dtype) -> None:
+    images = (10_000 + 100 * torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).to(stored)
+    found = Collate(normalize="std", dtype=given).process_images(images)
+    assert found.dtype == given
+    assert torch.equal(found, Normalize("std")(images.double()).to(given))
+
+
+def test_particles_of_two_data_sets_keep_the_order_of_the_list(tmp_path: Path) -> None:
+    first, second = (IndexedDataset(write_particles(tmp_path / str(seed), N, box=BOX, seed=seed)[0]) for seed in (1, 2))
+    batch = Collate()([first[0], second[2], first[1], first[2]])
+    assert batch.uid.numpy().view(np.uint64).tolist() == [uids(N, seed=1)[0], uids(N, seed=2)[2], *uids(N, seed=1)[[1, 2]]]
+    assert torch.equal(batch.images, torch.cat([first.read([0]), second.read([2]), first.read([1, 2])]))
+
+
 def test_the_pixel_size_follows_downsampling(ds: IndexedDataset) -> None:
     batch = Collate(downsample=Downsample(box=4))(items(ds))
     assert (batch.box, batch.pixel_size) == (4, 3.0)

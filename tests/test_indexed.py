@@ -168,10 +168,11 @@ def test_a_truncated_stack_is_fine_where_its_complete_images_are_enough(tmp_path
     np.testing.assert_array_equal(IndexedDataset(fewer).read(range(N - 1)).numpy(), images[keep])
 
 
-def test_images_that_are_not_square_are_refused(tmp_path: Path) -> None:
-    write_stack(tmp_path / "a.mrc", np.zeros((2, 8, 10), "f4"))
+@pytest.mark.parametrize("n", [1, 2])
+def test_images_that_are_not_square_are_refused(tmp_path: Path, n: int) -> None:
+    write_stack(tmp_path / "a.mrc", np.zeros((n, 8, 10), "f4"))
     cs = write_table(
-        tmp_path / "t.cs", uid=uids(2), blob__path=["a.mrc"] * 2, blob__idx=np.arange(2, dtype="u4"), blob__psize_A=np.ones(2, "f4")
+        tmp_path / "t.cs", uid=uids(n), blob__path=["a.mrc"] * n, blob__idx=np.arange(n, dtype="u4"), blob__psize_A=np.ones(n, "f4")
     )
     with pytest.raises(StackError, match=r"a\.mrc holds images of 10 x 8 pixels; particles have to be square"):
         IndexedDataset(cs)
@@ -248,6 +249,13 @@ def test_a_shape_that_agrees_is_accepted(tmp_path: Path) -> None:
     assert IndexedDataset(cs).box == 8
 
 
+@pytest.mark.parametrize(("shape", "said"), [((8, 16), "16 x 8"), ((16, 8), "8 x 16")])
+def test_a_shape_that_differs_along_one_side_is_an_error(tmp_path: Path, shape: tuple[int, int], said: str) -> None:
+    cs, _ = write_particles(tmp_path, N, blob__shape=np.tile(np.uint32(shape), (N, 1)))
+    with pytest.raises(StackError, match=f"blob/shape says {said}"):
+        IndexedDataset(cs)
+
+
 def test_a_shape_that_differs_from_the_stack_is_an_error(tmp_path: Path) -> None:
     cs, _ = write_particles(tmp_path, N, blob__shape=np.full((N, 2), 16, "u4"))
     with pytest.raises(StackError, match=r"stack_0.mrc holds images of 8 x 8 pixels and blob/shape says 16 x 16 \(3 rows\)"):
@@ -291,7 +299,11 @@ def test_a_pixel_size_that_cannot_be_is_an_error(tmp_path: Path, given: Any) -> 
         IndexedDataset(cs, pixel_size=given)
 
 
-@pytest.mark.parametrize("stated", [None, column(0), column(-1), column(np.nan)], ids=["absent", "zero", "negative", "nan"])
+@pytest.mark.parametrize(
+    "stated",
+    [None, column(0), column(-1), column(np.nan), column(np.inf), np.float32([0, 2, 2, 2, 2, 2])],
+    ids=["absent", "zero", "negative", "nan", "infinite", "zero in one row"],
+)
 def test_the_header_gives_the_pixel_size_where_the_table_does_not(tmp_path: Path, stated: np.ndarray | None) -> None:
     cs, _ = write_particles(tmp_path, N, stacks=1, blob__psize_A=stated)
     stack = tmp_path / "J1/extract/stack_0.mrc"
@@ -303,6 +315,13 @@ def test_the_header_gives_the_pixel_size_where_the_table_does_not(tmp_path: Path
 def test_an_unknown_pixel_size_is_an_error_that_names_the_argument(tmp_path: Path, header: float) -> None:
     cs, _ = write_particles(tmp_path, N, stacks=1, blob__psize_A=None)
     write_stack(tmp_path / "J1/extract/stack_0.mrc", numbered_images(N, 8), pixel_size=header)
+    with pytest.raises(TableError, match="Pass pixel_size="):
+        IndexedDataset(cs)
+
+
+def test_one_header_of_two_does_not_give_the_pixel_size(tmp_path: Path) -> None:
+    cs, _ = write_particles(tmp_path, N, stacks=2, blob__psize_A=None)
+    write_stack(tmp_path / "J1/extract/stack_0.mrc", numbered_images(N, 8), pixel_size=1.7)
     with pytest.raises(TableError, match="Pass pixel_size="):
         IndexedDataset(cs)
 
@@ -406,8 +425,9 @@ def test_the_sign_is_kept_and_not_applied(tmp_path: Path) -> None:
 def test_mixed_signs_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cs, _ = write_particles(tmp_path, N, blob__sign=np.array([1, 1, -1, 1, 1, 1], "f4"))
     with caplog.at_level(logging.WARNING, "cryolike_data"):
-        IndexedDataset(cs)
+        ds = IndexedDataset(cs)
     assert "both contrast signs" in caplog.text
+    assert ds.particles.sign.tolist() == [1, 1, -1, 1, 1, 1]
 
 
 def test_numbers_of_other_widths_are_given_as_documented(tmp_path: Path) -> None:
@@ -571,6 +591,7 @@ def test_half_sets_and_shifts_are_read_where_there_is_no_pose(tmp_path: Path, sl
         ("blob/shape", np.full(N, 8, "u4")),
         ("blob/path", np.full((N, 1), b"J1/extract/stack_0.mrc")),
         ("uid", np.zeros(N, "V8")),
+        ("uid", np.arange(N, dtype="f8")),
         ("ctf/df1_A", np.full(N, b"1.5")),
         ("ctf/tetra_A", np.zeros((N, 2), "f4")),
         ("alignments3D/shift", np.zeros((N, 3), "f4")),
@@ -615,3 +636,31 @@ def test_a_slot_with_poses_is_preferred_to_one_without(tmp_path: Path, other: st
     columns = {f"alignments3D__{other}": np.ones((N, *shape), "f4"), "alignments2D__pose": column(0.5)}
     particles = IndexedDataset(write_particles(tmp_path, N, **columns)[0]).particles
     np.testing.assert_array_equal(particles.pose, np.tile(np.float32([0, 0, 0.5]), (N, 1)))
+
+
+def test_an_image_beyond_a_stack_of_many_rows_is_noticed_before_it_is_read(tmp_path: Path) -> None:
+    cs, _ = write_particles(tmp_path, 40, stacks=1)
+    table = np.load(cs)
+    table["blob/idx"][30] = 40
+    with cs.open("wb") as file:
+        np.save(file, table)
+    with pytest.raises(StackError, match=r"stack_0\.mrc has 40 images, 0 to 39; image 40 is asked for \(1 rows, first row 30\)"):
+        IndexedDataset(cs)
+
+
+@pytest.mark.parametrize("dtype", ["i1", "u1"])
+def test_bytes_of_unchecked_stacks_are_read_as_the_caller_says(tmp_path: Path, dtype: str) -> None:
+    cs, images = write_particles(tmp_path, N, dtype=dtype)
+    ds = IndexedDataset(cs, check_headers=False, mode0="unsigned" if dtype == "u1" else "signed")
+    np.testing.assert_array_equal(ds.read(slice(None)).numpy(), images)
+
+
+def test_images_at_odd_bytes_beside_others_are_not_seen_in_place(tmp_path: Path) -> None:
+    cs, images = write_particles(tmp_path, N, stacks=2)
+    file = IndexedDataset(cs).particles.file
+    rows = np.flatnonzero(file == 1)
+    rows = rows[np.argsort(np.load(cs)["blob/idx"][rows])]
+    write_stack(tmp_path / "J1/extract/stack_1.mrc", images[rows], extended=2)
+    ds = IndexedDataset(cs)
+    assert ds.view_rows(rows) is None
+    np.testing.assert_array_equal(ds.read(rows).numpy(), images[rows])

@@ -362,6 +362,14 @@ def test_the_record_decides_on_the_pixel_size_over_a_stale_blob(tmp_path: Path) 
         same_images(ds, images)
 
 
+def test_a_stale_blob_gives_nothing_that_the_record_lacks(tmp_path: Path) -> None:
+    stale = {"blob__path": ["J2/extract/a.mrc"] * N, "blob__idx": IDX, "blob__psize_A": np.full(N, 9, "f4")}
+    job, _ = write_job(tmp_path, 4, COUNTS, **stale)
+    write_record(job, np.arange(N), blob__psize_A=None)
+    for pairing in ("sequence", "uid"):
+        assert JobDirectoryDataset(tmp_path, 4, pairing=pairing).pixel_size == pytest.approx(1.7)
+
+
 def test_a_stale_blob_is_not_used_where_the_record_cannot_be_matched(tmp_path: Path) -> None:
     stale = {"blob__path": ["J2/extract/a.mrc"] * N, "blob__idx": IDX, "blob__psize_A": np.full(N, 9, "f4")}
     job, images = write_job(tmp_path, 4, COUNTS, uid=np.zeros(N, "u8"), **stale)

@@ -159,10 +159,11 @@ def test_a_file_of_the_exact_name_farther_away_beats_a_swapped_suffix(table: Pat
     assert resolve("J1/a.mrc", table) == [tmp_path / "J1/a.mrc"]
 
 
-def test_two_names_that_differ_in_the_suffix_do_not_share_a_file(table: Path) -> None:
+@pytest.mark.parametrize("names", [["J1/a.mrc", "J1/a.mrcs"], ["J1/a.mrcs", "J1/a.mrc"]])
+def test_two_names_that_differ_in_the_suffix_do_not_share_a_file(table: Path, names: list[str]) -> None:
     touch(table.parent / "J1/a.mrc")
     with pytest.raises(ArgumentError, match="same file"):
-        resolve(["J1/a.mrc", "J1/a.mrcs"], table)
+        resolve(names, table)
 
 
 def test_equal_file_names_in_different_jobs_are_different_stacks(table: Path) -> None:
@@ -186,6 +187,12 @@ def test_stacks_of_one_folder_are_found_whatever_lies_beside_and_below_it(table:
     expected = [(table.parent if name.startswith(">") else table.parent.parent) / name.removeprefix(">") for name in names]
     touch(*expected)
     assert resolve(names, table) == expected
+
+
+def test_many_stacks_in_folders_below_a_common_one_are_found(table: Path) -> None:
+    names = [f"J1/{folder}/{number}.mrc" for folder in ("a", "b") for number in range(20)]
+    touch(*(table.parent / name for name in names))
+    assert resolve(names, table) == [table.parent / name for name in names]
 
 
 def test_a_link_to_a_stack_is_a_stack(table: Path, tmp_path: Path) -> None:
