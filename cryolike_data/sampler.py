@@ -73,9 +73,7 @@ class ParticleSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Batches that this rank still gets in the epoch that starts with the next iteration."""
-        left = 0 if self.drop_last else (self._n - self._start) % self._stride
-        own = left * (self.rank + 1) // self.world_size - left * self.rank // self.world_size
-        return (self._n - self._start) // self._stride + (own > 0)
+        return self.left_after(self._start)
 
     def __repr__(self) -> str:
         order = "in blocks" if self.shuffle == "blocks" else "shuffled" if self.shuffle else "in order"
@@ -90,13 +88,18 @@ class ParticleSampler(Sampler[list[int]]):
     def steps(self) -> Generator[tuple[int, np.ndarray], None, None]:
         """The same as iterating, with row numbers as arrays, and before each batch the position in the epoch after it."""
         start, self._start = self._start, 0
-        self._position, self._begun = start, (self.epoch, start)
+        if start == 0 < self._position and not self.left_after(self._position):
+            self.epoch += 1  # the last batch was handed out to a loop that knew it was the last and asked for no more
+        self._position = start
+        begun = self._begun = (self.epoch, start)
         with LookAhead.over(self.dataset, self.lookahead) as ahead:
             for position, rows in ahead.pass_on(self._batches(start)):
-                self._position = position
+                if self._begun is begun:
+                    self._position = position
                 yield position, rows
-        self.epoch += 1
-        self._position = 0
+        if self._begun is begun:  # and no other iteration has begun, nor was another epoch or state asked for
+            self.epoch += 1
+            self._position = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Start the next iteration with the given epoch, from its beginning."""
@@ -133,6 +136,12 @@ class ParticleSampler(Sampler[list[int]]):
         if self.shuffle is False:
             return positions.astype(np.int64)
         return permute(positions, self._n, key) if self.shuffle is True else _block_order(positions, self._n, key)
+
+    def left_after(self, position: int) -> int:
+        """Batches that this rank still gets in an epoch after a position in it."""
+        left = 0 if self.drop_last else (self._n - position) % self._stride
+        own = left * (self.rank + 1) // self.world_size - left * self.rank // self.world_size
+        return (self._n - position) // self._stride + (own > 0)
 
     @property
     def _n(self) -> int:

@@ -142,6 +142,8 @@ class ParticleStream:
         try:
             for position, batch in batches:
                 state["position"] = position
+                if self._state is state and not sampler.left_after(position):
+                    self.sampler.set_epoch(state["epoch"] + 1)  # a loop that knows this batch to be the last asks for no more
                 yield batch
             if not reader.closed:
                 if self._state is state:

@@ -185,6 +185,22 @@ def test_an_iteration_that_was_broken_off_starts_the_same_epoch_again() -> None:
     assert list(sampler) == whole
 
 
+def test_set_epoch_in_the_loop_is_for_the_next_loop() -> None:
+    sampler = ParticleSampler(Rows(30), 7)
+    for _ in sampler:
+        sampler.set_epoch(5)
+    assert [row for rows in sampler for row in rows] == sampler.rows(np.arange(30), 5).tolist()
+
+
+def test_a_state_that_is_loaded_in_the_loop_is_for_the_next_loop() -> None:
+    sampler = ParticleSampler(Rows(30), 7)
+    for k, _ in enumerate(sampler):
+        if k == 1:
+            sampler.load_state_dict({"seed": 0, "epoch": 5, "position": 21})
+    assert sampler.state_dict() == {"seed": 0, "epoch": 5, "position": 21}
+    assert [row for rows in sampler for row in rows] == sampler.rows(np.arange(21, 30), 5).tolist()
+
+
 def test_a_state_after_the_epoch_was_set_is_the_beginning_of_that_epoch() -> None:
     sampler = ParticleSampler(Rows(30), 7)
     for _ in sampler:
@@ -294,6 +310,19 @@ def test_a_loader_gives_the_order_of_the_sampler_with_any_number_of_workers(data
     assert len(loader) == len(expected)
     for batch, rows in zip(loader, expected, strict=True):
         same_batch(batch, dataset.batch(rows))
+
+
+@pytest.mark.parametrize("options", [{}, {"drop_last": True}, {"rank": 0, "world_size": 3}, {"rank": 2, "world_size": 3}], ids=str)
+def test_a_loop_that_asks_for_no_more_than_the_last_batch_is_followed_by_the_next_epoch(dataset: IndexedDataset, options: Any) -> None:
+    expected, sampler = (ParticleSampler(dataset, 6, **options) for _ in range(2))
+    loader = DataLoader(dataset, batch_sampler=sampler)
+    kept = []  # as trainers keep the iterator of an epoch into the next one
+    for _ in range(3):
+        kept.append(iter(loader))
+        batches = [next(kept[-1]) for _ in range(len(loader))]  # Lightning's loop, for one, stops at the length
+        assert [batch.index.tolist() for batch in batches] == list(expected)
+    assert list(kept[0]) == []
+    assert list(sampler) == list(expected)
 
 
 def test_a_loader_that_draws_ahead_tells_its_steps_for_the_state(dataset: IndexedDataset) -> None:

@@ -716,6 +716,13 @@ def test_an_iterator_that_is_kept_moves_no_epoch_however_far_its_reader_was(ds: 
     assert loader.state_dict() == {"seed": 0, "epoch": 3, "position": 0}
 
 
+def test_a_loop_that_asks_for_no_more_than_the_last_batch_is_followed_by_the_next_epoch(ds: IndexedDataset) -> None:
+    loader = stream(ds, batch_size=7, shuffle=True)
+    for epoch in range(3):
+        seen = rows_of(list(itertools.islice(loader, len(loader))))
+        assert seen == loader.sampler.rows(np.arange(N), epoch).tolist()
+
+
 def test_a_state_that_is_loaded_in_the_loop_is_for_the_next_loop(ds: IndexedDataset) -> None:
     loader = stream(ds, batch_size=7, shuffle=True)
     state = {"seed": 3, "epoch": 5, "position": 14}
