@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from .arguments import integer
 from .errors import ArgumentError
 from .lookahead import LookAhead
 from .order import mix, permute
@@ -60,6 +61,7 @@ class ParticleSampler(Sampler[list[int]]):
         world_size: int | None = None,
         lookahead: int = 4,
     ) -> None:
+        batch_size, seed = integer("batch_size", batch_size), integer("seed", seed)
         if batch_size < 1 or lookahead < 0:
             raise ArgumentError(f"batch_size is at least 1 and lookahead at least 0, not {batch_size} and {lookahead}")
         if not (isinstance(shuffle, bool) or shuffle == "blocks"):

@@ -10,6 +10,7 @@ from typing import Self
 
 import torch
 
+from .arguments import integer
 from .batch import ParticleBatch
 from .collate import Collate
 from .ctf import CtfTerm
@@ -81,6 +82,7 @@ def stream(
         raise ArgumentError(f"sampler is over another data set than the one to be read, whose rows are other particles; {_SELECT}")
     elif batch_size is not None or shuffle is not False or seed != 0:
         raise ArgumentError("batch_size, shuffle and seed are the sampler's; pass either them or sampler")
+    prefetch = integer("prefetch", prefetch)
     if prefetch < 1:
         raise ArgumentError(f"prefetch is at least 1, not {prefetch}")
     if polar is None and (unit_power or ctf_terms):

@@ -115,6 +115,22 @@ def test_a_unit_that_is_not_in_the_plan_is_refused(dataset, tmp_path, kind, unit
 
 
 @each_format
+def test_integers_of_numpy_are_integers(dataset, tmp_path, undisturbed, kind):
+    options = {name: np.int64(value) if isinstance(value, int) else value for name, value in EXPORTS[kind].items()}
+    plan = plan_export(dataset, tmp_path / kind, format=kind, **options)
+    for unit in np.arange(len(plan)):
+        run_unit(plan, unit)
+    finish(plan)
+    assert contents(tmp_path / kind) == undisturbed[kind]
+
+
+def test_bits_to_keep_may_be_an_integer_of_numpy(dataset, tmp_path):
+    export_zarr(dataset, tmp_path / "a.zarr", keep_bits=np.int64(5))
+    export_zarr(dataset, tmp_path / "b.zarr", keep_bits=5)
+    assert contents(tmp_path / "a.zarr") == contents(tmp_path / "b.zarr")
+
+
+@each_format
 def test_a_plan_travels_to_another_process_and_means_the_same_there(dataset, tmp_path, undisturbed, kind):
     plan = plan_of(kind, dataset, tmp_path / "out")
     (tmp_path / "plan.pickle").write_bytes(pickle.dumps(plan))

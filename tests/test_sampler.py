@@ -209,6 +209,21 @@ def test_a_state_after_the_epoch_was_set_is_the_beginning_of_that_epoch() -> Non
     assert sampler.state_dict() == sampler.state_dict(step=0) == {"seed": 0, "epoch": 3, "position": 0}
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.uint32])
+def test_integers_of_numpy_give_the_same_order_and_state(kind: Any) -> None:
+    sampler = ParticleSampler(Rows(30), kind(7), seed=kind(3))
+    states = [sampler.state_dict() for _ in sampler.steps()]
+    assert {type(value) for state in states for value in state.values()} == {int}
+    sampler.set_epoch(kind(0))
+    assert list(sampler) == list(ParticleSampler(Rows(30), 7, seed=3))
+
+
+@pytest.mark.parametrize("name", ["batch_size", "seed"])
+def test_what_is_no_whole_number_is_named(name: str) -> None:
+    with pytest.raises(ArgumentError, match=rf"{name} is a whole number, not 2\.5"):
+        ParticleSampler(Rows(30), **{"batch_size": 7, name: 2.5})
+
+
 def test_seeds_and_epochs_give_other_orders() -> None:
     first = np.arange(8)
     samplers = [ParticleSampler(Rows(500), 8, seed=seed) for seed in range(50)]

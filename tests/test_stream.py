@@ -97,7 +97,7 @@ def test_the_length_is_the_number_of_batches(ds: IndexedDataset) -> None:
     assert len(loader) == len(list(loader)) == 9
 
 
-@pytest.mark.parametrize("prefetch", [1, 2, 50])
+@pytest.mark.parametrize("prefetch", [1, 2, 50, np.int64(2)])
 def test_any_depth_of_reading_ahead_gives_the_same(ds: IndexedDataset, prefetch: int) -> None:
     assert rows_of(list(stream(ds, batch_size=7, prefetch=prefetch))) == list(range(N))
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import integer
 from ..dataset import ParticleDataset
 from ..descriptor import ImageDescriptor
 from ..errors import ArgumentError
@@ -26,7 +27,7 @@ from .cryolike_optics import require_optics, stack_optics
 from .folder import FolderFormat
 from .pixels import Contrast, Pixels, warn_of_dark_particles
 from .place import Output, Place, WrittenFile
-from .plan import Advance, ExportPlan, integer, make_plan
+from .plan import Advance, ExportPlan, make_plan
 from .run import run
 from .state import UnitRecord
 from .tensor_file import around_tensor

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import integer
 from ..cryosparc.write import save_table, table_of
 from ..dataset import ParticleDataset
 from ..errors import ArgumentError, TableError
@@ -26,7 +27,7 @@ from ..transforms.downsample import cache_sized_groups
 from .folder import FolderFormat
 from .pixels import Contrast, Pixels, warn_of_dark_particles
 from .place import OutputStream, Place, WrittenFile
-from .plan import Advance, ExportPlan, integer, make_plan
+from .plan import Advance, ExportPlan, make_plan
 from .run import run
 from .state import UnitRecord
 

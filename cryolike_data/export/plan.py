@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, SupportsIndex
+from typing import Any, Protocol
 
 from ..dataset import ParticleDataset
 from ..errors import ArgumentError
@@ -138,11 +137,3 @@ def make_plan(dataset: ParticleDataset, target: str | os.PathLike[str], layout: 
         "inputs": fingerprint(dataset),
     }
     return ExportPlan(dataset, place, layout, about)
-
-
-def integer(name: str, value: SupportsIndex) -> int:
-    """An argument as an integer of Python, which goes into ``plan.json`` unlike one of NumPy; an ``ArgumentError`` if it is none."""
-    try:
-        return operator.index(value)
-    except TypeError as error:
-        raise ArgumentError(f"{name} is a whole number, not {value!r}") from error

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ..arguments import integer
 from ..errors import ArgumentError, ExportError
 from ..progress import Progress
 from .cluster import require_executor, run_on_cluster
@@ -98,6 +99,7 @@ def run_unit(plan: ExportPlan, unit: int, *, advance: Advance = lambda images, s
     ExportError
         if another export is at work there, a file cannot be written, or the export is sealed and a file would not become what it was
     """
+    unit = integer("unit", unit)
     place = open_place(plan.target)
     rows = plan.rows(unit)
     sealed = prepare(plan, place, overwrite=False, alone=False)

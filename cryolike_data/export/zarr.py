@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from ..arguments import integer
 from ..dataset import ParticleDataset
 from ..errors import ArgumentError, ExportError, ExportExistsError
 from ..shard import index_bytes
@@ -19,7 +20,7 @@ from ..transforms import Downsample
 from ..zarr_store import FORMAT, is_url
 from .pixels import Pixels
 from .place import STATE, LocalPlace, Place, WrittenFile
-from .plan import Advance, ExportPlan, integer, make_plan
+from .plan import Advance, ExportPlan, make_plan
 from .run import run
 from .state import UnitRecord, read_plan
 from .zarr_arrays import column_array, encode, group_metadata

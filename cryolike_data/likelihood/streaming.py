@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -14,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ..arguments import integer
 from ..ctf import CtfTerm, require_optics
 from ..dataset import ParticleDataset
 from ..errors import ArgumentError
@@ -100,7 +100,7 @@ def stream_likelihood(
             "The likelihood takes a data set, such as IndexedDataset(...), and Templates, such as Templates.from_volume(...), "
             f"and not a {type(dataset).__name__} and a {type(templates).__name__}."
         )
-    batch_size = operator.index(batch_size)
+    batch_size = integer("batch_size", batch_size)
     if batch_size < 1:
         raise ArgumentError(f"batch_size is at least 1, not {batch_size}")
     if dtype not in (torch.float32, torch.float64):
