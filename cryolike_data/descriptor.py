@@ -72,7 +72,7 @@ class ImageDescriptor:
     atom_shape: AtomShape = "gaussian"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "n_pixels", int(_one_of_two("n_pixels", self.n_pixels)))
+        object.__setattr__(self, "n_pixels", _box(self.n_pixels))
         object.__setattr__(self, "pixel_size", float(_one_of_two("pixel_size", self.pixel_size)))
         if self.n_pixels < 1 or not 0 < self.pixel_size < math.inf:
             raise ArgumentError(f"n_pixels={self.n_pixels} and pixel_size={self.pixel_size} (angstrom) must be positive.")
@@ -97,7 +97,7 @@ class ImageDescriptor:
         atom_shape: AtomShape = "gaussian",
     ) -> ImageDescriptor:
         """A descriptor with CryoLike's defaults: ``resolution_factor`` 1 reaches Nyquist, 0.5 half of it."""
-        n_pixels = int(_one_of_two("n_pixels", n_pixels))
+        n_pixels = _box(n_pixels)
         grid = PolarGrid.of_box(n_pixels, resolution_factor=resolution_factor, n_inplanes=n_inplanes)
         return cls(
             n_pixels=n_pixels,
@@ -265,6 +265,13 @@ def _plain_value(array: NDArray[Any] | None) -> Any:
     if array is None or array.size == 0:
         return None
     return array.item() if array.ndim == 0 else array
+
+
+def _box(value: Any) -> int:
+    number = _one_of_two("n_pixels", value)
+    if not math.isfinite(number) or number != int(number):
+        raise ArgumentError(f"n_pixels={value} is no number of pixels; it is an integer.")
+    return int(number)
 
 
 def _one_of_two(name: str, value: Any) -> Any:

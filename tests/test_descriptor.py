@@ -160,6 +160,10 @@ def test_a_missing_file_and_a_file_of_another_kind_are_told_apart(tmp_path):
     ("changes", "told"),
     [
         ({"n_pixels": np.array([64, 62])}, "square"),
+        ({"n_pixels": np.array([64.5, 64.5])}, "integer"),
+        ({"n_pixels": np.array([np.inf, np.inf])}, "integer"),
+        ({"n_inplanes": np.array(np.nan)}, "n_inplanes"),
+        ({"n_inplanes": np.array(np.inf)}, "n_inplanes"),
         ({"pixel_size": np.array([1.3, 1.31])}, "square"),
         ({"pixel_size": np.array([0.0, 0.0])}, "must be positive"),
         ({"precision": np.array("half")}, "'single', 'double'"),
