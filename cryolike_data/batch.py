@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arguments import device_here
 from .columns import Columns, concatenate, concatenate_tensors
 from .ctf import Ctf
 from .errors import ArgumentError, MixedParticlesError, RowIndexError
@@ -102,8 +103,8 @@ class ParticleBatch:
         return replace(self, images=function(self.images), columns=self.columns.map(function))
 
     def to(self, device: torch.device | str | None = None, *, non_blocking: bool = False) -> Self:
-        """The batch on another device; dtypes stay as they are."""
-        if device is None or torch.device(device) == self.device:
+        """The batch on another device; dtypes stay as they are. ArgumentError if there is no such device."""
+        if device is None or device_here(device) == self.device:
             return self
         images = self.images.to(device=device, non_blocking=non_blocking)
         return replace(self, images=images, columns=self.columns.to(device, non_blocking=non_blocking))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from .arguments import device_of
 from .batch import Particle, ParticleBatch, merge_particles
 from .errors import ArgumentError
 from .transforms import Downsample, Normalize
@@ -46,10 +47,8 @@ class Collate:
             Normalize(self.normalize)
         elif self.normalize is not None and not isinstance(self.normalize, Normalize):
             raise ArgumentError(f'normalize is "max", "std", "background" or a Normalize, not {self.normalize!r}')
-        try:
-            torch.device("cpu" if self.device is None else self.device)
-        except RuntimeError as error:
-            raise ArgumentError(f"device={self.device!r} is not a device of torch, such as cpu or cuda: {error}") from error
+        if self.device is not None:
+            device_of(self.device)
 
     def __call__(self, items: Sequence[Particle] | ParticleBatch) -> ParticleBatch:
         """Read the particles in one call and process them, or leave that for ``finish`` where this is a worker and CUDA is meant."""

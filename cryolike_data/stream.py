@@ -10,7 +10,7 @@ from typing import Self
 
 import torch
 
-from .arguments import integer
+from .arguments import device_here, integer
 from .batch import ParticleBatch
 from .collate import Collate
 from .ctf import CtfTerm
@@ -70,7 +70,7 @@ def stream(
     Raises
     ------
     ArgumentError
-        if arguments do not go together: a sampler over another data set, for one
+        if arguments do not go together: a sampler over another data set, for one; or if there is no such device
     """
     if not isinstance(dataset, ParticleDataset):
         raise ArgumentError(f"stream reads a ParticleDataset, not a {type(dataset).__name__}; {_SELECT}")
@@ -87,9 +87,7 @@ def stream(
         raise ArgumentError(f"prefetch is at least 1, not {prefetch}")
     if polar is None and (unit_power or ctf_terms):
         raise ArgumentError("unit_power and ctf_terms are for polar transforms; pass polar=PolarGrid.of_box(...) too")
-    place = None if device is None else torch.device(device)
-    if place is not None and place.type == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError(f"device={str(place)!r} needs a GPU, and torch.cuda.is_available() is False here")
+    place = None if device is None else device_here(device)
     as_stored = dtype is None and downsample is None and normalize is None
     computed = torch.float32 if dtype is None else dtype
     collate: Collate | None

@@ -1010,3 +1010,8 @@ def test_a_stream_says_what_it_streams(ds: IndexedDataset) -> None:
 def test_a_stream_to_a_gpu_that_is_not_there_is_refused(ds: IndexedDataset) -> None:
     with pytest.raises(ArgumentError, match=r"device='cuda' needs a GPU"):
         stream(ds, device="cuda")
+
+
+def test_a_device_that_torch_does_not_know_is_refused(ds: IndexedDataset) -> None:
+    with pytest.raises(ArgumentError, match="device='gpu' is not a device of torch, such as cpu or cuda"):
+        stream(ds, device="gpu")

@@ -766,7 +766,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "three displacements": ({"displacements": [[0.0, 0.0, 0.0]]}, "displacements_A is"),
     "no displacement": ({"displacements": np.zeros((0, 2))}, "displacements_A is"),
     "memory": ({"memory_bytes": 0}, "memory_bytes is positive"),
-}
+    "device": ({"device": "gpu"}, "device='gpu' is not a device of torch"),
+} | ({} if torch.cuda.is_available() else {"gpu": ({"device": "cuda"}, "device='cuda' needs a GPU")})
 
 
 @pytest.mark.parametrize(("options", "told"), BAD.values(), ids=BAD)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ..arguments import integer
+from ..arguments import device_here, integer
 from ..ctf import CtfTerm, require_optics
 from ..dataset import ParticleDataset
 from ..errors import ArgumentError
@@ -93,7 +93,7 @@ def stream_likelihood(
     ExportError
         if a result cannot be written
     ArgumentError, TableError
-        if images and templates do not fit each other, or the table has no optics
+        if images and templates do not fit each other, the table has no optics, or there is no such device
     """
     if not isinstance(dataset, ParticleDataset) or not isinstance(templates, Templates):
         raise ArgumentError(
@@ -110,7 +110,7 @@ def stream_likelihood(
     if by_template and output is None:
         raise ArgumentError("by_template needs output=: the matrix of all particles by all templates is written there")
     rank, world_size = place_among_ranks(rank, world_size)
-    chosen = templates.to(templates.device if device is None else device, dtype.to_complex())
+    chosen = templates.to(None if device is None else device_here(device), dtype.to_complex())
     if world_size > 1 and overwrite:
         raise ArgumentError(
             "overwrite is for a process that is alone, because ranks could remove each other's results; remove the folder first"

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..arguments import device_here
 from ..errors import ArgumentError
 from ..transforms import PolarGrid
 from ..transforms.polar_grid import require_within_nyquist
@@ -127,7 +128,7 @@ class Templates:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Templates:
         """The templates on another device, or as another complex dtype."""
-        moved = self.fourier.to(device=device, dtype=dtype)
+        moved = self.fourier.to(device=None if device is None else device_here(device), dtype=dtype)
         return self if moved is self.fourier else replace(self, fourier=moved)
 
     def about(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import device_here
 from ..errors import ArgumentError
 from .downsample import square_box
 from .finufft_plan import make_plan, stream_of
@@ -64,7 +65,7 @@ class PolarTransform:
             raise ArgumentError(f"box={box}, n_trans={n_trans} and eps={eps} must all be positive.")
         if dtype not in (torch.complex64, torch.complex128):
             raise ArgumentError(f"dtype of a transform is torch.complex64 or torch.complex128, not {dtype}")
-        self.grid, self.box, self.eps, self.n_trans, self.dtype, self.device = grid, box, eps, n_trans, dtype, torch.device(device)
+        self.grid, self.box, self.eps, self.n_trans, self.dtype, self.device = grid, box, eps, n_trans, dtype, device_here(device)
         radial = (4 * math.pi / box) * grid.radii[:, None]
         points = [(radial * part(grid.angles)).ravel() for part in (np.cos, np.sin)]
         # Written over by every call, in inference mode and outside of it.
