@@ -125,6 +125,8 @@ def _open_images(location: str) -> zarr.Array[Any]:
     if not rust_works():
         options = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
     elif not is_url(location) and importlib.util.find_spec("zarrs") is not None:
+        import zarrs  # noqa: F401 - its first versions are known to zarr only when they are imported
+
         options = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
     # The configuration is that of all threads, and two that change it at the same time would leave it changed.
     with _CONFIGURING, zarr.config.set(options):
