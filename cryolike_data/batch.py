@@ -89,9 +89,11 @@ class ParticleBatch:
             return Particle(self, row)
         return self.map(lambda tensor: tensor[key])
 
-    def batch(self, rows: Sequence[int]) -> ParticleBatch:
-        """The given rows as a batch of their own (the same call as ``ParticleDataset.batch``)."""
-        chosen = torch.as_tensor(rows, dtype=torch.int64, device=self.device)
+    def batch(self, rows: Any) -> ParticleBatch:
+        """The given rows (numbers, or a mask) as a batch of their own (the same call as ``ParticleDataset.batch``)."""
+        chosen = torch.as_tensor(rows, device=self.device)
+        if chosen.dtype != torch.bool:
+            chosen = chosen.to(torch.int64)
         return self.map(lambda tensor: tensor[chosen])
 
     def describe(self, rows: Sequence[int]) -> ParticleBatch:

@@ -278,6 +278,13 @@ def test_a_part_of_a_batch_keeps_everything_in_step(tmp_path: Path, key: Any, ro
     equal(part.ctf.defocus_u, ctf_columns(N)["ctf__df1_A"][rows])
 
 
+@pytest.mark.parametrize("rows", [[5, 2], [], [True, False, False, True, False, False, True], np.arange(N) > 4, torch.arange(N) > 4])
+def test_rows_of_a_batch_are_chosen_as_those_of_the_data_set(ds: IndexedDataset, rows: Any) -> None:
+    expected, found = ds.batch(rows), ds.batch(range(N)).batch(rows)
+    assert found.index.tolist() == expected.index.tolist()
+    equal(found.images, expected.images.numpy())
+
+
 @pytest.mark.parametrize("key", [4, -3, np.int64(4), torch.tensor(4)], ids=["int", "negative", "int64", "0-d tensor"])
 def test_an_integer_of_any_kind_gives_a_particle_of_a_batch(ds: IndexedDataset, images: np.ndarray, key: Any) -> None:
     particle = ds.batch(range(N))[key]
