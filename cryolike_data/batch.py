@@ -190,11 +190,20 @@ def merge_particles(items: Sequence[Particle] | ParticleBatch) -> ParticleBatch:
     ------
     MixedParticlesError
         if the data sets differ in box size, pixel size or in which columns they have
+    ArgumentError
+        if they are no particles
     """
     if isinstance(items, ParticleBatch):
         return items
     if isinstance(items, Particle):
         raise ArgumentError("A batch is made of a list of particles, such as [particle], and not of one.")
+    items = list(items)
+    others = sorted({type(item).__name__ for item in items if not isinstance(item, Particle)})
+    if others or not items:
+        raise ArgumentError(
+            f"A batch is made of particles, such as dataset[0], and not of {', '.join(others) or 'none at all'}. Where something "
+            "else comes with each particle, collate the particles alone: collate([particle for particle, label in items])."
+        )
     rows_of: dict[int, list[int]] = {}
     for position, item in enumerate(items):
         rows_of.setdefault(id(item.source), []).append(position)

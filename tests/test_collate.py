@@ -218,6 +218,19 @@ def test_a_particle_alone_is_no_batch(ds: IndexedDataset) -> None:
         Collate()(ds[0])
 
 
+@pytest.mark.parametrize(("things", "said"), [([(1, 2)], "not of tuple"), ([torch.zeros(2)], "not of Tensor"), ([], "not of none at all")])
+def test_things_that_are_no_particles_are_named(things: list[Any], said: str) -> None:
+    with pytest.raises(ArgumentError, match=said):
+        Collate()(things)
+
+
+def test_a_label_beside_each_particle_is_an_error_whose_remedy_collates_the_particles(ds: IndexedDataset) -> None:
+    pairs = [(particle, label) for label, particle in enumerate(ds)]
+    with pytest.raises(ArgumentError, match=r"collate\(\[particle for particle, label in items\]\)"):
+        Collate()(pairs)
+    assert Collate()([particle for particle, label in pairs]).index.tolist() == list(range(N))
+
+
 @pytest.mark.parametrize("method", ["fourier", "mean", "max"])
 @pytest.mark.parametrize(("box", "smaller"), [(32, 8), (30, 10), (30, 15), (33, 11)])
 def test_shifts_are_those_of_the_smaller_images(tmp_path: Path, method: Any, box: int, smaller: int) -> None:
