@@ -124,6 +124,7 @@ def test_select_gives_a_data_set_of_those_rows_in_that_order(ds: IndexedDataset,
     assert (len(part), type(part)) == (len(rows), IndexedDataset)
     equal(part.read(range(len(part))), images[rows])
     np.testing.assert_array_equal(part.particles.uid, uids(N)[rows])
+    assert {len(column) for column in part.particles.columns().values()} == {len(rows)}
 
 
 def test_selecting_twice_selects_from_the_selection(ds: IndexedDataset, images: np.ndarray) -> None:

@@ -510,10 +510,11 @@ def test_unchecked_headers_are_checked_when_a_stack_is_first_read(tmp_path: Path
     cs, _ = write_particles(tmp_path, N, stacks=2)
     stack = tmp_path / "J1/extract/stack_1.mrc"
     write_stack(stack, numbered_images(N, 8), extended=1024)
-    ds = IndexedDataset(cs, check_headers=False)
-    ds.read(np.flatnonzero(ds.particles.file == 0))
-    with pytest.raises(StackError, match=r"stack_1\.mrc has images of .* check_headers=True"):
-        ds.read(np.flatnonzero(ds.particles.file == 1))
+    opened = IndexedDataset(cs, check_headers=False)
+    for ds in (opened, pickle.loads(pickle.dumps(opened))):
+        ds.read(np.flatnonzero(ds.particles.file == 0))
+        with pytest.raises(StackError, match=r"stack_1\.mrc has images of .* check_headers=True"):
+            ds.read(np.flatnonzero(ds.particles.file == 1))
 
 
 def test_an_unchecked_stack_that_is_gone_is_an_error_for_who_reads_and_nobody_else(tmp_path: Path) -> None:

@@ -146,6 +146,25 @@ def test_a_missing_column_is_an_error_that_names_the_groups_there_are(tmp_path: 
     assert table.get("location/center_x_frac") is None
 
 
+@pytest.mark.parametrize("block", [3, 4, 7, 100])
+@pytest.mark.parametrize("few", [(), ("blob/shape", "blob/idx")])
+def test_a_table_read_in_blocks_and_by_several_threads_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, few: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(rows_module, "BLOCK_ROWS", block)
+    monkeypatch.setattr(rows_module.os, "cpu_count", lambda: 3)
+    path = write_table(tmp_path / "t.cs", **some_columns(50))
+    table, stored = read_table(path), np.load(path)
+    shuffled = np.random.default_rng(1).permutation(np.arange(9, 45))
+    numbered, paths, number = table.load_numbered(lambda name: True, "blob/path", few=few)
+    assert [paths[k] for k in number] == stored["blob/path"].tolist()
+    for name in stored.dtype.names:
+        np.testing.assert_array_equal(table[name], stored[name], err_msg=name)
+        np.testing.assert_array_equal(numbered[name], stored[name], err_msg=name)
+        for rows in (shuffled, np.arange(9, 45), np.array([48, 2])):
+            np.testing.assert_array_equal(table.load(lambda _: True, rows=rows)[name], stored[name][rows], err_msg=name)
+
+
 # CSDAT
 
 
