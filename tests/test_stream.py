@@ -637,6 +637,20 @@ def test_a_stream_resumed_from_a_state_gives_the_rest(ds: IndexedDataset, stop: 
     assert rows_of(list(resumed)) == loader.sampler.rows(np.arange(N), 1).tolist()
 
 
+def test_a_state_that_was_taken_stays_as_it_was(ds: IndexedDataset) -> None:
+    batches = stream(ds, batch_size=7)
+    states = [batches.state_dict() for _ in batches]
+    assert [state["position"] for state in states] == [*range(7, len(ds), 7), len(ds)]
+
+
+def test_after_a_resumed_iteration_that_was_broken_off_the_epoch_starts_from_its_beginning(ds: IndexedDataset) -> None:
+    batches = stream(ds, batch_size=7)
+    batches.load_state_dict({"seed": 0, "epoch": 0, "position": 14})
+    for _ in batches:
+        break
+    assert sum(len(batch) for batch in batches) == len(ds)
+
+
 def test_the_state_after_an_epoch_is_the_start_of_the_next(ds: IndexedDataset) -> None:
     # A checkpoint written after the loop over the epoch must not make the resumed job begin with an empty one.
     loader = stream(ds, batch_size=3, shuffle=True)
