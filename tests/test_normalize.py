@@ -71,6 +71,23 @@ def test_constant_images_become_zeros_and_are_counted_once(method):
     assert bool(normalized.isfinite().all())
 
 
+def test_every_constant_image_of_a_large_batch_is_counted():
+    with pytest.warns(UserWarning, match="600 of 601 images are constant"):
+        Normalize("max")(torch.cat([torch.ones(600, 64, 64), noise(1, 64, 64)]))
+
+
+@pytest.mark.parametrize("offset", [10, 1e4, -1e6])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_offset_makes_no_difference(method, offset):
+    images = noise(3, 16, 16) + offset
+    images[:, 6:10, 6:10] += 2
+    x = images.double().numpy()
+    measured = outside(16, 0.375) if method == "background" else np.ones((16, 16), bool)
+    x = x - x[:, measured].mean(1)[:, None, None]
+    scale = np.abs(x).max((1, 2)) if method == "max" else x[:, measured].std(1)
+    np.testing.assert_allclose(Normalize(method)(images).numpy(), x / scale[:, None, None], atol=1e-5)
+
+
 def test_a_constant_background_gives_zeros():
     images = torch.zeros(2, 16, 16)
     images[:, 8, 8] = 1

@@ -103,6 +103,34 @@ def test_a_faint_image_keeps_its_accuracy_beside_a_bright_one():
     assert float(((ours - exact).abs().amax((1, 2)) / exact.abs().amax((1, 2))).max()) < 1e-11
 
 
+@pytest.mark.parametrize("n_inplanes", [12, 11])
+def test_an_image_of_zeros_has_a_transform_of_zeros_and_leaves_the_others_alone(n_inplanes):
+    images, grid = noise(4, 12, 12), PolarGrid(3.0, 0.25, n_inplanes)
+    images[1] = 0
+    transforms = to_polar(images, grid, eps=1e-12)
+    assert not transforms[1].any()
+    torch.testing.assert_close(transforms, to_polar_exact(images, grid), rtol=0, atol=1e-9)
+
+
+def test_what_was_transformed_before_does_not_change_a_bit():
+    images, grid = noise(8, 12, 12), PolarGrid(3.0, 0.25, 12)
+    used, fresh = (PolarTransform(grid, 12, eps=1e-6, n_trans=4, dtype=torch.complex64) for _ in range(2))
+    used(images)
+    assert torch.equal(used(images[:3]), fresh(images[:3]))
+
+
+def test_each_accuracy_dtype_and_box_has_its_own_plan():
+    grid = PolarGrid(2.0, 0.25, 12)
+    images = noise(2, 12, 12, dtype=torch.float64)
+    exact = to_polar_exact(images, grid)
+    to_polar(images, grid, eps=1e-2)
+    torch.testing.assert_close(to_polar(images, grid, eps=1e-12), exact, rtol=0, atol=1e-9)
+    for dtype in (torch.complex64, torch.complex128):
+        assert to_polar(images, grid, eps=1e-6, dtype=dtype).dtype == dtype
+    smaller = images[:, :10, :10]
+    torch.testing.assert_close(to_polar(smaller, grid, eps=1e-12), to_polar_exact(smaller, grid), rtol=0, atol=1e-9)
+
+
 def test_a_nan_stays_in_its_image():
     grid = PolarGrid(4.0, 0.5, 8)
     images = noise(4, 16, 16)
