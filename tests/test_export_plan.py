@@ -361,6 +361,23 @@ def test_changed_inputs_make_another_plan(copied, tmp_path, kind, change, there)
     assert contents(tmp_path / "out") == before
 
 
+def test_stacks_of_another_size_or_path_are_other_inputs_whatever_their_times(copied, tmp_path):
+    def inputs(project):
+        return plan_of("mrc", IndexedDataset(project / "J1/particles.cs"), tmp_path / "out").about["inputs"]
+
+    before = inputs(copied)
+    moved = inputs(shutil.copytree(copied, tmp_path / "moved"))  # with their times
+    path = copied / "J1/extract/stack_1.mrc"
+    status = path.stat()
+    with path.open("ab") as file:
+        file.write(b"more")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    grown = inputs(copied)
+    for other in (moved, grown):
+        assert other["stacks"] != before["stacks"]
+        assert other["table"] == before["table"]
+
+
 @each_format
 def test_what_was_made_of_stacks_that_changed_meanwhile_is_not_sealed(copied, tmp_path, kind):
     plan = plan_of(kind, IndexedDataset(copied / "J1/particles.cs"), tmp_path / "out")

@@ -50,6 +50,18 @@ def test_a_file_that_belongs_to_no_unit_is_written_again(
 
 
 @pytest.mark.parametrize("kind", EXPORTS)
+def test_a_file_to_which_something_was_added_is_written_again(dataset: ParticleDataset, tmp_path: Path, kind: str) -> None:
+    plan = plan_export(dataset, tmp_path / "out", format=kind, **EXPORTS[kind])
+    run(plan)
+    before = contents(tmp_path / "out")
+    for name in (plan.files(1)[0], REST[kind][0]):
+        with (tmp_path / "out" / name).open("ab") as file:
+            file.write(b"more")
+    assert run(plan).written == 1
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("kind", EXPORTS)
 def test_a_writer_of_an_older_export_does_not_touch_the_one_that_replaced_it(dataset: ParticleDataset, tmp_path: Path, kind: str) -> None:
     older = plan_export(dataset, tmp_path / "out", format=kind, **EXPORTS[kind])
     newer = plan_export(dataset.select(slice(None, None, -1)), tmp_path / "out", format=kind, **EXPORTS[kind])
