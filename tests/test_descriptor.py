@@ -200,7 +200,7 @@ def test_without_downsampling_the_descriptor_is_used_as_it_is():
     assert made.for_images(source_box=64, source_pixel_size=1.3, box=64, pixel_size=1.3) is made
 
 
-@pytest.mark.parametrize(("n_pixels", "pixel_size"), [(48, 1.3), (64, 1.4), (32, 1.3)])
+@pytest.mark.parametrize(("n_pixels", "pixel_size"), [(48, 1.3), (64, 1.4), (64, 1.3026), (32, 1.3)])
 def test_a_descriptor_of_another_grid_is_refused_with_the_right_call(n_pixels, pixel_size):
     made = ImageDescriptor.from_individual_values(n_pixels, pixel_size)
     with pytest.raises(ArgumentError, match=r"n_pixels=32, pixel_size=2\.6"):

@@ -268,6 +268,11 @@ def test_bytes_that_imod_marks_as_unsigned_are_read_so(tmp_path: Path) -> None:
     assert read_volume(path)[0][0, 0, :2].tolist() == [200, 1]
 
 
+def test_the_voxel_size_is_that_of_the_cell_which_may_be_larger_than_the_map(tmp_path: Path) -> None:
+    path = write_map(tmp_path / "map.mrc", np.zeros((4, 4, 4), np.float32), mx=8, my=8, mz=8, cella=(12.0, 12.0, 12.0))
+    assert read_volume(path)[1] == pytest.approx(1.5)
+
+
 def test_a_gzipped_map_is_read(tmp_path: Path) -> None:
     plain = write_map(tmp_path / "map.mrc", noise(5, 5, 5).numpy())
     packed = tmp_path / "map.mrc.gz"

@@ -252,6 +252,11 @@ def test_particles_in_pieces_make_the_same_file() -> None:
     assert written({"optics": optics_block(groups, box=64, pixel_size=2.62), "particles": pieces}) == written(whole)
 
 
+def test_a_zero_with_a_minus_sign_makes_no_other_group() -> None:
+    chosen = particles(tilt_A=np.repeat(np.float32([[0.0, 2e3], [-0.0, 2e3]]), N // 2, axis=0))
+    assert star_optics(chosen.stretches(N // 2)).columns["rlnOpticsGroup"].tolist() == [1]
+
+
 def test_beam_tilt_is_an_angle_in_mrad() -> None:
     tilt_mrad = np.array([0.3, -1.2])
     tilt_A = np.tile(tilt_mrad * 1e-3 * 2.7e7, (N, 1)).astype(np.float32)
