@@ -299,6 +299,7 @@ def test_the_grid_follows_the_downsampling(particles, tmp_path, descriptor, meth
     assert metadata["n_pixels"].tolist() == [BOX // 2, BOX // 2]
     assert metadata["pixel_size"].tolist() == [2 * PIXEL_SIZE, 2 * PIXEL_SIZE]
     assert metadata["radius_max"] == BOX / 2 / 4
+    assert str(metadata["downsampling"]) == f"Downsample(factor=2, method={method!r})"
     assert phys.shape == (37, BOX // 2, BOX // 2)
     expected = polar_images(phys, radius_max=BOX / 2 / 4, n_inplanes=8)
     assert np.abs(fourier - expected).max() < 1e-5 * np.abs(expected).max()
@@ -742,6 +743,15 @@ def test_without_matplotlib_a_run_with_pictures_is_refused_before_anything_is_wr
     with pytest.raises(MissingDependencyError, match=re.escape("cryolike-data[plot]")):
         export_cryolike(particles, tmp_path / "out", descriptor=GRID, plots=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_pictures_are_of_the_images_and_transforms_that_were_written(particles, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("cryolike_data.plots.plot_stack", lambda images, transforms, *rest: drawn.extend((images, transforms)))
+    export_cryolike(particles, tmp_path, descriptor=GRID, plots=True)
+    phys, fourier, _ = load_cryolike_stack(tmp_path)
+    for shown, saved in zip(drawn, (phys, fourier), strict=True):
+        np.testing.assert_array_equal(shown, saved)
 
 
 def test_an_empty_selection_is_refused(particles, tmp_path):
