@@ -268,6 +268,12 @@ def test_the_scale_of_the_templates_does_not_matter_beyond_its_logarithm(factor:
     np.testing.assert_allclose(compare(replace(SMALL, templates=scaled), dtype=dtype).by_template, expected, rtol=0, atol=atol)
 
 
+def test_the_most_likely_of_two_templates_that_differ_in_scale_is_the_smaller_one() -> None:
+    given = SMALL.templates
+    twice = Templates(torch.cat([given.fourier, given.fourier / 2]), given.grid, given.box_A, given.rotvecs.repeat(2, 1))
+    assert (compare(replace(SMALL, templates=twice)).template >= len(given)).all()
+
+
 @pytest.mark.parametrize("offset", [-3.0, 1.0, 40.0])
 def test_a_constant_background_of_an_image_changes_nothing(offset: float) -> None:
     batch = SMALL.batch()
