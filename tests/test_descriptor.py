@@ -245,3 +245,16 @@ def test_the_stack_file_reads_with_none_where_cryolike_wrote_none(shared):
         "ctfScalefactor",
     ]
     assert members["defocusU"].shape == (30,)
+
+
+@pytest.mark.parametrize(
+    ("at", "byte"), [(6, 173), (8, 1), (10, 99)], ids=["of another version", "said to be encrypted", "compressed in an unknown way"]
+)
+def test_an_archive_with_a_damaged_directory_is_an_argument_error(tmp_path, at, byte):
+    path = tmp_path / "params.npz"
+    ImageDescriptor.from_individual_values(n_pixels=8, pixel_size=1.5).save(path)
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(b"PK\x01\x02") + at] = byte
+    path.write_bytes(raw)
+    with pytest.raises(ArgumentError, match=r"params\.npz is not a readable npz file"):
+        ImageDescriptor.load(path)
