@@ -15,6 +15,7 @@ from .arguments import device_here
 from .columns import Columns, concatenate, concatenate_tensors
 from .ctf import Ctf
 from .errors import ArgumentError, MixedParticlesError, RowIndexError
+from .particles import resolve_rows
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -91,9 +92,7 @@ class ParticleBatch:
 
     def batch(self, rows: Any) -> ParticleBatch:
         """The given rows (numbers, or a mask) as a batch of their own (the same call as ``ParticleDataset.batch``)."""
-        chosen = torch.as_tensor(rows, device=self.device)
-        if chosen.dtype != torch.bool:
-            chosen = chosen.to(torch.int64)
+        chosen = torch.from_numpy(resolve_rows(rows, len(self))).to(self.device)
         return self.map(lambda tensor: tensor[chosen])
 
     def describe(self, rows: Sequence[int]) -> ParticleBatch:

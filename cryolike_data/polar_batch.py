@@ -105,9 +105,8 @@ class PolarCollate(Collate):
     def _process(self, batch: ParticleBatch) -> PolarBatch:
         read = super()._process(batch)
         require_within_nyquist(self.grid, read.box)
-        single = self.dtype != torch.float64
-        dtype, eps = (torch.complex64, 1e-6) if single else (torch.complex128, 1e-12)
-        fourier = to_polar(read.images, self.grid, eps=eps, dtype=dtype)
+        dtype = torch.complex128 if self.dtype == torch.float64 else torch.complex64
+        fourier = to_polar(read.images, self.grid, dtype=dtype)
         if self.unit_power:
             fourier = normalize_polar(fourier, self.grid, out=fourier)
         ctf = read.ctf

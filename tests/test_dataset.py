@@ -306,6 +306,13 @@ def test_a_particle_beyond_a_batch_is_an_index_error(ds: IndexedDataset, key: in
         ds.batch(range(N))[key]
 
 
+@pytest.mark.parametrize("rows", [[0.5, 1.0], [99], [True]], ids=str)
+def test_rows_that_a_batch_has_not_are_refused_as_a_data_set_refuses_them(ds: IndexedDataset, rows: list[Any]) -> None:
+    batch = ds[:5].batch(slice(None))
+    with pytest.raises(RowIndexError):
+        batch.batch(rows)
+
+
 def test_moving_a_batch_moves_every_tensor_and_keeps_dtypes(ds: IndexedDataset) -> None:
     batch = ds.batch([0, 1])
     moved = batch.to("meta")

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from support import ctf_columns, uids, write_particles, write_table
 
-from cryolike_data import IndexedDataset
+from cryolike_data import IndexedDataset, read_table
 from cryolike_data.cryosparc.join import load_table
 from cryolike_data.errors import ArgumentError, CryolikeDataError, MissingDependencyError, MissingStackError, PairingError, TableError
 
@@ -275,6 +275,13 @@ def test_a_damaged_group_is_a_table_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "g.csg").write_bytes(text.encode("latin-1"))
     with pytest.raises(TableError, match=r"g\.csg"):
         load_table(tmp_path / "g.csg")
+
+
+def test_what_users_read_tables_with_reads_groups_too(tmp_path: Path) -> None:
+    halves(tmp_path)
+    table = read_table(write_group(tmp_path / "g.csg", {"blob": ">blob.cs", "ctf": ">ctf.cs"}))
+    np.testing.assert_array_equal(table["blob/idx"], np.arange(N))
+    np.testing.assert_array_equal(table["ctf/df1_A"], 10.0 * np.arange(N))
 
 
 def test_a_group_that_names_no_possible_file_is_an_error(tmp_path: Path) -> None:

@@ -227,6 +227,13 @@ def test_the_error_says_whether_cufinufft_is_missing_or_cannot_be_loaded(install
         require_cufinufft()
 
 
+@pytest.mark.parametrize(("dtype", "eps"), [(torch.complex128, 1e-12), (torch.complex64, 1e-6)])
+def test_the_accuracy_is_cryolikes_for_the_dtype_where_none_is_given(dtype, eps):
+    images, grid = torch.randn(3, 16, 16, dtype=torch.float64), PolarGrid(4.0, 0.5, 12)
+    assert torch.equal(to_polar(images, grid, dtype=dtype), to_polar(images, grid, eps=eps, dtype=dtype))
+    assert PolarTransform(grid, 16, dtype=dtype).eps == eps
+
+
 def test_cufinufft_finds_the_libraries_that_pip_put_somewhere_else(monkeypatch, tmp_path):
     """Where it cannot be loaded, those of CUDA 12 are, each after those that it needs, and it is tried again."""
     (tmp_path / "cufinufft.py").write_text("import ctypes\nif not hasattr(ctypes, 'loaded'): raise ImportError('no CUDA')")

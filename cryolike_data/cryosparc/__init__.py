@@ -2,6 +2,7 @@
 
 from .indexed import IndexedDataset
 from .job_directory import JobDirectoryDataset
-from .table import Table, read_table
+from .join import load_table as read_table
+from .table import Table
 
 __all__ = ["IndexedDataset", "JobDirectoryDataset", "Table", "read_table"]

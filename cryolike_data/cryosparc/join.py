@@ -29,7 +29,23 @@ def load_table(
     """A ``.cs`` or ``.csg`` file, joined by uid with the tables given as ``passthrough``.
 
     The rows and their order are those of the first table; where two tables hold the same group of columns (``blob``,
-    ``ctf``, ...) the first wins.
+    ``ctf``, ...) the first wins. Opening a NumPy table costs milliseconds; its columns are copied out when they are asked for.
+    CSDAT tables (LZ4, from cryosparc-tools >= 4.4) are read whole and need the extra ``csdat``, groups the extra ``csg``.
+
+    Parameters
+    ----------
+    path : the table or group
+    passthrough : table(s) or group(s) with further groups of columns
+    unmatched : "error", or "drop" to leave out rows without a partner
+
+    Raises
+    ------
+    MissingStackError
+        if there is no such file
+    TableError
+        if one cannot be read, is no CryoSPARC table, is truncated, or holds Python objects; says which
+    PairingError
+        if tables that are to be joined do not hold the same particles
     """
     if unmatched not in ("error", "drop"):
         raise ArgumentError(f'unmatched is "error" or "drop", not {unmatched!r}')

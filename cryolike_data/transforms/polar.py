@@ -23,6 +23,8 @@ from .polar_grid import PolarGrid
 #: Transforms that one call of finufft takes: on a CPU (False) so few that the numbers of a call stay in the cache.
 _N_TRANS = {False: 8, True: 64}
 
+#: CryoLike's accuracies.
+_EPS = {torch.complex64: 1e-6, torch.complex128: 1e-12}
 #: The last transform of each thread, and what it is for: a plan costs as much as the transforms of some images.
 _KEPT = threading.local()
 
@@ -37,7 +39,8 @@ class PolarTransform:
     ----------
     grid : points at which to evaluate
     box : D, box of the images, pixels
-    eps : relative accuracy asked of finufft, for each image in relation to its own largest pixel (1e-6 or 1e-12 in CryoLike)
+    eps : relative accuracy asked of finufft, for each image in relation to its own largest pixel; by default CryoLike's, 1e-12 for
+        complex128 and 1e-6 for complex64
     n_trans : transforms a finufft call; with an even ``grid.n_inplanes`` each takes two images. Smaller batches are padded to it.
     dtype : complex128, or complex64, which is faster and whose rounded coordinates limit the accuracy whatever ``eps`` is: to 1e-7 D
         in the root mean square, and to 2e-7 D of the largest coefficient anywhere
@@ -56,15 +59,16 @@ class PolarTransform:
         grid: PolarGrid,
         box: int,
         *,
-        eps: float,
+        eps: float | None = None,
         n_trans: int = 32,
         dtype: torch.dtype = torch.complex128,
         device: torch.device | str = "cpu",
     ) -> None:
+        if dtype not in _EPS:
+            raise ArgumentError(f"dtype of a transform is torch.complex64 or torch.complex128, not {dtype}")
+        eps = _EPS[dtype] if eps is None else eps
         if box < 1 or n_trans < 1 or not eps > 0:
             raise ArgumentError(f"box={box}, n_trans={n_trans} and eps={eps} must all be positive.")
-        if dtype not in (torch.complex64, torch.complex128):
-            raise ArgumentError(f"dtype of a transform is torch.complex64 or torch.complex128, not {dtype}")
         self.grid, self.box, self.eps, self.n_trans, self.dtype, self.device = grid, box, eps, n_trans, dtype, device_here(device)
         radial = (4 * math.pi / box) * grid.radii[:, None]
         points = [(radial * part(grid.angles)).ravel() for part in (np.cos, np.sin)]
@@ -124,7 +128,7 @@ class PolarTransform:
         return f"PolarTransform({self.grid!r}, box={self.box}, eps={self.eps:g}, n_trans={self.n_trans}, {kind})"
 
 
-def to_polar(images: Tensor, grid: PolarGrid, *, eps: float, dtype: torch.dtype = torch.complex128) -> Tensor:
+def to_polar(images: Tensor, grid: PolarGrid, *, eps: float | None = None, dtype: torch.dtype = torch.complex128) -> Tensor:
     """Polar Fourier transform of (B, D, D) real images: (B, n_shells, n_inplanes) complex, to a relative accuracy of ``eps``.
 
     Done on the device of the images, through a plan that is kept for the next call of the same thread with the same arguments and
