@@ -216,6 +216,13 @@ def test_the_same_export_writes_the_same_bytes(particles, tmp_path):
     assert [path for path in first | second if first.get(path) != second.get(path)] == []
 
 
+def test_a_phase_shift_is_kept(tmp_path):
+    phase_shift = np.array([0.1, 1.2, 0.7], "f4")
+    path = write_particles(tmp_path, numbered_images(3, BOX), ctf__phase_shift_rad=phase_shift)
+    export_cryolike(IndexedDataset(path), tmp_path / "out", descriptor=GRID)
+    np.testing.assert_array_equal(load_cryolike_stack(tmp_path / "out")[2]["phaseShift"], phase_shift)
+
+
 def test_a_missing_phase_shift_is_none(tmp_path):
     path = write_particles(tmp_path, numbered_images(3, BOX), ctf__phase_shift_rad=None)
     export_cryolike(IndexedDataset(path), tmp_path / "out", descriptor=GRID)

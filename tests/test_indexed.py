@@ -407,6 +407,12 @@ def test_a_3d_alignment_is_preferred_to_a_2d_one(tmp_path: Path) -> None:
     assert (particles.shift_A == 2).all()
 
 
+def test_a_slot_with_poses_is_preferred_to_one_without(tmp_path: Path) -> None:
+    angle = np.linspace(-3, 3, N).astype("f4")
+    cs, _ = write_particles(tmp_path, N, alignments3D__split=np.zeros(N, "u4"), alignments2D__pose=angle)
+    np.testing.assert_array_equal(IndexedDataset(cs).particles.pose, [[0, 0, a] for a in angle])
+
+
 def test_half_sets_are_those_of_the_alignment(tmp_path: Path) -> None:
     split = np.array([0, 1, 1, 0, 0, 1], "u4")
     cs, _ = write_particles(tmp_path, N, alignments3D__pose=np.zeros((N, 3), "f4"), alignments3D__split=split)
