@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
+import numpy as np
 import torch
 
 from .errors import ArgumentError
@@ -32,3 +33,19 @@ def device_here(device: torch.device | str) -> torch.device:
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ArgumentError(f"device={str(place)!r} needs a GPU, and torch.cuda.is_available() is False here")
     return place
+
+
+def square_pixel_size(value: Any) -> float:
+    """One number for a pixel size given as a number or as an (x, y) pair."""
+    try:
+        sizes = np.atleast_1d(np.asarray(value, float))
+    except (TypeError, ValueError):
+        sizes = np.empty(0)
+    if (
+        sizes.ndim != 1
+        or len(sizes) not in (1, 2)
+        or not (np.isfinite(sizes) & (sizes > 0)).all()
+        or not np.allclose(sizes, sizes[0], rtol=1e-5)
+    ):
+        raise ArgumentError(f"pixel_size is a positive number of angstrom (or two equal ones), not {value!r}")
+    return float(sizes[0])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -407,10 +408,41 @@ def test_a_3d_alignment_is_preferred_to_a_2d_one(tmp_path: Path) -> None:
     assert (particles.shift_A == 2).all()
 
 
-def test_a_slot_with_poses_is_preferred_to_one_without(tmp_path: Path) -> None:
-    angle = np.linspace(-3, 3, N).astype("f4")
-    cs, _ = write_particles(tmp_path, N, alignments3D__split=np.zeros(N, "u4"), alignments2D__pose=angle)
-    np.testing.assert_array_equal(IndexedDataset(cs).particles.pose, [[0, 0, a] for a in angle])
+@pytest.mark.parametrize(
+    ("slots", "told"),
+    [
+        (("alignments_class_0", "alignments_class_1", "alignments2D"), "alignments_class_0, alignments_class_1 of .* alignments2D/pose is"),
+        (("alignments3D_multi",), "alignments3D_multi of .* the particles have none"),
+        (("alignments3D_multi", "alignments3D"), ""),
+        (("alignments2D",), ""),
+    ],
+    ids=str,
+)
+def test_poses_of_several_classes_are_not_left_aside_in_silence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, slots: tuple[str, ...], told: str
+) -> None:
+    shapes = {"alignments3D_multi": (2, 3), "alignments2D": ()}
+    IndexedDataset(write_particles(tmp_path, N, **{f"{slot}__pose": np.ones((N, *shapes.get(slot, (3,))), "f4") for slot in slots})[0])
+    assert re.search(told, caplog.text) if told else caplog.text == ""
+
+
+@pytest.mark.parametrize(("number", "told"), [(1.5, "1.5"), (np.nan, "nan"), (np.inf, "inf"), (1e17, "1e[+]17")])
+def test_numbers_of_images_with_a_fraction_are_refused(tmp_path: Path, number: float, told: str) -> None:
+    numbers = np.arange(N, dtype="f8")
+    as_integers, as_floats = (
+        IndexedDataset(write_particles(tmp_path / kind, N, blob__idx=numbers.astype(kind), stacks=1)[0]) for kind in ("u4", "f8")
+    )
+    np.testing.assert_array_equal(as_floats.read(slice(None)).numpy(), as_integers.read(slice(None)).numpy())
+    numbers[2] = number
+    cs, _ = write_particles(tmp_path, N, blob__idx=numbers, stacks=1)
+    with pytest.raises(TableError, match=rf"blob/idx of .* holds {told} in row 2 \(1 rows"):
+        IndexedDataset(cs)
+
+
+def test_numbers_that_torch_does_not_know_are_refused(tmp_path: Path) -> None:
+    cs, _ = write_particles(tmp_path, N, ctf__df1_A=np.ones(N, np.longdouble))
+    with pytest.raises(TableError, match=r"ctf/df1_A of .* should hold a number"):
+        IndexedDataset(cs)
 
 
 def test_half_sets_are_those_of_the_alignment(tmp_path: Path) -> None:

@@ -383,8 +383,12 @@ def test_a_tensor_makes_the_templates_that_its_file_makes(demo: DemoProject) -> 
     np.testing.assert_allclose(of_file.fourier, templates.fourier, rtol=0, atol=1e-5 * templates.fourier.abs().max())
     assert of_file.box_A == templates.box_A
     assert Templates.from_volume(demo.volume, grid, rotvecs=rotvecs, pixel_size=3.0).box_A == 96
+    assert Templates.from_volume(volume, grid, rotvecs=rotvecs, pixel_size=(3.0, 3.0)).box_A == 96
     with pytest.raises(ArgumentError, match="needs pixel_size="):
         Templates.from_volume(volume, grid, rotvecs=rotvecs)
+    for wrong in ("wide", (1.0, 2.0), -1.0, float("nan")):
+        with pytest.raises(ArgumentError, match="pixel_size is a positive number"):
+            Templates.from_volume(volume, grid, rotvecs=rotvecs, pixel_size=wrong)
     for arguments in ({}, {"rotvecs": rotvecs, "step_deg": 30}):
         with pytest.raises(ArgumentError, match="pass either step_deg="):
             Templates.from_volume(volume, grid, pixel_size=2.0, **arguments)

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ArgumentError, StackError, TableError
+from ..arguments import square_pixel_size
+from ..errors import StackError, TableError
 from ..later import Later
 from ..particles import Particles, shortest
 from ..repeated import once, one_value_once, repeat
@@ -139,19 +140,3 @@ def _pixel_sizes(table: Table, pool: Stacks, file: np.ndarray, argument: Any) ->
     raise TableError(
         f"The pixel size is not known: {table.path} has no blob/psize_A and the MRC headers do not say. Pass pixel_size= in angstrom."
     )
-
-
-def square_pixel_size(value: Any) -> float:
-    """One number for a pixel size given as a number or as an (x, y) pair."""
-    try:
-        sizes = np.atleast_1d(np.asarray(value, float))
-    except (TypeError, ValueError):
-        sizes = np.empty(0)
-    if (
-        sizes.ndim != 1
-        or len(sizes) not in (1, 2)
-        or not (np.isfinite(sizes) & (sizes > 0)).all()
-        or not np.allclose(sizes, sizes[0], rtol=1e-5)
-    ):
-        raise ArgumentError(f"pixel_size is a positive number of angstrom (or two equal ones), not {value!r}")
-    return float(sizes[0])

@@ -37,6 +37,8 @@ CTF_FIELDS = {
 _USED_CTF = frozenset(CTF_FIELDS.values())
 _ALIGNMENTS = ("alignments3D", "alignments2D")
 _NUMBER, _PAIR, _FOUR = ((),), ((2,),), ((4,),)
+#: Below this a float64 holds every whole number.
+_MOST_WHOLE = 2.0**53
 #: Kinds (see ``numpy.dtype.kind``) and shapes that a row of a column may have, of those that are made use of.
 _KNOWN = (
     {"uid": ("iu", _NUMBER), "blob/path": ("SU", _NUMBER), "blob/shape": ("iuf", _PAIR)}
@@ -61,9 +63,31 @@ def is_detail(name: str) -> bool:
     return name == "uid" or name in _USED_CTF or (slot in _ALIGNMENTS and field in ("pose", "shift", "psize_A", "split"))
 
 
+def image_numbers(table: Table, *, base: int = 0) -> np.ndarray:
+    """``blob/idx``, which counts from ``base``, as int64 from 0; a ``TableError`` for numbers with a fraction."""
+    numbers = table["blob/idx"]
+    if numbers.dtype.kind == "f" and (broken := ~(np.abs(numbers) < _MOST_WHOLE) | (numbers != np.trunc(numbers))).any():
+        first = int(np.argmax(broken))
+        raise TableError(
+            f"blob/idx of {table.origin('blob/idx')} holds {numbers[first]} in row {first} ({broken.sum()} rows have no whole number). "
+            "Export or save the table again."
+        )
+    found: np.ndarray = np.subtract(numbers, base, dtype=np.int64, casting="unsafe")
+    return found
+
+
 def detail_names(table: Table) -> list[str]:
-    """The attributes of ``Particles`` that ``Details`` may find in a table."""
+    """The attributes of ``Particles`` that ``Details`` may find in a table; warns of poses there that it does not take."""
     slot = _alignment(table)
+    left_aside = [name for name in table.slots if name.startswith("alignments") and name not in _ALIGNMENTS and f"{name}/pose" in table]
+    if left_aside and f"{_ALIGNMENTS[0]}/pose" not in table:
+        log.warning(
+            "The poses in %s of %s are those of several classes and are not read; %s. The particles of one class, as CryoSPARC puts them "
+            "out, have one pose each.",
+            ", ".join(left_aside[:3]) + (", ..." if len(left_aside) > 3 else ""),
+            table.path,
+            f"{slot}/pose is" if f"{slot}/pose" in table else "the particles have none",
+        )
     found = {
         "ctf": not _USED_CTF.isdisjoint(table.fields),
         "pose": f"{slot}/pose" in table,
@@ -152,7 +176,7 @@ def require_known_columns(table: Table) -> None:
     problems = []
     for name, (kinds, shapes) in _KNOWN.items():
         dtype = table.fields.get(name)
-        if dtype is not None and not (dtype.base.kind in kinds and dtype.shape in shapes):
+        if dtype is not None and not (dtype.base.kind in kinds and dtype.shape in shapes and (kinds == "SU" or dtype.base.itemsize <= 8)):
             wanted = "text" if kinds == "SU" else "an integer" if kinds == "iu" else "a number"
             if shapes[-1]:
                 wanted = f"{' or '.join(str(shape[0] if shape else 1) for shape in shapes)} numbers"

@@ -15,7 +15,7 @@ from ..mrc import Mode0
 from ..particles import Selection
 from ..stacks import images_needed, open_stacks
 from .assemble import assemble
-from .columns import require_images, require_known_columns, says_where
+from .columns import image_numbers, require_images, require_known_columns, says_where
 from .join import Unmatched, load_table
 from .paths import decode, resolve_paths
 
@@ -71,7 +71,7 @@ class IndexedDataset(ParticleDataset):
         blob, values, file = table.load_numbered(says_where, "blob/path", few=("blob/shape", "blob/psize_A", "blob/sign"))
         names = decode(values)
         paths = resolve_paths(names, lambda: np.bincount(file).tolist(), table=table.origin("blob/path"), folder=folder or None)
-        image = np.subtract(blob["blob/idx"], index_base, dtype=np.int64, casting="unsafe")
+        image = image_numbers(blob, base=index_base)
         needed = images_needed(file, image, len(paths))
         hint = _HINTS[index_base]
         pool = open_stacks(paths, mode0=mode0, needed=needed, check_headers=check_headers, index_hint=hint)

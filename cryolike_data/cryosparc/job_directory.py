@@ -19,7 +19,7 @@ from ..mrc import Mode0, require_mode0
 from ..particles import Selection
 from ..stacks import Stacks, images_needed, open_stacks
 from .assemble import assemble
-from .columns import require_known_columns, says_where
+from .columns import image_numbers, require_known_columns, says_where
 from .join import Unmatched, csg_results, find_metafile, join_tables, match_uids, side_by_side, take_rows, take_slots, usable_uid
 from .paths import resolve_paths, unique_paths
 from .table import Table, read_table
@@ -253,7 +253,7 @@ def _pair_by_uid(
     elsewhere = [k for k, path in enumerate(here) if path is None]
     found = resolve_paths([names[k] for k in elsewhere], lambda: np.bincount(file)[elsewhere].tolist(), table=record.path)
     paths = [str(path) if path is not None else found[elsewhere.index(k)] for k, path in enumerate(here)]
-    return table, open_stacks(paths, mode0=mode0), file, table["blob/idx"].astype(np.int64), names
+    return table, open_stacks(paths, mode0=mode0), file, image_numbers(table), names
 
 
 def _without_blob(table: Table) -> Table:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..arguments import device_here
+from ..arguments import device_here, square_pixel_size
 from ..errors import ArgumentError
 from ..transforms import PolarGrid
 from ..transforms.polar_grid import require_within_nyquist
@@ -118,6 +118,7 @@ class Templates:
             density = _on_cpu(volume)
         if pixel_size is None:
             raise ArgumentError("a volume that is an array needs pixel_size= (angstrom)")
+        pixel_size = square_pixel_size(pixel_size)
         require_within_nyquist(grid, density.shape[-1])
         weights = None
         if step_deg is not None:
