@@ -257,9 +257,8 @@ def open_stacks(
     """
     require_mode0(mode0)
     names = tuple(os.fspath(path) for path in paths)
-    read = partial(read_header, mode0=mode0)
     if needed is not None and not check_headers and len(names):
-        (first,) = read_each(names[:1], read, "stacks")
+        first = read_header(names[0], mode0=mode0)
         of_count = {count: replace(first, nz=count, n_complete=count) for count in set(needed.tolist())}
         alike = [of_count[count] for count in needed.tolist()]
         return Stacks(names, alike, check=partial(require_alike, mode0=mode0, index_hint=index_hint), headers_read=False)
@@ -268,5 +267,5 @@ def open_stacks(
         short = needed is not None and header.n_complete < needed[number] <= header.nz
         return describe_shortfall(names[number], header, header.nz - 1) if short else ""
 
-    headers = read_each(names, read, "stacks", amiss=amiss)
+    headers = read_each(names, partial(read_header, mode0=mode0), "stacks", amiss=amiss)
     return Stacks(names, headers, check=partial(require_unchanged, mode0=mode0))

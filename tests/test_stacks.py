@@ -296,5 +296,5 @@ def test_a_process_forked_while_a_thread_reads_can_read_too(tmp_path: Path, monk
 def test_a_first_stack_that_cannot_be_opened_is_one_of_our_errors(tmp_path: Path, check_headers: bool) -> None:
     paths, _ = write_stacks(tmp_path, [1, 1])
     paths[0].unlink()  # after the table was looked through, say
-    with pytest.raises(StackError, match=r"stacks cannot be read:\n.*0\.mrc"):
+    with pytest.raises(StackError, match=r"0\.mrc cannot be read: No such file"):
         open_stacks(paths, needed=np.ones(2, np.int64), check_headers=check_headers)
