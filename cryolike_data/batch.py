@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .arguments import device_here
-from .columns import Columns, concatenate, concatenate_tensors
+from .columns import Columns, concatenate, concatenate_tensors, rows_of
 from .ctf import Ctf
 from .errors import ArgumentError, MixedParticlesError, RowIndexError
 from .particles import resolve_rows
@@ -88,12 +88,12 @@ class ParticleBatch:
         row = single_row(key, len(self))
         if row is not None:
             return Particle(self, row)
-        return self.map(lambda tensor: tensor[key])
+        return self.map(lambda tensor: rows_of(tensor, key))
 
     def batch(self, rows: Any) -> ParticleBatch:
         """The given rows (numbers, or a mask) as a batch of their own (the same call as ``ParticleDataset.batch``)."""
         chosen = torch.from_numpy(resolve_rows(rows, len(self))).to(self.device)
-        return self.map(lambda tensor: tensor[chosen])
+        return self.map(lambda tensor: rows_of(tensor, chosen))
 
     def describe(self, rows: Sequence[int]) -> ParticleBatch:
         """The same as ``batch``; a data set has this to give columns without reading images."""
@@ -203,15 +203,15 @@ def merge_particles(items: Sequence[Particle] | ParticleBatch) -> ParticleBatch:
             f"A batch is made of particles, such as dataset[0], and not of {', '.join(others) or 'none at all'}. Where something "
             "else comes with each particle, collate the particles alone: collate([particle for particle, label in items])."
         )
-    rows_of: dict[int, list[int]] = {}
+    of_source: dict[int, list[int]] = {}
     for position, item in enumerate(items):
-        rows_of.setdefault(id(item.source), []).append(position)
-    parts = [items[positions[0]].source.batch([items[p].row for p in positions]) for positions in rows_of.values()]
+        of_source.setdefault(id(item.source), []).append(position)
+    parts = [items[positions[0]].source.batch([items[p].row for p in positions]) for positions in of_source.values()]
     if len(parts) == 1:
         only: ParticleBatch = parts[0]
         return only
-    order = torch.as_tensor([p for positions in rows_of.values() for p in positions], device="cpu").argsort()
-    return _concatenate(parts).map(lambda tensor: tensor[order])
+    order = torch.as_tensor([p for positions in of_source.values() for p in positions], device="cpu").argsort()
+    return _concatenate(parts).map(lambda tensor: rows_of(tensor, order))
 
 
 def single_row(key: Any, n: int) -> int | None:

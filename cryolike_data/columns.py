@@ -92,6 +92,13 @@ def concatenate(parts: Sequence[Columns]) -> Columns:
     return Columns({name: concatenate_tensors([part.tensors[name] for part in parts]) for name in parts[0].names})
 
 
+def rows_of(tensor: Tensor, key: Any) -> Tensor:
+    """``tensor[key]``, also of unsigned pixels of 16 bits, which torch cannot index everywhere."""
+    if tensor.dtype == torch.uint16:
+        return tensor.view(torch.int16)[key].view(torch.uint16)
+    return tensor[key]
+
+
 def concatenate_tensors(tensors: Sequence[Tensor]) -> Tensor:
     """Concatenated in the dtype that holds them all; torch itself does not know that of int16 and uint16."""
     if len({tensor.dtype for tensor in tensors}) > 1:

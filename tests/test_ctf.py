@@ -312,7 +312,7 @@ def test_odd_terms_leave_an_image_real_and_add_their_phases():
 
 def test_beam_tilt_moves_a_plane_wave_along_the_tilt():
     # exp(-2 pi i k s) moves an image by s, and RELION's factor is exp(-2 pi i lambda^2 k^2 k . tilt): s = lambda^2 k^2 tilt.
-    wave = torch.cos(2 * np.pi / 16 * 2 * torch.arange(16, dtype=torch.float64)).expand(16, 16)
+    wave = torch.cos(2 * np.pi / 16 * 2 * torch.arange(16, dtype=torch.float64)).repeat(16, 1)
     k = 2 / 16
     ctf = with_terms(optics(w=1.0, u=0.0, v=0.0, cs=0.0), beam_tilt=[[1 / (LAMBDA * k) ** 2, 0.0]])  # one pixel along x
     moved = torch.fft.irfft2(torch.fft.rfft2(wave) * ctf_values(ctf, *half_plane(16, 1.0), terms=("beam_tilt",))[0], (16, 16))

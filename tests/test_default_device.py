@@ -55,7 +55,7 @@ def through_mrc(demo: DemoProject, folder: Path) -> torch.Tensor:
 def through_cryolike(demo: DemoProject, folder: Path) -> torch.Tensor:
     one_group = IndexedDataset(demo.indexed).select(lambda p: p.ctf.voltage_kv == 300)
     export_cryolike(one_group, folder, descriptor=ImageDescriptor(32, 2.0, 8.0, 0.25, 32))
-    return torch.load(next(folder.glob("fft/*.pt")), map_location="cpu")[:2]
+    return torch.load(next(folder.glob("fft/*.pt")), map_location="cpu", weights_only=True)[:2]
 
 
 WORK: dict[str, Callable[[DemoProject, Path], Any]] = {

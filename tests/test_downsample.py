@@ -247,3 +247,10 @@ def test_impossible_pooling_is_refused(factor, method):
 def test_arrays_are_refused_by_name():
     with pytest.raises(ArgumentError, match=r"a torch tensor, such as batch\.images, and not a ndarray"):
         Downsample(box=4)(np.zeros((1, 8, 8), np.float32))
+
+
+@pytest.mark.parametrize("box", [8, 7])
+def test_images_that_are_one_repeated_are_cropped_as_their_copies_are(box):
+    image = torch.randn(1, 16, generator=torch.Generator().manual_seed(4))
+    for images in (image.expand(16, 16), image[None].expand(5, 16, 16), image.T.expand(5, 16, 16)):
+        assert torch.equal(crop_fourier(images, box), crop_fourier(images.clone(memory_format=torch.contiguous_format), box))

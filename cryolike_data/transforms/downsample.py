@@ -215,7 +215,8 @@ def _crop_group(images: Tensor, box: int) -> Tensor:
     source, half = images.shape[-1], box // 2
     # Columns are dropped before the second transform, so that it runs over box // 2 + 1 columns only. What it leaves lies side by side
     # in memory along y: the axes are kx, ky from there on, and nothing has to be turned round until the last transform.
-    columns = torch.fft.rfft(images.to(computing_dtype(images.dtype)), dim=-1, norm="forward")[..., : half + 1]
+    images = images.to(computing_dtype(images.dtype)).contiguous()  # images that are one repeated are too much for MKL in older torch
+    columns = torch.fft.rfft(images, dim=-1, norm="forward")[..., : half + 1]
     spectrum = torch.fft.fft(columns.mT, dim=-1, norm="forward")
     kept = torch.cat([spectrum[..., : box - half], spectrum[..., source - half :]], dim=-1)
     plus = spectrum[..., half]  # ky = +box/2, which only an even box needs
@@ -233,7 +234,7 @@ def _crop_group(images: Tensor, box: int) -> Tensor:
         # kx = +box/2 averaged with its partner at -box/2, which the half-plane does not hold: the real part along y.
         rows[..., half, :] = rows[..., half, :].real.to(rows.dtype)
     cropped: Tensor = torch.fft.irfft(rows.mT, n=box, dim=-1, norm="forward")
-    return cropped.to(images.dtype)
+    return cropped
 
 
 def _centre_phase(source: int, box: int, like: Tensor) -> Tensor:
