@@ -298,6 +298,20 @@ def test_sizes_are_looked_at_no_more_than_once_a_second(tmp_path: Path, monkeypa
     assert sorted(looked) == sorted(map(str, paths))
 
 
+def test_looking_at_one_file_does_not_put_off_the_look_at_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths, _ = written(tmp_path, [2, 2])
+    now = [100.0]
+    monkeypatch.setattr(arena_module.time, "monotonic", lambda: now[0])
+    images = open_stacks(paths).locate(np.repeat([0, 1], 2), np.tile([0, 1], 2))
+    images.read_into(np.arange(2), torch.empty(2, 8, 8))
+    now[0] += 0.9
+    images.read_into(np.arange(4), torch.empty(4, 8, 8))
+    paths[0].unlink()
+    now[0] += 0.2
+    with pytest.raises(StackError, match=r"0\.mrc is gone"):
+        images.read_into(np.arange(2), torch.empty(2, 8, 8))
+
+
 SHRUNK = """
     import os, sys, numpy as np
     from pathlib import Path

@@ -114,6 +114,13 @@ def test_an_image_is_the_same_whatever_lies_beside_it(method, dtype):
     assert not together[2:4].any()
 
 
+def test_images_of_a_large_batch_with_an_offset_stay_in_their_places():
+    images = noise(600, 64, 64) + 300  # more than one group on a CPU
+    together = Normalize("max")(images)
+    for row in (0, 300, 599):
+        assert torch.equal(together[row], Normalize("max")(images[row]))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_nan_stays_in_its_image(method):
     images = noise(3, 8, 8)

@@ -119,7 +119,7 @@ def test_what_was_transformed_before_does_not_change_a_bit():
     assert torch.equal(used(images[:3]), fresh(images[:3]))
 
 
-def test_each_accuracy_dtype_and_box_has_its_own_plan():
+def test_each_grid_accuracy_dtype_and_box_has_its_own_plan():
     grid = PolarGrid(2.0, 0.25, 12)
     images = noise(2, 12, 12, dtype=torch.float64)
     exact = to_polar_exact(images, grid)
@@ -127,8 +127,10 @@ def test_each_accuracy_dtype_and_box_has_its_own_plan():
     torch.testing.assert_close(to_polar(images, grid, eps=1e-12), exact, rtol=0, atol=1e-9)
     for dtype in (torch.complex64, torch.complex128):
         assert to_polar(images, grid, eps=1e-6, dtype=dtype).dtype == dtype
+    # With nothing else changed from one to the next.
     smaller = images[:, :10, :10]
-    torch.testing.assert_close(to_polar(smaller, grid, eps=1e-12), to_polar_exact(smaller, grid), rtol=0, atol=1e-9)
+    for part, points in ((images, grid), (smaller, grid), (smaller, PolarGrid(1.5, 0.25, 12))):
+        torch.testing.assert_close(to_polar(part, points, eps=1e-12), to_polar_exact(part, points), rtol=0, atol=1e-9)
 
 
 def test_a_nan_stays_in_its_image():

@@ -372,6 +372,13 @@ def test_files_that_are_not_whole_are_errors_in_every_layout(tmp_path: Path, ima
         ZarrDataset(store).read(slice(None))
 
 
+def test_a_shard_cut_short_behind_its_index_is_noticed_when_the_store_is_opened(tmp_path: Path, images: np.ndarray) -> None:
+    store = write_store(tmp_path / "a.zarr", images, **BARE["index at the start"])
+    os.truncate(shard(store, 1), shard(store, 1).stat().st_size - 10)
+    with pytest.raises(StackError, match=r"c/1/0/0 is cut short: 1 of its 2 chunks"):
+        ZarrDataset(store)
+
+
 def test_chunks_that_were_left_out_of_a_shard_are_an_error_and_not_zeros(tmp_path: Path, images: np.ndarray) -> None:
     images[6:9] = 0
     store = write_store(tmp_path / "a.zarr", images, **SHARDED, config={"write_empty_chunks": False})
@@ -552,7 +559,7 @@ def test_a_forked_process_does_not_wait_for_threads_of_obstore_that_are_gone() -
 # --- what happens to a store while it is open
 
 
-@pytest.mark.parametrize("rows", [[0, 7, 19], [7], slice(None)], ids=["some", "one", "all"])
+@pytest.mark.parametrize("rows", [[0, 7, 19], [7], [4, 7], slice(None)], ids=["some", "one", "across a border", "all"])
 def test_a_compressed_shard_that_goes_missing_is_an_error_and_not_zeros(tmp_path: Path, images: np.ndarray, rows: Any) -> None:
     store = write_store(tmp_path / "a.zarr", images, **ZSTD)
     dataset = ZarrDataset(store)
