@@ -58,6 +58,10 @@ def test_the_default_grid_of_a_box_of_64_has_65_shells():
     assert PolarGrid(16.0, 0.25, 48).n_shells == 65
 
 
+def test_shells_are_no_farther_apart_than_asked_where_the_radius_is_no_multiple():
+    assert PolarGrid(1.0, 0.3, 4).n_shells == 5
+
+
 @pytest.mark.parametrize(("box", "n_inplanes"), [(8, 6), (7, 5)])
 def test_the_exact_transform_is_the_definition(box, n_inplanes):
     grid = PolarGrid(box / 4, 0.5, n_inplanes)
@@ -101,6 +105,11 @@ def test_a_faint_image_keeps_its_accuracy_beside_a_bright_one():
     exact = to_polar_exact(images, grid)
     ours = to_polar(images, grid, eps=1e-12)
     assert float(((ours - exact).abs().amax((1, 2)) / exact.abs().amax((1, 2))).max()) < 1e-11
+
+
+def test_an_image_of_negative_pixels_has_its_transform():
+    images, grid = -noise(2, 12, 12).abs(), PolarGrid(3.0, 0.25, 12)
+    torch.testing.assert_close(to_polar(images, grid, eps=1e-12), to_polar_exact(images, grid), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("n_inplanes", [12, 11])

@@ -294,6 +294,8 @@ def test_particles_of_one_batch_collate_with_their_transforms(batch: PolarBatch)
 def test_a_grid_beyond_the_nyquist_frequency_of_what_is_left_of_the_images_is_refused(ds: IndexedDataset) -> None:
     with pytest.raises(ArgumentError, match=r"beyond 2, the Nyquist frequency of 8 pixels.*PolarGrid\.of_box\(8\)"):
         PolarCollate(PolarGrid.of_box(BOX), downsample=Downsample(box=8))(ds.batch(range(2)))
+    with pytest.raises(ArgumentError, match=r"goes to radius 2\.001, beyond 2"):
+        PolarCollate(PolarGrid(2.001, 0.25, 12), downsample=Downsample(box=8))(ds.batch(range(2)))
 
 
 def test_batches_on_different_grids_do_not_collate(batch: PolarBatch) -> None:
