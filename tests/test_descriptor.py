@@ -87,6 +87,17 @@ def test_saving_refuses_to_overwrite_unless_asked(tmp_path):
     assert ImageDescriptor.load(path) == other
 
 
+def test_a_descriptor_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(stream, **arrays):
+        stream.write(b"begun")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    with pytest.raises(OSError, match="No space"):
+        ImageDescriptor.from_individual_values(64, 1.3).save(tmp_path / "params.npz")
+    assert not list(tmp_path.iterdir())
+
+
 def test_saving_leaves_nothing_but_the_file(tmp_path):
     ImageDescriptor.from_individual_values(64, 1.3).save(str(tmp_path / "a.b.npz"))
     assert os.listdir(tmp_path) == ["a.b.npz"]
