@@ -502,6 +502,12 @@ def test_the_size_of_a_file_is_that_of_stat(tmp_path: Path) -> None:
     assert arena_module.file_size(str(tmp_path / "none")) == -1
 
 
+def test_the_size_of_a_file_of_many_gigabytes_is_known(tmp_path: Path) -> None:
+    (tmp_path / "sparse").touch()
+    os.truncate(tmp_path / "sparse", (5 << 30) + 7)
+    assert arena_module.file_size(str(tmp_path / "sparse")) == (5 << 30) + 7
+
+
 def test_sizes_are_known_where_the_c_library_has_no_statx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # glibc before 2.28, for which torch 2.5 still has wheels; and containers whose filter forbids the call.
     monkeypatch.setattr(file_size_module, "_statx", lambda: None)
