@@ -42,7 +42,7 @@ from cryolike_data.errors import (
     MixedParticlesError,
     TableError,
 )
-from cryolike_data.export import cryolike
+from cryolike_data.export import cryolike, plan_export
 from cryolike_data.export.pixels import Pixels
 from cryolike_data.transforms import PolarTransform
 
@@ -720,6 +720,33 @@ def test_what_the_error_on_mixed_optics_says_can_be_done(demo, tmp_path):
     for number, group in enumerate(groups):
         export_cryolike(group, tmp_path / f"group{number}", descriptor=GRID)
     assert sum(len(load_cryolike_stack(tmp_path / f"group{number}")[0]) for number in range(2)) == len(dataset)
+
+
+@pytest.mark.parametrize(("name", "values"), [("accel_kv", (300, 200)), ("cs_mm", (2.7, 0.01)), ("amp_contrast", (0.07, 0.1))])
+def test_any_optics_that_differ_within_a_stack_are_refused(tmp_path, name, values):
+    column = np.full(6, values[0], "f4")
+    column[-1] = values[1]
+    path = write_particles(tmp_path, numbered_images(6, BOX), **{f"ctf__{name}": column})
+    with pytest.raises(MixedParticlesError, match=r"stack 2 \(rows 4 to 5\)"):
+        export_cryolike(IndexedDataset(path), tmp_path / "out", descriptor=GRID, batch_size=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_mixed_optics_late_in_a_large_table_are_named_by_stack_and_rows(tmp_path):
+    # Beyond what is looked at together, and stacks of a size that does not divide that.
+    voltage = np.full(20000, 300, "f4")
+    voltage[17502:] = 200
+    path = write_particles(tmp_path, numbered_images(20000, 4), ctf__accel_kv=voltage)
+    grid = ImageDescriptor.from_individual_values(4, PIXEL_SIZE, n_inplanes=8)
+    with pytest.raises(MixedParticlesError, match=r"stack 17 \(rows 17017 to 18017\)"):
+        export_cryolike(IndexedDataset(path), tmp_path / "out", descriptor=grid, batch_size=1001)
+
+
+def test_optics_may_change_between_stacks_of_a_large_table(tmp_path):
+    voltage = np.where(np.arange(20000) < 17 * 1001, 300, 200).astype("f4")
+    path = write_particles(tmp_path, numbered_images(20000, 4), ctf__accel_kv=voltage)
+    grid = ImageDescriptor.from_individual_values(4, PIXEL_SIZE, n_inplanes=8)
+    assert len(plan_export(IndexedDataset(path), tmp_path / "out", format="cryolike", descriptor=grid, batch_size=1001)) == 20
 
 
 def test_optics_may_differ_from_stack_to_stack(tmp_path):
