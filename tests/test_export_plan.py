@@ -548,6 +548,24 @@ def test_a_replacement_stopped_anywhere_while_it_removes_is_continued_to_the_sam
 
 
 @each_format
+def test_a_replacement_stopped_before_it_notes_its_first_unit_keeps_no_record_of_the_old_one(
+    dataset, tmp_path, undisturbed, kind, monkeypatch
+):
+    other = dataset.select(np.arange(len(dataset))[::-1])  # whose files are as large
+    run(plan_of(kind, other, tmp_path / "out"), units=range(1))
+    plan = plan_of(kind, dataset, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["cryolike_data.export.run"], "write_record", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(plan, overwrite=True)
+    run(plan, units=range(1, len(plan)))
+    with pytest.raises(ExportError, match="1 of"):
+        finish(plan)
+    assert run(plan).sealed
+    assert contents(tmp_path / "out") == undisturbed[kind]
+
+
+@each_format
 def test_a_part_of_the_units_is_not_for_replacing(dataset, tmp_path, kind):
     run(plan_of(kind, dataset.select([1]), tmp_path / "out"))
     before = contents(tmp_path / "out")
