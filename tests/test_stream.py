@@ -494,6 +494,7 @@ CTRL_C = """
     from support import mapped_files, open_files, own_threads
     from cryolike_data import IndexedDataset
     from cryolike_data.stream import stream
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     folder = Path(sys.argv[1])
     loader = stream(IndexedDataset(folder / "J1/particles.cs"), batch_size=3)
     try:
