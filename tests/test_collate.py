@@ -146,8 +146,8 @@ def test_arguments_that_cannot_work_are_refused_at_once(arguments: dict[str, Any
 # Work left for the main process
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_an_error_in_words(ds: IndexedDataset) -> None:
+def test_a_gpu_that_is_not_there_is_an_error_in_words(ds: IndexedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for act in (lambda: Collate(device="cuda")(items(ds)), lambda: ds[:3].batch([0]).to("cuda:0")):
         with pytest.raises(ArgumentError, match=r"device='cuda(:0)?' needs a GPU"):
             act()

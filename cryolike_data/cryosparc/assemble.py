@@ -14,7 +14,7 @@ from ..later import Later
 from ..particles import Particles, shortest
 from ..repeated import once, one_value_once, repeat
 from ..stacks import Stacks
-from .columns import Details, detail_names, read_sign
+from .columns import Details, detail_names, read_sign, warn_of_poses_left_aside
 from .table import Table
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ def assemble(
     if problems:
         raise StackError("\n".join([f"{table.path} and its stacks do not fit together:", *(f"  {text}" for text in problems)]))
     sides = pool.of_headers(lambda header: header.nx).astype(np.int32)
+    warn_of_poses_left_aside(table)
     later = Later(Details(table), by_rows=True)
     details: dict[str, Any] = dict.fromkeys(detail_names(table), later)
     return Particles(

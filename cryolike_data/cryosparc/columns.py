@@ -77,7 +77,19 @@ def image_numbers(table: Table, *, base: int = 0) -> np.ndarray:
 
 
 def detail_names(table: Table) -> list[str]:
-    """The attributes of ``Particles`` that ``Details`` may find in a table; warns of poses there that it does not take."""
+    """The attributes of ``Particles`` that ``Details`` may find in a table."""
+    slot = _alignment(table)
+    found = {
+        "ctf": not _USED_CTF.isdisjoint(table.fields),
+        "pose": f"{slot}/pose" in table,
+        "shift_A": f"{slot}/shift" in table,
+        "half_set": f"{slot}/split" in table,
+    }
+    return ["row", "uid", *(name for name, present in found.items() if present)]
+
+
+def warn_of_poses_left_aside(table: Table) -> None:
+    """Log that poses of several classes are not read, where there are no others in 3-D."""
     slot = _alignment(table)
     left_aside = [name for name in table.slots if name.startswith("alignments") and name not in _ALIGNMENTS and f"{name}/pose" in table]
     if left_aside and f"{_ALIGNMENTS[0]}/pose" not in table:
@@ -88,13 +100,6 @@ def detail_names(table: Table) -> list[str]:
             table.path,
             f"{slot}/pose is" if f"{slot}/pose" in table else "the particles have none",
         )
-    found = {
-        "ctf": not _USED_CTF.isdisjoint(table.fields),
-        "pose": f"{slot}/pose" in table,
-        "shift_A": f"{slot}/shift" in table,
-        "half_set": f"{slot}/split" in table,
-    }
-    return ["row", "uid", *(name for name, present in found.items() if present)]
 
 
 @dataclass(frozen=True)

@@ -147,18 +147,7 @@ class _Loaded:
 
 
 def read_table(path: str | os.PathLike[str]) -> Table:
-    """Open a CryoSPARC table of any container format.
-
-    Opening a NumPy table costs milliseconds; its columns are copied out when they are asked for. CSDAT tables (LZ4, from
-    cryosparc-tools >= 4.4) are read whole and need the extra ``csdat``.
-
-    Raises
-    ------
-    MissingStackError
-        if there is no such file
-    TableError
-        if it cannot be read, is no CryoSPARC table, is truncated, or holds Python objects; says which
-    """
+    """Open one table, of any container format; groups are for ``load_table``, which says more."""
     path = Path(path).expanduser()
     try:
         opened = path.open("rb") if path.is_file() else None

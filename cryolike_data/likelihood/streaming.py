@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ..arguments import device_here, integer
+from ..arguments import integer
 from ..ctf import CtfTerm, require_optics
 from ..dataset import ParticleDataset
 from ..errors import ArgumentError
@@ -110,7 +110,7 @@ def stream_likelihood(
     if by_template and output is None:
         raise ArgumentError("by_template needs output=: the matrix of all particles by all templates is written there")
     rank, world_size = place_among_ranks(rank, world_size)
-    chosen = templates.to(None if device is None else device_here(device), dtype.to_complex())
+    chosen = templates.to(device, dtype.to_complex())
     if world_size > 1 and overwrite:
         raise ArgumentError(
             "overwrite is for a process that is alone, because ranks could remove each other's results; remove the folder first"
