@@ -197,9 +197,10 @@ def living_runs(place: Place, units: range, *, apart_from: str = "") -> list[dic
 
 def tidy_up(place: Place) -> None:
     """Remove what is of no use beside an export that is sealed; what cannot be removed does no harm."""
-    with suppress(ExportError):
-        for name in (_UNITS, PARTIAL, PLAN):
+    for name in (_UNITS, PARTIAL, PLAN):
+        with suppress(ExportError):  # such as for a sign of life that is being written
             place.remove(name)
+    with suppress(ExportError):
         living_runs(place, ANY_UNITS)  # which removes what dead ones left
 
 
