@@ -91,14 +91,14 @@ def undisturbed(ds: IndexedDataset, templates: Templates, tmp_path: Path) -> byt
 
 def fail_after(monkeypatch: pytest.MonkeyPatch, batches: int, error: type[BaseException] = AssertionError) -> None:
     """Let so many batches be compared, and fail if there is another one."""
-    compare, calls = streaming.integrated_log_likelihood, iter(range(batches))
+    compare, calls = streaming.begin_comparison, iter(range(batches))
 
     def compare_or_fail(*args: Any, **options: Any) -> Any:
         if next(calls, None) is None:
             raise error(f"more than {batches} batches")
         return compare(*args, **options)
 
-    monkeypatch.setattr(streaming, "integrated_log_likelihood", compare_or_fail)
+    monkeypatch.setattr(streaming, "begin_comparison", compare_or_fail)
 
 
 # --- what is found
@@ -697,11 +697,11 @@ MEMORY = """
 
     from support import anonymous_bytes
 
-    compare, seen = streaming.integrated_log_likelihood, []
+    compare, seen = streaming.begin_comparison, []
     def compare_and_look(*args, **options):
         seen.append(anonymous_bytes())
         return compare(*args, **options)
-    streaming.integrated_log_likelihood = compare_and_look
+    streaming.begin_comparison = compare_and_look
 
     dataset, grid = IndexedDataset(table), PolarGrid(3.0, 0.5, 8)
     one = torch.ones(1, grid.n_shells, 8, dtype=torch.complex64)

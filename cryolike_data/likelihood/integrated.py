@@ -8,7 +8,7 @@ transforms over the angle, along which a rotation is a shift.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,16 +19,17 @@ from torch import Tensor
 from ..batch import ParticleBatch
 from ..errors import ArgumentError, TableError
 from ..polar_batch import PolarBatch
-from ..transforms import PolarGrid
-from .precision import full_precision
+from ..precision import full_precision
+from .pointwise import log_marginal, log_sum_exp
 from .result import ImageLikelihood, pose_and_shift
+from .spectra import at_rotations, displacement_phase, hartley, mask_transform, on, over_angle
 from .templates import Templates, as_displacements, require_fit
 
 #: Bytes that the arrays of one step take by default: on a CPU (True) few enough for its caches.
 _MEMORY_BYTES = {True: 64 << 20, False: 4 << 30}
 
-#: Images that are made ready at a time.
-_PREPARED = 16
+#: Images that are made ready at a time, on a CPU (True) and elsewhere.
+_PREPARED = {True: 16, False: 256}
 
 
 @torch.no_grad()
@@ -80,12 +81,34 @@ def integrated_log_likelihood(
         raise ArgumentError(f"The batch {what}; make it by stream(..., polar=templates.grid) or PolarCollate(grid).")
     tried = as_displacements(displacements_A, templates.box_A)
     require_fit(batch.grid, batch.box, batch.pixel_size, templates, memory_bytes)
+    return begin_comparison(batch, templates, tried, by_template=by_template, memory_bytes=memory_bytes)()
+
+
+@torch.no_grad()
+def begin_comparison(
+    batch: PolarBatch, templates: Templates, tried: Tensor, *, by_template: bool, memory_bytes: int | None
+) -> Callable[[], ImageLikelihood]:
+    """Start ``integrated_log_likelihood`` of what fits together; what this returns waits for the result.
+
+    On CUDA all work is queued when this returns, so that the next batch can be made ready meanwhile.
+    """
+    assert isinstance(templates.log_weights, Tensor)
+    priors = on(templates.log_weights, batch.device)
     images = _Images.of(batch)
     found = _Found.nothing(len(batch), len(templates), images)
     with nullcontext() if images.on_cpu else full_precision():
         for step in _steps(images, templates, tried, _MEMORY_BYTES[images.on_cpu] if memory_bytes is None else int(memory_bytes)):
             found.add(step, *images.compare(step))
-    return _result(images, found, templates, tried, by_template)
+    cuda = batch.images.is_cuda
+    *summary, given = (tensor.to("cpu", non_blocking=cuda) for tensor in _summary(images, found, priors, len(tried), by_template))
+    copied = torch.cuda.current_stream(batch.device).record_event() if cuda else None
+
+    def finish() -> ImageLikelihood:
+        if copied is not None:
+            copied.synchronize()
+        return _result(templates, tried, given if by_template else None, *summary)
+
+    return finish
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,14 +138,16 @@ class _Images:
 
     Attributes
     ----------
-    spectra : (n_q, 2 B, n_shells) conjugates of those of conj(C) I, then of conj(C) s; I without background and s have norm 1
-    power : (n_q of half a turn, B, n_shells) conjugates of those of |C|^2
+    spectra : (n_q, B, n_shells) conjugates of those of conj(C) I, divided by the number of angles; I without background has norm 1
+    mask : (n_q, B, n_shells) the same of conj(C) s, s having norm 1; of half a turn where C is real, since the other half is then the same
+    power : (n_q of half a turn, B, n_shells) the same of |C|^2
     constant : (B,) float64, all of the log-likelihood that does not depend on the template
     half_n : p
     n_inplanes : number of angles
     """
 
     spectra: Tensor
+    mask: Tensor
     power: Tensor
     constant: Tensor
     half_n: float
@@ -133,29 +158,33 @@ class _Images:
         grid, count, dtype = batch.grid, len(batch), batch.fourier.dtype
         half_turn, n = grid.n_inplanes // 2, batch.box**2
         half_n = n / 2 - 2
-        spectra = batch.fourier.new_empty(half_turn + 1, 2, count, grid.n_shells)
+        all_ctf = _ctf(batch)
+        spectra = batch.fourier.new_empty(half_turn + 1, count, grid.n_shells)
         power = batch.fourier.new_empty(half_turn // 2 + 1, count, grid.n_shells)
+        masked = torch.empty_like(spectra if all_ctf.is_complex() else power)
         constant = torch.empty(count, dtype=torch.float64, device=batch.device)
         # Of half a turn all is known about the other half, and a sum over both is twice the real part of that over one.
-        weights = torch.as_tensor(2 * grid.integration_weights[:, :1], device=batch.device)
-        mask = _mask(grid).to(batch.device)
+        weights = on(torch.from_numpy(2 * grid.integration_weights[:, :1]), batch.device)
+        mask = on(mask_transform(grid), batch.device)
         iss = (weights * mask.square()).sum()
-        for start in range(0, count, _PREPARED):  # in double precision, which takes memory
-            part = slice(start, start + _PREPARED)
+        at_once = _PREPARED[batch.device.type == "cpu"]
+        for start in range(0, count, at_once):  # in double precision, which takes memory
+            part = slice(start, start + at_once)
             image = batch.fourier[part, :, :half_turn].to(torch.complex128)
-            ctf = _ctf(batch)[part, :, :half_turn].conj()
+            ctf = all_ctf[part, :, :half_turn].conj()
             isy = (weights * mask * image.real).sum((-2, -1), keepdim=True)
             centred = image - isy / iss * mask
             iyy, rest = ((weights * (some.real**2 + some.imag**2)).sum((-2, -1), keepdim=True) for some in (image, centred))
             # Nothing is left of the mask itself but rounding.
             rest = torch.where(rest > (1e-9 if dtype == torch.complex64 else 1e-18) * iyy, rest, torch.nan)
             scale = weights / 2 * rest.rsqrt()
-            power[:, part] = _over_angle(weights * ctf.abs().square()).conj()
-            spectra[:, 0, part] = _over_angle(_hartley(centred * ctf * scale)).conj()
-            spectra[:, 1, part] = _over_angle(_hartley(ctf * (mask * weights / 2 * iss.rsqrt()))).conj()
+            power[:, part] = over_angle(weights * ctf.abs().square(), norm="forward").conj()
+            spectra[:, part] = over_angle(hartley(centred * ctf * scale), norm="forward").conj()
+            of_mask = ctf * (mask * weights / 2 * iss.rsqrt())
+            masked[:, part] = over_angle(hartley(of_mask) if of_mask.is_complex() else of_mask, norm="forward").conj()
             constant[part] = -half_n * rest.flatten().log() - iss.log()
         constant += (3 - n) / 2 * math.log(2 * math.pi) - math.log(2) + math.lgamma(half_n) + half_n * math.log(2)
-        return cls(spectra.flatten(1, 2), power, constant, half_n, grid.n_inplanes)
+        return cls(spectra, masked, power, constant, half_n, grid.n_inplanes)
 
     @property
     def on_cpu(self) -> bool:
@@ -167,19 +196,15 @@ class _Images:
         Log of its sum over displacements and rotations, its largest value, and the place of that among all of them
         (displacement * n_inplanes + rotation).
         """
-        half_turn = self.n_inplanes // 2
-        ixx = torch.fft.irfft(torch.bmm(self.power, step.power), n=half_turn, dim=0).permute(1, 2, 0).repeat(1, 1, 2)[:, :, None]
-        sums = torch.fft.irfft(torch.bmm(self.spectra, step.spectra), n=self.n_inplanes, dim=0).permute(1, 2, 0)
-        b, isx = sums.reshape(2, len(self.constant), -1, step.displacements, self.n_inplanes)
-        # In place, because these arrays are what takes the memory.
-        a = torch.addcmul(ixx, isx, isx, value=-1, out=isx)
-        tiny = 8 * torch.finfo(a.dtype).eps
-        torch.maximum(a, tiny * ixx, out=a)  # of a template that is all background, rounding is left
-        value = b.square_().div_(a).clamp_(max=1 - tiny).neg_().log1p_().mul_(-self.half_n)
-        value = value.sub_(a.log_(), alpha=0.5).flatten(2)
-        largest, place = value.max(-1)
-        total = value.sub_(largest[..., None]).exp_().sum(-1).log_().add_(largest)
-        return total - step.log_scale, largest - step.log_scale, place + step.first_displacement * self.n_inplanes
+        n, half_turn = self.n_inplanes, self.n_inplanes // 2
+        of_half = len(self.mask) < len(self.spectra)  # then only every other angular frequency of a template has to do with the mask
+        period = half_turn if of_half else n
+        shape = (len(self.constant), -1, step.displacements)
+        ixx = at_rotations(self.power, step.power, half_turn).repeat(1, 1, period // half_turn)[:, :, None, None]
+        isx = at_rotations(self.mask, step.spectra[::2] if of_half else step.spectra, period).reshape(*shape, 1, period)
+        b = at_rotations(self.spectra, step.spectra, n).reshape(*shape, n // period, period)
+        total, largest, place = log_sum_exp(log_marginal(ixx, isx, b, self.half_n).flatten(2))
+        return total - step.log_scale, largest - step.log_scale, place + step.first_displacement * n
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,11 +231,12 @@ def _steps(images: _Images, templates: Templates, displacements_A: Tensor, memor
     """All templates at all displacements, as many at a time as the memory allows."""
     grid, dtype, device = templates.grid, images.spectra.dtype, images.spectra.device
     # Of one template at one displacement: the numbers and their spectrum before and after it is put in order, for it and the sums.
-    each = (grid.n_shells + images.spectra.shape[1]) * 3 * grid.n_inplanes * dtype.to_real().itemsize
+    sums = len(images.constant) * (1 + len(images.mask) / len(images.spectra))
+    each = int((grid.n_shells + sums) * 3 * grid.n_inplanes * dtype.to_real().itemsize)
     at_once = max(1, memory_bytes // each)
     few = min(at_once, len(displacements_A))
     for first in range(0, len(displacements_A), few):
-        phase = _phase(grid, displacements_A[first : first + few].to(device), templates.box_A)
+        phase = displacement_phase(grid, on(displacements_A[first : first + few], device), templates.box_A)
         cosine, sine = (part(phase).to(dtype.to_real()) for part in (torch.cos, torch.sin))
         for start in range(0, len(templates), max(1, at_once // few)):
             chosen = slice(start, start + max(1, at_once // few))
@@ -219,58 +245,38 @@ def _steps(images: _Images, templates: Templates, displacements_A: Tensor, memor
             fourier = given / scale[:, None, None]
             here, opposite = fourier.real + fourier.imag, fourier.real - fourier.imag  # at theta and at theta + pi
             here, opposite = here[:, None], opposite[:, None]
-            displaced = torch.cat([here * cosine - opposite * sine, opposite * cosine + here * sine], dim=-1)
-            spectra = _over_angle(displaced.flatten(0, 1)).transpose(1, 2)
-            power = _over_angle(fourier.abs().square()).transpose(1, 2)
+            displaced = cosine.new_empty(len(scale), len(phase), grid.n_shells, grid.n_inplanes)
+            first_half, second_half = displaced.chunk(2, dim=-1)
+            torch.mul(here, cosine, out=first_half).addcmul_(opposite, sine, value=-1)
+            torch.mul(opposite, cosine, out=second_half).addcmul_(here, sine)
+            spectra = over_angle(displaced.flatten(0, 1)).transpose(1, 2)
+            power = over_angle(fourier.abs().square()).transpose(1, 2)
             yield _Step(chosen, first, len(phase), spectra.contiguous(), power.contiguous(), scale.log())
 
 
-def _result(images: _Images, found: _Found, templates: Templates, displacements_A: Tensor, by_template: bool) -> ImageLikelihood:
-    priors = templates.log_weights
-    assert isinstance(priors, Tensor)
-    tried = len(displacements_A) * images.n_inplanes
-    given = (found.total.double() + images.constant[:, None]).cpu() - math.log(tried)
-    template = (found.largest.double().cpu() + priors).argmax(1)
-    place = found.place.cpu().gather(1, template[:, None])[:, 0]
-    rotation = (place % images.n_inplanes).double() * (2 * math.pi / images.n_inplanes)
-    displacement = displacements_A[place // images.n_inplanes]
+def _summary(images: _Images, found: _Found, priors: Tensor, displacements: int, by_template: bool) -> tuple[Tensor, ...]:
+    """Of each image: log-likelihood, most likely template, place of its pose, whether it is unknown, and what is given each template.
+
+    The last is of no template unless asked for.
+    """
+    given = found.total.double() + (images.constant[:, None] - math.log(displacements * images.n_inplanes))
+    template = (found.largest.double() + priors).argmax(1)
+    place = found.place.gather(1, template[:, None])[:, 0]
+    return (given + priors).logsumexp(1), template, place, given.isnan().any(1), given if by_template else given[:, :0]
+
+
+def _result(templates: Templates, tried: Tensor, given: Tensor | None, *summary: Tensor) -> ImageLikelihood:
+    log_likelihood, template, place, unknown = summary
+    n_inplanes = templates.grid.n_inplanes
+    rotation = (place % n_inplanes).double() * (2 * math.pi / n_inplanes)
+    displacement = tried[place // n_inplanes]
     pose, shift = pose_and_shift(templates.rotvecs[template], displacement, rotation)
-    unknown = given.isnan().any(1)
     for numbers in (displacement, rotation, pose, shift):
         numbers[unknown] = torch.nan
-    return ImageLikelihood((given + priors).logsumexp(1), template, displacement, rotation, pose, shift, given if by_template else None)
+    return ImageLikelihood(log_likelihood, template, displacement, rotation, pose, shift, given)
 
 
 def _ctf(batch: PolarBatch) -> Tensor:
     if batch.polar_ctf is None:
         raise TableError("The table has no optics, which the likelihood needs; pass the file that holds the ctf/* columns as passthrough=.")
     return batch.polar_ctf
-
-
-def _hartley(fourier: Tensor) -> Tensor:
-    """(..., n_inplanes) real part plus imaginary part, from half a turn of a transform of something real."""
-    if not fourier.is_complex():
-        return torch.cat([fourier, fourier], dim=-1)
-    return torch.cat([fourier.real + fourier.imag, fourier.real - fourier.imag], dim=-1)
-
-
-def _over_angle(values: Tensor) -> Tensor:
-    """(n_q, N, n_shells) Fourier transform over the last axis of (N, n_shells, angles) real numbers."""
-    spectra: Tensor = torch.fft.rfft(values)
-    return spectra.permute(2, 0, 1)
-
-
-def _mask(grid: PolarGrid) -> Tensor:
-    """(n_shells, n_inplanes // 2) transform of 1 over the box, over half a turn."""
-    radii, angles = torch.from_numpy(grid.radii)[:, None], torch.from_numpy(grid.angles[: grid.n_inplanes // 2])
-    mask: Tensor = 4 * torch.sinc(2 * radii * angles.cos()) * torch.sinc(2 * radii * angles.sin())
-    return mask
-
-
-def _phase(grid: PolarGrid, displacements_A: Tensor, box_A: float) -> Tensor:
-    """(n, n_shells, n_inplanes // 2) phase, radian, that displacements (x, y) take from a transform, over half a turn."""
-    k = torch.from_numpy(grid.radii * (4 * math.pi / box_A))[:, None].to(displacements_A.device)
-    angles = torch.from_numpy(grid.angles[: grid.n_inplanes // 2]).to(displacements_A.device)
-    x, y = displacements_A.T[:, :, None, None]
-    phase: Tensor = k * (y * angles.cos() + x * angles.sin())
-    return phase

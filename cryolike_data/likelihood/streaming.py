@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -18,14 +19,14 @@ from ..ctf import CtfTerm, require_optics
 from ..dataset import ParticleDataset
 from ..errors import ArgumentError
 from ..fingerprint import fingerprint
-from ..polar_batch import PolarCollate
+from ..polar_batch import PolarBatch, PolarCollate
 from ..progress import Progress
 from ..sampler import ParticleSampler, place_among_ranks
 from ..stream import ParticleStream
 from ..transforms import Downsample
 from ..transforms.downsample import moved_centre_A
 from ..transforms.polar_grid import require_within_nyquist
-from .integrated import integrated_log_likelihood
+from .integrated import begin_comparison
 from .records import Results
 from .result import ImageLikelihood
 from .templates import Templates, as_displacements, require_fit
@@ -177,9 +178,21 @@ def _compared(
     part = dataset if len(rows) == len(dataset) else dataset.select(rows)
     sampler = ParticleSampler(part, batch_size, shuffle=False, rank=0, world_size=1)
     with ParticleStream(part, sampler, collate, templates.device, _PREFETCH) as stream:
+        begun: deque[tuple[range, Callable[[], ImageLikelihood]]] = deque()
+
+        def finished() -> tuple[range, np.ndarray, ImageLikelihood]:
+            each, finish = begun.popleft()
+            found = finish()
+            return each, dataset.particles.uid[each.start : each.stop], replace(found, shift_A=found.shift_A - offset_A)
+
         for each, batch in zip(batches, stream, strict=True):
-            found = integrated_log_likelihood(batch, templates, displacements_A, by_template=by_template, memory_bytes=memory_bytes)
-            yield each, batch.uid.cpu().numpy().view(np.uint64), replace(found, shift_A=found.shift_A - offset_A)
+            assert isinstance(batch, PolarBatch)
+            begun.append((each, begin_comparison(batch, templates, displacements_A, by_template=by_template, memory_bytes=memory_bytes)))
+            # A GPU is given the next batch before the results of this one are waited for.
+            if len(begun) > batch.images.is_cuda:
+                yield finished()
+        while begun:
+            yield finished()
 
 
 def _about(dataset: ParticleDataset, templates: Templates, displacements_A: torch.Tensor) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class PolarTransform:
         # Pairing images of very different scale would leave the fainter one with the error of the brighter one.
         scale = pixels.abs().amax((-2, -1), keepdim=True).to(self.dtype.to_real())
         usable = scale.isfinite() & (scale > 0)
-        if not bool(usable.all()):
+        if pixels.is_cuda or not bool(usable.all()):  # to look would be to wait for a GPU
             pixels = torch.where(usable, pixels, 0)
         inverse = torch.where(usable, scale.reciprocal(), 0)
         scale = scale * (4 * math.pi / self.box)
