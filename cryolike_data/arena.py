@@ -15,7 +15,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -134,14 +134,14 @@ class Arena:
             rows[part] = places
         return rows
 
-    def gather(self, rows: np.ndarray, out: Tensor) -> None:
-        """Copy the images at ``rows``, none of them -1 and their files touched, into ``out``, (B, H, W) contiguous."""
+    def gathering(self, rows: np.ndarray, out: Tensor) -> Callable[[], Tensor]:
+        """What copies the images at ``rows``, none of them -1 and their files touched, into ``out``, (B, H, W) contiguous."""
         if self._pieces > 1:
             steps = np.arange(self._pieces, dtype=rows.dtype) * (self._rows_per_image // self._pieces)
             rows = (rows[:, None] + steps).reshape(-1)
         # Seen anew through NumPy: each call of torch gives the interpreter lock away, and a busy main thread keeps it for 5 ms.
         wanted = out.numpy().reshape(-1).view(self._number).reshape(len(rows), -1)
-        torch.index_select(self._rows, 0, torch.from_numpy(rows), out=torch.from_numpy(wanted))
+        return partial(torch.index_select, self._rows, 0, torch.from_numpy(rows), out=torch.from_numpy(wanted))
 
     def view(self, rows: np.ndarray) -> Tensor | None:
         """The images at ``rows`` where they lie, if that is one after the other; touched files, and for reading only."""

@@ -101,14 +101,18 @@ class ParticleBatch:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """A batch with ``function`` applied to every tensor in it."""
-        return replace(self, images=function(self.images), columns=self.columns.map(function))
+        return self.map_images(function, self.columns.map(function))
+
+    def map_images(self, function: Callable[[Tensor], Tensor], columns: Columns) -> Self:
+        """A batch with ``function`` applied to the images and to what was computed of them, and other columns."""
+        return replace(self, images=function(self.images), columns=columns)
 
     def to(self, device: torch.device | str | None = None, *, non_blocking: bool = False) -> Self:
         """The batch on another device; dtypes stay as they are. ArgumentError if there is no such device."""
         if device is None or device_here(device) == self.device:
             return self
-        images = self.images.to(device=device, non_blocking=non_blocking)
-        return replace(self, images=images, columns=self.columns.to(device, non_blocking=non_blocking))
+        columns = self.columns.to(device, non_blocking=non_blocking)
+        return self.map_images(lambda tensor: tensor.to(device=device, non_blocking=non_blocking), columns)
 
     def pin_memory(self) -> ParticleBatch:
         """The batch in page-locked memory (``DataLoader(pin_memory=True)`` calls this)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, Self
 
@@ -138,6 +138,10 @@ class ParticleDataset(Dataset[Particle]):
             raise ArgumentError(f"out has to be a contiguous {dtype} CPU tensor of shape {shape}, not {given}")
         (self._located or self._images()).read_into(rows, out)
         return out
+
+    def reading(self, rows: np.ndarray, out: Tensor) -> Callable[[], object]:
+        """What is left to be called to read these rows (at least one, int64, in range) into ``out``, which fits, as ``read`` does."""
+        return (self._located or self._images()).reading(rows, out)
 
     def view_rows(self, rows: np.ndarray) -> Tensor | None:
         """The images of these rows (int64, none negative) without a copy, for reading only.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .batch import ParticleBatch
 from .collate import Collate
+from .columns import Columns
 from .ctf import Ctf, CtfTerm, ctf_values, require_terms
 from .errors import ArgumentError, MixedParticlesError
 from .transforms import Downsample, Normalize, PolarGrid, normalize_polar, to_polar
@@ -40,16 +41,10 @@ class PolarBatch(ParticleBatch):
         """Length of a side of the box, angstrom."""
         return self.box * self.pixel_size
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """A batch with ``function`` applied to every tensor in it."""
+    def map_images(self, function: Callable[[Tensor], Tensor], columns: Columns) -> Self:
+        """A batch with ``function`` applied to images, transforms and the CTF on the grid, and other columns."""
         ctf = None if self.polar_ctf is None else function(self.polar_ctf)
-        return replace(super().map(function), fourier=function(self.fourier), polar_ctf=ctf)
-
-    def to(self, device: torch.device | str | None = None, *, non_blocking: bool = False) -> Self:
-        """The batch on another device; dtypes stay as they are."""
-        moved = super().to(device, non_blocking=non_blocking)
-        ctf = None if self.polar_ctf is None else self.polar_ctf.to(moved.device, non_blocking=non_blocking)
-        return replace(moved, fourier=self.fourier.to(moved.device, non_blocking=non_blocking), polar_ctf=ctf)
+        return replace(super().map_images(function, columns), fourier=function(self.fourier), polar_ctf=ctf)
 
     def joined(self, parts: Sequence[Self]) -> Self:
         """The rows of several batches, this one and others like it, one after the other."""

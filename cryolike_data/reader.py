@@ -10,8 +10,9 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,8 @@ _LONGEST_START = 1.0
 #: A batch, and before it the position in the epoch after it.
 Placed = tuple[int, ParticleBatch]
 
-_READERS: weakref.WeakSet[Reader] = weakref.WeakSet()
+#: Readers that may have a thread.
+READERS: weakref.WeakSet[Any] = weakref.WeakSet()
 
 #: Held while a reader's thread starts, which for a moment changes what other threads take for torch's number of threads.
 _STARTING = threading.Lock()
@@ -44,11 +46,51 @@ if sys.platform != "win32":  # a fork has no thread that would release it
     os.register_at_fork(before=_STARTING.acquire, after_in_parent=_STARTING.release, after_in_child=_STARTING.release)
 
 
+def end_idle_threads() -> None:
+    """End the OpenMP threads that this one has used and may use again, but for one.
+
+    They would be counted: with more threads in all than processors, the runtime puts those of all others to sleep after each call, too,
+    and waking them takes as long as copying some megabytes.
+    """
+    with _STARTING:
+        threads = torch.get_num_threads()
+        if threads > 2:
+            try:
+                torch.set_num_threads(2)
+                torch.zeros(1 << 17, device="cpu").add_(1)  # in parallel, which ends threads that are too many
+            finally:
+                torch.set_num_threads(threads)
+
+
 @atexit.register
 def _close_readers() -> None:
     """A thread that is still reading while the interpreter goes down would end the program with an error."""
-    for reader in list(_READERS):
+    for reader in list(READERS):
         reader.close()
+
+
+def start_reading(thread: threading.Thread, ready: threading.Event) -> None:
+    """Start a thread whose work begins with ``limit_threads``."""
+    with _STARTING:
+        # Asked for first, because torch sets up a thread's number when it is first needed, from a default that the reader changes.
+        threads = torch.get_num_threads()
+        try:
+            thread.start()
+            ready.wait()
+        finally:
+            # torch keeps the number of threads per thread, but its default for threads to come is changed by the reader's. That
+            # has to come before this, after Ctrl-C too.
+            ready.wait(_LONGEST_START)
+            torch.set_num_threads(threads)
+
+
+def limit_threads(share: Callable[[int], int], ready: threading.Event) -> None:
+    """Let torch use a share of its threads in this one.
+
+    With all of them, there would be more than there are cores, and the OpenMP runtime then puts each to sleep between any two calls.
+    """
+    torch.set_num_threads(max(1, share(torch.get_num_threads())))
+    ready.set()
 
 
 class Reader:
@@ -78,10 +120,10 @@ class Reader:
         self._wake, self._ready = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="cryolike-reader", daemon=True)
         self._process = os.getpid()
-        _READERS.add(self)
+        READERS.add(self)
 
     def __iter__(self) -> Iterator[Placed]:
-        self._start()
+        start_reading(self._thread, self._ready)
         while (read := self._next()) is not None:
             self._fill_up()
             left = time.perf_counter()
@@ -113,19 +155,6 @@ class Reader:
             self._steps.close()
             self._filled.clear()
 
-    def _start(self) -> None:
-        with _STARTING:
-            # Asked for first, because torch sets up a thread's number when it is first needed, from a default that the reader changes.
-            threads = torch.get_num_threads()
-            try:
-                self._thread.start()
-                self._ready.wait()
-            finally:
-                # torch keeps the number of threads per thread, but its default for threads to come is changed by the reader's. That
-                # has to come before this, after Ctrl-C too.
-                self._ready.wait(_LONGEST_START)
-                torch.set_num_threads(threads)
-
     def _fill_up(self) -> None:
         # Not for one batch at a time: each time the thread wakes, it takes the interpreter lock from a busy consumer once more.
         if self._busy and len(self._filled) <= self._ahead // 2:
@@ -150,10 +179,7 @@ class Reader:
         return None
 
     def _run(self) -> None:
-        # With all of them, the reader's threads and the consumer's would be twice as many as there are cores, and the OpenMP
-        # runtime then puts each to sleep between any two calls.
-        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
-        self._ready.set()
+        limit_threads(lambda threads: threads // 2, self._ready)
         while not (self._finished or self.closed):
             self._wake.wait()
             self._wake.clear()

@@ -33,6 +33,9 @@ class Images(Protocol):
     def read_into(self, rows: np.ndarray, out: Tensor) -> None:
         """Copy the images of these rows (int64, none negative) into ``out``, (B, H, W) contiguous."""
 
+    def reading(self, rows: np.ndarray, out: Tensor) -> Callable[[], object]:
+        """What is left to be called to do the same, once all that can be found out before is."""
+
     def view(self, rows: np.ndarray) -> Tensor | None:
         """The images of these rows without a copy, for reading only; None if they do not lie one after the other in memory."""
 
@@ -160,14 +163,16 @@ class StackImages:
         StackError
             if a file cannot be opened any more, is truncated, or has shrunk (for what remains possible then, see ``Arena``)
         """
-        if len(rows) == 0:
-            return
+        if len(rows):
+            self.reading(rows, out)()
+
+    def reading(self, rows: np.ndarray, out: Tensor) -> Callable[[], object]:
+        """What is left to be called to do the same of these rows (at least one); what is wrong with a file may be found out before."""
         found = self._found(rows)
         if found is None:
-            self._stacks.read_from_pool(self._file[rows], self._image[rows], out.numpy())
-        else:
-            arena, places = found
-            arena.gather(places, out)
+            return partial(self._stacks.read_from_pool, self._file[rows], self._image[rows], out.numpy())
+        arena, places = found
+        return arena.gathering(places, out)
 
     def view(self, rows: np.ndarray) -> Tensor | None:
         """The images of these rows (at least one) where the arena has them, for reading only; None if not one after the other there.

@@ -16,15 +16,14 @@ from .collate import Collate
 from .ctf import CtfTerm
 from .dataset import ParticleDataset
 from .errors import ArgumentError, IterationError
+from .on_device import UNITS_AHEAD, Copying, on_device
 from .polar_batch import PolarCollate
 from .reader import Placed, Reader
 from .ring import BufferRing
 from .sampler import ParticleSampler, Shuffle
 from .transforms import Downsample, Normalize, PolarGrid
 from .transforms.normalize import NormalizeMethod
-
-#: Batches that are on the device before the consumer asks for them.
-_ON_DEVICE = 2
+from .unit_reader import UnitReader
 
 #: What to do with a ``torch.utils.data.Subset``.
 _SELECT = "dataset.select(subset.indices) is a data set of the particles of a Subset"
@@ -59,13 +58,14 @@ def stream(
     dtype : floating dtype of the images; by default the file's where nothing is done to them, else float32
     polar : also transform the images onto this grid: batches are ``PolarBatch``
     unit_power, ctf_terms : for the transforms and the CTF, see ``PolarCollate``
-    prefetch : batches that are read ahead of the consumer, at most; more are read when half of them are used up
+    prefetch : batches that are read ahead of the consumer, at most; more are read when half of them are used up. To a GPU small batches
+        go several at a time, in units of up to 32 MB, of which three at least are read ahead.
 
     Returns
     -------
     An iterable of ``ParticleBatch``, once over the epoch for each ``iter``; see ``ParticleStream``. Each batch is the consumer's for
     as long as any tensor of it is held: a buffer is used again only after the last of them is gone. Small batches may share a buffer
-    with their neighbours (up to 8 MB).
+    with their neighbours (up to 8 MB; on a GPU, where a unit of up to 32 MB was transformed together, what came of it).
 
     Raises
     ------
@@ -114,11 +114,10 @@ class ParticleStream:
         # Of what was handed out; each iteration has its own dict, so that one that was ended by another no longer moves the stream.
         self._state = sampler.state_dict()
         self._resume: dict[str, int] | None = None
-        self._reader: Reader | None = None
+        self._reader: Reader | UnitReader | None = None
         # Kept from epoch to epoch, because fresh memory costs as much as the reading of a batch into it.
         self._ring: BufferRing | None = None
-        # Host batches whose copy to the device may not be over; letting go of them gives their buffers back.
-        self._copying: deque[tuple[torch.cuda.Event, ParticleBatch]] = deque()
+        self._copying: Copying = deque()
 
     def __repr__(self) -> str:
         place = "" if self.device is None else f" to {self.device}"
@@ -135,10 +134,15 @@ class ParticleStream:
         state = self._state = sampler.state_dict()
         self.sampler.set_epoch(state["epoch"])
         ring = self._ring = self._ring or self._new_ring()
-        reader = Reader(self.dataset, sampler, self.prefetch, ring)
+        reader: Reader | UnitReader
+        if self.device is not None and self._cuda:
+            reader = UnitReader(self.dataset, sampler, self.prefetch, ring)
+            batches = on_device(reader, self.device, self.collate, self._copying)
+        else:
+            reader = Reader(self.dataset, sampler, self.prefetch, ring)
+            as_read = self.device is None and self.collate is None
+            batches = iter(reader) if as_read else map(self._on_host, reader)
         self._take_over(reader)
-        as_read = self.device is None and self.collate is None
-        batches = self._on_device(reader) if self._cuda else iter(reader) if as_read else map(self._on_host, reader)
         try:
             for position, batch in batches:
                 state["position"] = position
@@ -181,7 +185,7 @@ class ParticleStream:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _take_over(self, reader: Reader | None) -> None:
+    def _take_over(self, reader: Reader | UnitReader | None) -> None:
         """Close the last reader, once another one, or none, has its place: its iteration looks who has ended it."""
         last, self._reader = self._reader, reader
         if last is not None:
@@ -195,7 +199,7 @@ class ParticleStream:
 
     def _new_ring(self) -> BufferRing:
         # What may be in use at once: read ahead, being read, held by the consumer, and being copied.
-        keep = self.prefetch + 2 + _ON_DEVICE
+        keep = self.prefetch + 2 + UNITS_AHEAD
         return BufferRing((self.dataset.box, self.dataset.box), self.dataset.dtype, pinned=self._cuda, keep=keep)
 
     @property
@@ -207,40 +211,3 @@ class ParticleStream:
         if self.device is not None:
             batch = batch.to(self.device)
         return position, batch if self.collate is None else self.collate(batch)
-
-    def _on_device(self, reader: Reader) -> Iterator[Placed]:
-        """Copies and transforms on a stream of their own, a few batches ahead of the consumer's stream."""
-        side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        launched: deque[tuple[int, ParticleBatch, torch.cuda.Event]] = deque()
-        for read in reader:
-            launched.append(self._launch(*read, side))
-            while len(launched) <= _ON_DEVICE and (more := reader.ready()) is not None:
-                launched.append(self._launch(*more, side))
-            yield _hand_over(*launched.popleft())
-        while launched:
-            yield _hand_over(*launched.popleft())
-
-    def _launch(self, position: int, held: ParticleBatch, side: torch.cuda.Stream) -> tuple[int, ParticleBatch, torch.cuda.Event]:
-        assert self.device is not None
-        with torch.cuda.stream(side):
-            batch = held.to(self.device, non_blocking=True)
-            copied = side.record_event()
-            if self.collate is not None:
-                batch = self.collate(batch)
-            done = side.record_event()
-        self._copying.append((copied, held))
-        while self._copying and self._copying[0][0].query():  # type: ignore[no-untyped-call]
-            self._copying.popleft()
-        return position, batch, done
-
-
-def _hand_over(position: int, batch: ParticleBatch, done: torch.cuda.Event) -> Placed:
-    """Make the consumer's stream wait for the batch, and the allocator wait for the consumer's stream."""
-    consumer = torch.cuda.current_stream(batch.device)
-    consumer.wait_event(done)
-
-    def hold(tensor: torch.Tensor) -> torch.Tensor:
-        tensor.record_stream(consumer)
-        return tensor
-
-    return position, batch.map(hold)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -107,6 +109,10 @@ class ZarrRows:
     def read_into(self, rows: np.ndarray, out: Tensor) -> None:
         """Copy the images of these rows into ``out``, (B, H, W) contiguous."""
         self._store.read_into(self._image[rows], out.numpy())
+
+    def reading(self, rows: np.ndarray, out: Tensor) -> Callable[[], None]:
+        """All of it."""
+        return partial(self.read_into, rows, out)
 
     def view(self, rows: np.ndarray) -> None:
         """No image lies in memory as it is."""

@@ -37,11 +37,14 @@ class Queue:
         self.waiting.append(work)
         self._queued += 1
 
-    def record_event(self) -> Event:
+    def record_event(self, event: Any = None) -> Event:
         return Event(self, self._queued)
 
     def wait_event(self, event: Event) -> None:
         event.synchronize()
+
+    def wait_stream(self, other: Queue) -> None:
+        other.run()
 
     def run(self, until: int | None = None) -> None:
         while self.waiting and (until is None or self._done < until):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from cryolike_data.errors import ArgumentError
 from cryolike_data.transforms import Downsample, crop_fourier, pool
+from cryolike_data.transforms.downsample import crop_by_products
 
 SIZES = [(16, 8), (16, 12), (16, 15), (16, 7), (16, 2), (16, 1), (15, 8), (15, 14), (15, 7), (15, 5), (15, 2), (15, 1), (3, 2), (2, 1)]
 
@@ -49,6 +50,21 @@ def test_fourier_crop_equals_the_reference_for_any_size(source, data):
     box = data.draw(st.integers(1, source))
     images = noise(2, source, source)
     np.testing.assert_allclose(crop_fourier(images, box).numpy(), slow_crop(images.numpy(), box), atol=1e-13)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(1, 24), st.data())
+def test_products_with_matrices_crop_as_transforms_do(source, data):
+    box = data.draw(st.integers(1, source))
+    images = noise(2, source, source)
+    np.testing.assert_allclose(crop_by_products(images, box).numpy(), slow_crop(images.numpy(), box), atol=1e-13)
+
+
+def test_products_with_matrices_keep_single_precision():
+    images = noise(8, 128, 128)
+    found = crop_by_products(images.float(), 64)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), slow_crop(images.numpy(), 64), atol=3e-6)
 
 
 @pytest.mark.parametrize(("source", "box"), SIZES)

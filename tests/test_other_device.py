@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,14 +14,28 @@ import numpy as np
 import pytest
 import torch
 from other_device import CAN_STAND_IN, OTHER, Queue, other_device
+from support import own_threads
 from torch import Tensor
 
 import cryolike_data.ring as ring_module
 import cryolike_data.transforms.polar as polar_module
-from cryolike_data import Collate, Downsample, IndexedDataset, Normalize, ParticleBatch, PolarCollate, PolarGrid, stream
+from cryolike_data import (
+    Collate,
+    Downsample,
+    IndexedDataset,
+    Normalize,
+    ParticleBatch,
+    ParticleSampler,
+    PolarCollate,
+    PolarGrid,
+    stream,
+)
+from cryolike_data.columns import Columns
 from cryolike_data.ctf import ctf_values, half_plane
 from cryolike_data.demo import DemoProject
+from cryolike_data.errors import StackError
 from cryolike_data.likelihood import Templates, displacement_grid, integrated_log_likelihood, stream_likelihood
+from cryolike_data.on_device import lanes_of
 from cryolike_data.polar_batch import polar_ctf
 from cryolike_data.stream import ParticleStream
 from cryolike_data.transforms import normalize_polar, to_polar, to_polar_exact
@@ -233,9 +248,12 @@ def queues(monkeypatch: pytest.MonkeyPatch) -> Queues:
             patch.setattr(ring_module, "_aligned", pinned)
             patch.setattr(polar_module, "make_plan", plan_there)
             patch.setattr(torch.cuda, "Stream", side)
+            patch.setattr(torch.cuda, "Event", lambda **options: None)
+            lanes_of.cache_clear()
             patch.setattr(torch.cuda, "stream", enter)
             patch.setattr(torch.cuda, "current_stream", lambda of: consumer)
             yield sides
+            lanes_of.cache_clear()
 
     return existing
 
@@ -284,6 +302,119 @@ def test_a_stream_that_is_left_early_waits_for_its_copies(particles: IndexedData
         assert loader.state_dict()["position"] == 5
         expected = next(iter(stream(particles, batch_size=5, **options)))
         assert torch.equal(batch.images.cpu(), expected.images)
+
+
+def test_batches_before_one_that_cannot_be_read_reach_the_consumer(
+    particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As when a stack is cut off: units are of several batches here, and the second unit has a bad row.
+    prepare, read = IndexedDataset.reading, IndexedDataset.read_rows
+    bad = 33
+
+    def reading(dataset: IndexedDataset, rows: np.ndarray, out: Tensor) -> Callable[[], object]:
+        if bad in rows:
+            raise StackError("gone")
+        return prepare(dataset, rows, out)
+
+    def read_rows(dataset: IndexedDataset, rows: np.ndarray, out: Tensor | None = None) -> Tensor:
+        if bad in rows:
+            raise StackError("gone")
+        return read(dataset, rows, out)
+
+    monkeypatch.setattr(IndexedDataset, "reading", reading)
+    monkeypatch.setattr(IndexedDataset, "read_rows", read_rows)
+    seen: list[int] = []
+    with queues(), pytest.raises(StackError, match="gone"):
+        seen.extend(row for batch in stream(particles, batch_size=5, device=OTHER) for row in batch.index.tolist())
+    assert seen == list(range(30))
+    assert own_threads() == []
+
+
+def test_what_fails_while_it_is_copied_is_read_batch_by_batch(
+    particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def reading(dataset: IndexedDataset, rows: np.ndarray, out: Tensor) -> Callable[[], object]:
+        def fail() -> None:
+            raise StackError("for a moment")
+
+        return fail
+
+    expected = list(stream(particles, batch_size=7))
+    monkeypatch.setattr(IndexedDataset, "reading", reading)
+    with queues():
+        found = [batch.images.cpu() for batch in stream(particles, batch_size=7, device=OTHER)]
+    assert all(map(torch.equal, found, [batch.images for batch in expected]))
+    assert "read one by one: for a moment" in caplog.text
+
+
+def test_an_error_of_the_sampler_comes_after_the_batches_before_it(particles: IndexedDataset, queues: Queues) -> None:
+    class Fails(ParticleSampler):
+        def steps(self) -> Any:
+            for number, step in enumerate(super().steps()):
+                if number == 6:
+                    raise ZeroDivisionError
+                yield step
+
+    with queues():
+        loader = stream(particles, sampler=Fails(particles, 5, shuffle=False), device=OTHER)
+        seen = []
+        with pytest.raises(ZeroDivisionError):
+            seen += [batch.index.tolist() for batch in loader]
+        for batch in iter(loader):
+            seen.append(batch.index.tolist())
+            break
+    assert seen[-1] == list(range(5))
+    assert own_threads() == []
+
+
+def test_columns_are_those_of_each_batch_whoever_asks_first(
+    particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with queues():
+        loader = stream(particles, batch_size=4, device=OTHER)
+        held = list(loader)
+        assert len(held) > 4  # several of one unit
+        for k in reversed(range(len(held))):  # each in another stream than the one before
+            asking = Queue()
+            monkeypatch.setattr(torch.cuda, "current_stream", lambda of, asking=asking: asking)
+            assert held[k].index.tolist() == list(range(4 * k, 4 * k + 4))
+            assert torch.equal(held[k].ctf.defocus_u.cpu(), particles.batch(range(4 * k, 4 * k + 4)).ctf.defocus_u)
+
+
+def test_no_column_is_moved_that_nobody_asks_for(particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch) -> None:
+    def moved(*_: Any, **__: Any) -> Any:
+        raise AssertionError("columns are moved")
+
+    monkeypatch.setattr(Columns, "to", moved)
+    with queues():
+        count = sum(len(batch) for batch in stream(particles, batch_size=7, device=OTHER, downsample=Downsample(box=16)))
+    assert count == len(particles)
+
+
+def test_closing_from_another_thread_ends_who_waits(particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, go_on = threading.Event(), threading.Event()
+
+    def slowly(dataset: IndexedDataset, rows: np.ndarray, out: Tensor) -> Callable[[], object]:
+        def copy() -> None:
+            reading.set()
+            go_on.wait(10)
+
+        return copy
+
+    monkeypatch.setattr(IndexedDataset, "reading", slowly)
+    with queues():
+        loader = stream(particles, batch_size=7, device=OTHER)
+
+        def close() -> None:
+            reading.wait(10)
+            threading.Timer(0.05, go_on.set).start()
+            loader.close()
+
+        closing = threading.Thread(target=close)
+        closing.start()
+        assert list(loader) == []
+        closing.join()
+    assert own_threads() == []
 
 
 def test_streamed_likelihoods(particles: IndexedDataset, templates: Templates, queues: Queues, tmp_path: Path) -> None:

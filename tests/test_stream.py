@@ -1030,3 +1030,31 @@ def test_a_stream_to_a_gpu_that_is_not_there_is_refused(ds: IndexedDataset) -> N
 def test_a_device_that_torch_does_not_know_is_refused(ds: IndexedDataset) -> None:
     with pytest.raises(ArgumentError, match="device='gpu' is not a device of torch, such as cpu or cuda"):
         stream(ds, device="gpu")
+
+
+IDLE = """
+    import os
+    import time
+    import torch
+    from cryolike_data.reader import end_idle_threads
+
+    def threads():
+        return len(os.listdir("/proc/self/task"))
+
+    torch.set_num_threads(6)
+    before = threads()
+    torch.zeros(1 << 22).add_(1)
+    assert threads() >= before + 5
+    end_idle_threads()
+    torch.zeros(1).add_(1)
+    deadline = time.monotonic() + 10  # a thread takes a moment to end
+    while threads() > before + 1:
+        assert time.monotonic() < deadline
+    assert torch.get_num_threads() == 6
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the system lists no threads")
+def test_openmp_threads_that_would_be_too_many_end() -> None:
+    ran = run_python(IDLE)
+    assert ran.returncode == 0, ran.stderr

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -16,12 +17,16 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..memory import keep_freed_memory
+from ..precision import full_precision
 
 Method = Literal["fourier", "mean", "max"]
 
 # On a CPU the intermediates of a large batch fall out of the cache and each costs fresh pages from the system; groups of about this
 # many bytes of images for each thread (of a few: their cache is shared) are faster than the whole batch at once.
 _CPU_GROUP_BYTES, _MOST_THREADS = 2 << 20, 4
+
+#: Pixels along a side up to which a GPU multiplies by matrices in less time than the images take to get there.
+_LARGEST_MULTIPLIED = 640
 
 
 @dataclass(frozen=True, repr=False)
@@ -142,12 +147,9 @@ def crop_fourier(images: Tensor, box: int) -> Tensor:
         return images
     if images.numel() == 0:  # FFT libraries refuse an empty batch
         return images.new_empty(*images.shape[:-2], box, box)
-    keep_freed_memory()
     flat = images.reshape(-1, source, source)
-    cropped = images.new_empty(len(flat), box, box)
-    for group in cache_sized_groups(flat):
-        cropped[group] = _crop_group(flat[group], box)
-    return cropped.reshape(*images.shape[:-2], box, box)
+    crop = crop_by_products if images.is_cuda and source <= _LARGEST_MULTIPLIED else _crop_groups
+    return crop(flat, box).to(images.dtype).reshape(*images.shape[:-2], box, box)
 
 
 def pool(images: Tensor, factor: int, method: Literal["mean", "max"]) -> Tensor:
@@ -210,6 +212,17 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // d for d in small)})
 
 
+def _crop_groups(images: Tensor, box: int) -> Tensor:
+    keep_freed_memory()
+    groups = cache_sized_groups(images)
+    if len(groups) == 1:
+        return _crop_group(images, box)
+    cropped = images.new_empty(len(images), box, box)
+    for group in groups:
+        cropped[group] = _crop_group(images[group], box)
+    return cropped
+
+
 def _crop_group(images: Tensor, box: int) -> Tensor:
     """(B, D0, D0) to (B, box, box), box < D0, on the half-plane kx >= 0 of the Fourier transform."""
     source, half = images.shape[-1], box // 2
@@ -235,6 +248,31 @@ def _crop_group(images: Tensor, box: int) -> Tensor:
         rows[..., half, :] = rows[..., half, :].real.to(rows.dtype)
     cropped: Tensor = torch.fft.irfft(rows.mT, n=box, dim=-1, norm="forward")
     return cropped
+
+
+def crop_by_products(images: Tensor, box: int) -> Tensor:
+    """The same as ``crop_fourier`` of (B, D0, D0) images by two products with matrices: a GPU starts them in less time than transforms.
+
+    With a[n, j] the sum over -box/2 <= k < box/2 of exp(2 pi i k ((n - box // 2) / box - (j - D0 // 2) / D0)) / D0, the result is the
+    real part of a X a^T, which is Re a X Re a^T - Im a X Im a^T; for an odd box a is real.
+    """
+    along_x, along_y = _crop_matrices(images.shape[-1], box, computing_dtype(images.dtype), images.device)
+    with full_precision():
+        rows = torch.mm(images.to(along_x.dtype).reshape(-1, len(along_x)), along_x)
+        return torch.bmm(along_y.expand(len(images), -1, -1), rows.view(len(images), -1, box))
+
+
+@lru_cache(maxsize=8)
+def _crop_matrices(source: int, box: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What ``crop_by_products`` multiplies rows by, then columns; where a is complex, both parts of each row lie one below the other."""
+    with torch.inference_mode(False):
+        k, new, old = (torch.arange(n, dtype=torch.float64, device="cpu") - n // 2 for n in (box, box, source))
+        angle = 2 * math.pi * k * (new[:, None, None] / box - old[:, None] / source)
+        a = torch.polar(torch.ones_like(angle), angle).sum(-1) / source
+        parts = [a.real] if box % 2 else [a.real, a.imag]
+        along_x = torch.cat(parts).mT
+        along_y = torch.stack([a.real, -a.imag][: len(parts)], dim=-1).flatten(1)
+        return along_x.to(device, dtype).contiguous(), along_y.to(device, dtype).contiguous()
 
 
 def _centre_phase(source: int, box: int, like: Tensor) -> Tensor:
