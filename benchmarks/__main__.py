@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from . import cold, consumer, downsampling, export, gpu, likelihood, machine, memory, opening, reading
 from .measure import Figure, Settings
 
@@ -27,7 +29,6 @@ FIGURES: dict[str, Callable[[Settings], Iterator[Figure]]] = {
     "gpu": gpu.gpu,
 }
 _HERE = Path(__file__).parent
-_BEGIN, _END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a quarter of the data, and shorter: to see that all of it works")
     parser.add_argument("--data", type=Path, default=_HERE / ".data", help="folder for the data, made once and kept (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--readme", action="store_true", help="put the table into benchmarks/README.md")
+    parser.add_argument(
+        "--readme", action="store_true", help="put the table into benchmarks/README.md, in its place for machines with or without a GPU"
+    )
     asked = parser.parse_args(arguments)
     if unknown := set(asked.names) - set(FIGURES):
         parser.error(f"no figures are called {', '.join(sorted(unknown))}; there are {', '.join(FIGURES)}")
@@ -57,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = [asdict(figure) | {"verdict": figure.verdict} for figure in figures]
         asked.json.write_text(json.dumps({"machine": about, "figures": results}, indent=1) + "\n")
     if asked.readme:
-        _fill_in(_HERE / "README.md", table)
+        _fill_in(_HERE / "README.md", "figures on a GPU" if torch.cuda.is_available() else "figures", table)
 
 
 def markdown(figures: Sequence[Figure], about: dict[str, str]) -> str:
@@ -72,13 +75,14 @@ def markdown(figures: Sequence[Figure], about: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def _fill_in(readme: Path, table: str) -> None:
+def _fill_in(readme: Path, place: str, table: str) -> None:
     """Put the table in the place that the README keeps for it."""
-    head, _, rest = readme.read_text().partition(_BEGIN)
-    _, end, tail = rest.partition(_END)
-    if not end:
-        raise SystemExit(f"{readme} has lost its place for the table ({_BEGIN} ... {_END})")
-    readme.write_text(f"{head}{_BEGIN}\n{table}\n{_END}{tail}")
+    begin, end = f"<!-- {place}: begin -->", f"<!-- {place}: end -->"
+    head, _, rest = readme.read_text().partition(begin)
+    _, found, tail = rest.partition(end)
+    if not found:
+        raise SystemExit(f"{readme} has lost its place for the table ({begin} ... {end})")
+    readme.write_text(f"{head}{begin}\n{table}\n{end}{tail}")
 
 
 if __name__ == "__main__":
