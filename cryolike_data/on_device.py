@@ -132,7 +132,8 @@ def _hand_over(unit: _There, device: torch.device) -> Iterator[tuple[int, Partic
             consumer.wait_event(unit.done)
             unit.batch.map_images(partial(_hold, user=consumer), unit.batch.columns)
             told = consumer
-        yield position, unit.batch.map_images(operator.itemgetter(rows), Columns(partial(_columns_of_part, unit, rows, device)))
+        columns = partial(_columns_of_part, unit.batch.columns, unit.columns, rows, device)  # not the unit, which has the pixels
+        yield position, unit.batch.map_images(operator.itemgetter(rows), Columns(columns))
 
 
 def _hold(tensor: Tensor, user: torch.cuda.Stream) -> Tensor:
@@ -140,9 +141,9 @@ def _hold(tensor: Tensor, user: torch.cuda.Stream) -> Tensor:
     return tensor
 
 
-def _columns_of_part(unit: _There, rows: slice, device: torch.device) -> dict[str, Tensor]:
-    made = unit.batch.columns.tensors  # those of the unit go there when the first of its batches asks for any
-    asking, first = torch.cuda.current_stream(device.index), unit.columns.stream
+def _columns_of_part(columns: Columns, moving: _Moving, rows: slice, device: torch.device) -> dict[str, Tensor]:
+    made = columns.tensors  # those of the unit go there when the first of its batches asks for any
+    asking, first = torch.cuda.current_stream(device.index), moving.stream
     if first is not None and asking != first:
         if first != lanes_of(device).transforms:  # for which the consumer has waited
             asking.wait_stream(first)

@@ -133,7 +133,6 @@ class UnitReader:
         """End the thread; what it has read goes back to the ring. From any thread; what is being read is waited for."""
         self.closed = True
         self._to_copy.put(None)
-        self._copied.put(None)
         # Python may collect an abandoned iteration in any thread, this one too. In a fork, what the thread was at stays undone.
         if self._thread is threading.current_thread() or self._process != os.getpid():
             return

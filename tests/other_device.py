@@ -31,6 +31,7 @@ class Queue:
 
     def __init__(self) -> None:
         self.waiting: deque[Callable[[], Any]] = deque()
+        self.waited_for: list[Queue] = []
         self._queued = self._done = 0
 
     def add(self, work: Callable[[], Any]) -> None:
@@ -41,9 +42,11 @@ class Queue:
         return Event(self, self._queued)
 
     def wait_event(self, event: Event) -> None:
+        self.waited_for.append(event._queue)
         event.synchronize()
 
     def wait_stream(self, other: Queue) -> None:
+        self.waited_for.append(other)
         other.run()
 
     def run(self, until: int | None = None) -> None:

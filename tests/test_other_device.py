@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -35,7 +37,7 @@ from cryolike_data.ctf import ctf_values, half_plane
 from cryolike_data.demo import DemoProject
 from cryolike_data.errors import StackError
 from cryolike_data.likelihood import Templates, displacement_grid, integrated_log_likelihood, stream_likelihood
-from cryolike_data.on_device import lanes_of
+from cryolike_data.on_device import UNITS_AHEAD, lanes_of
 from cryolike_data.polar_batch import polar_ctf
 from cryolike_data.stream import ParticleStream
 from cryolike_data.transforms import normalize_polar, to_polar, to_polar_exact
@@ -192,7 +194,7 @@ def test_the_likelihood_takes_no_shortcuts_however_they_were_asked_for(
         if asked == "newer way":
             products.fp32_precision = "tf32"
         elif asked == "for all of torch":
-            torch.backends.fp32_precision = "tf32"
+            products.fp32_precision, torch.backends.fp32_precision = "none", "tf32"
         else:
             torch.set_float32_matmul_precision("high")
         monkeypatch.setattr(torch, "bmm", bmm)
@@ -374,11 +376,16 @@ def test_columns_are_those_of_each_batch_whoever_asks_first(
         loader = stream(particles, batch_size=4, device=OTHER)
         held = list(loader)
         assert len(held) > 4  # several of one unit
+        asked: list[Queue] = []
         for k in reversed(range(len(held))):  # each in another stream than the one before
             asking = Queue()
+            asked.append(asking)
             monkeypatch.setattr(torch.cuda, "current_stream", lambda of, asking=asking: asking)
             assert held[k].index.tolist() == list(range(4 * k, 4 * k + 4))
             assert torch.equal(held[k].ctf.defocus_u.cpu(), particles.batch(range(4 * k, 4 * k + 4)).ctf.defocus_u)
+        # Units are of four batches here: the first that asks moves the columns, and the others wait for its stream.
+        first = asked[-1 - 3]
+        assert [queue.waited_for for queue in asked[-4:]] == [[], [first], [first], [first]]
 
 
 def test_no_column_is_moved_that_nobody_asks_for(particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,6 +422,69 @@ def test_closing_from_another_thread_ends_who_waits(particles: IndexedDataset, q
         assert list(loader) == []
         closing.join()
     assert own_threads() == []
+
+
+def test_units_wait_for_a_consumer_that_takes_longer(particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = Queue()
+    with queues():
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda of: busy)
+        most = 0
+        for _ in stream(particles, batch_size=2, device=OTHER, prefetch=1, downsample=Downsample(box=16)):
+            busy.add(lambda: None)  # what is done with this batch, which nobody waits for
+            most = max(most, len(busy.waiting))
+    assert most <= 2 * (UNITS_AHEAD + 2)  # of two batches each
+
+
+def test_images_stay_until_all_work_on_their_unit_is_done(
+    particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No allocator is told that the transforms use what was copied.
+    copied: list[weakref.ref[Tensor]] = []
+    process = Collate.process_images
+
+    def process_images(collate: Collate, images: Tensor) -> Tensor:
+        copied.append(weakref.ref(images))
+        return process(collate, images)
+
+    monkeypatch.setattr(Collate, "process_images", process_images)
+    busy = Queue()
+    with queues():
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda of: busy)
+        for _ in stream(particles, batch_size=2, device=OTHER, prefetch=1, downsample=Downsample(box=16)):
+            busy.add(lambda: None)
+            waiting = -(-len(busy.waiting) // 2)  # units of two batches that the consumer is not done with, this one among them
+            handed = len(copied) - sum(image() is not None for image in copied)
+            assert handed <= len(copied) - waiting
+    gc.collect()
+    assert not any(image() is not None for image in copied)
+
+
+def test_a_stream_that_is_left_early_keeps_later_copies_from_images_that_are_being_transformed(
+    particles: IndexedDataset, queues: Queues
+) -> None:
+    with queues() as sides:
+        batches = iter(stream(particles, batch_size=5, device=OTHER, normalize="std"))
+        next(batches)
+        copies, transforms = sides
+        copies.waited_for.clear()
+        batches.close()
+        assert copies.waited_for == [transforms]
+
+
+def test_a_consumer_that_changes_streams_counts_as_done_after_the_transforms(
+    particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with queues() as sides:
+        first, second = Queue(), Queue()
+        now = [first]
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda of: now[0])
+        batches = iter(stream(particles, batch_size=5, device=OTHER, normalize="std", prefetch=1))
+        for _ in range(2):  # a unit
+            next(batches)
+        now[0] = second
+        next(batches)
+        assert sides[1] in second.waited_for[:1]
+        batches.close()
 
 
 def test_streamed_likelihoods(particles: IndexedDataset, templates: Templates, queues: Queues, tmp_path: Path) -> None:
