@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Without shortcuts such as TF32 on CUDA, which a training program may have asked for: they would cost several nats."""
+    """Without shortcuts such as TF32 on CUDA, which a training program may have asked for: they would cost a likelihood several nats."""
     # Since torch 2.9 there are two ways to ask for them, and the older one refuses to be read once a program has used the newer.
     everywhere: Any = torch.backends
     newer = hasattr(everywhere, "fp32_precision")

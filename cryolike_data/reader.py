@@ -93,6 +93,12 @@ def limit_threads(share: Callable[[int], int], ready: threading.Event) -> None:
     ready.set()
 
 
+def warn_one_by_one(batches: int, error: Exception) -> None:
+    """Say that several batches which could not be read in one call are read again, each by itself."""
+    if batches > 1:
+        log.warning("Reading %d batches in one call failed, so they are read one by one: %s", batches, error)
+
+
 class Reader:
     """Batches in the order of the sampler, read ahead by a thread while the consumer is busy.
 
@@ -132,15 +138,6 @@ class Reader:
             self._busy = (self._by_thread and bool(self._filled)) or time.perf_counter() - left > max(
                 _BUSY_SECONDS, _BUSY_SHARE * self._read_seconds
             )
-
-    def ready(self) -> Placed | None:
-        """The next batch if it has been read ahead."""
-        try:
-            read = self._filled.popleft()
-        except IndexError:
-            return None
-        self._fill_up()
-        return read
 
     def close(self) -> None:
         """End the thread; what it has read ahead goes back to the ring. From any thread; what is being read is waited for."""
@@ -211,7 +208,7 @@ class Reader:
         except Exception as error:
             if len(steps) == 1:
                 raise
-            log.warning("Reading %d batches in one call failed, so they are read one by one: %s", len(steps), error)
+            warn_one_by_one(len(steps), error)
             for step in steps:  # those before the one that fails reach the consumer, and then its error does
                 self._fill([step])
             return

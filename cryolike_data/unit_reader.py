@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections import deque
@@ -16,11 +15,9 @@ from torch import Tensor
 
 from .batch import ParticleBatch
 from .dataset import ParticleDataset
-from .reader import READERS, end_idle_threads, limit_threads, start_reading
+from .reader import READERS, end_idle_threads, limit_threads, start_reading, warn_one_by_one
 from .ring import BufferRing
 from .sampler import ParticleSampler
-
-log = logging.getLogger(__name__)
 
 #: Small batches go together, up to so many bytes: to start a copy and transforms takes Python about as long as the bus needs for these.
 #: Not more, because a cache of the CPU should hold all units that are under way.
@@ -153,7 +150,7 @@ class UnitReader:
         try:
             copy = self._dataset.reading(rows, images)
         except Exception as error:
-            _warn(steps, error)
+            warn_one_by_one(len(steps), error)
         return _Read(steps, rows, images, copy)
 
     def _copy_all(self) -> None:
@@ -174,7 +171,7 @@ class UnitReader:
             try:
                 read.copy()
             except Exception as error:
-                _warn(read.steps, error)
+                warn_one_by_one(len(read.steps), error)
             else:
                 read.units.append(self._unit(read.steps, read.rows, read.images))
                 return
@@ -188,8 +185,3 @@ class UnitReader:
     def _lend(self, images: int) -> Tensor:
         with self._lending:
             return self._ring.lend(images)
-
-
-def _warn(steps: _Steps, error: Exception) -> None:
-    if len(steps) > 1:
-        log.warning("Reading %d batches in one call failed, so they are read one by one: %s", len(steps), error)

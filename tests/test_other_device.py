@@ -44,7 +44,9 @@ from cryolike_data.transforms import normalize_polar, to_polar, to_polar_exact
 
 pytestmark = [
     pytest.mark.skipif(not CAN_STAND_IN, reason="this torch lets no Python stand in for a device"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there, and the tests marked gpu take that"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="a GPU is there: the tests marked gpu run on it, and these wherever there is none"
+    ),
 ]
 
 GRID = PolarGrid(8.0, 0.25, 64)

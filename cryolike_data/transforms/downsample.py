@@ -25,8 +25,9 @@ Method = Literal["fourier", "mean", "max"]
 # many bytes of images for each thread (of a few: their cache is shared) are faster than the whole batch at once.
 _CPU_GROUP_BYTES, _MOST_THREADS = 2 << 20, 4
 
-#: Pixels along a side up to which a GPU multiplies by matrices in less time than the images take to get there.
-_LARGEST_MULTIPLIED = 640
+#: Pixels along a side up to which a GPU multiplies by matrices: the arithmetic grows faster than what there is to copy, and larger
+#: images leave more time to start transforms in.
+_LARGEST_MULTIPLIED = 256
 
 
 @dataclass(frozen=True, repr=False)
