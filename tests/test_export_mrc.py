@@ -173,6 +173,7 @@ def test_smaller_images_have_a_larger_pixel_size_and_shifts_of_their_own(
         assert_valid(stack)
         told = header(stack)
         assert (told.nx, told.ny, told.mode, told.cella.x / told.mx) == (4, 4, 2, 3)
+        assert told.cellb.tolist() == (90, 90, 90)
     if method == "mean":
         np.testing.assert_allclose(exported(tmp_path / "out"), images.reshape(N, 4, 2, 4, 2).mean(axis=(2, 4)), atol=1e-6)
     columns = np.load(table)

@@ -104,6 +104,12 @@ def test_making_a_plan_writes_nothing(dataset, tmp_path, kind):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_units_that_are_no_range_are_refused_and_nothing_is_written(dataset, tmp_path):
+    with pytest.raises(ArgumentError, match=r"units is a range, such as range\(0, 4\), or None for all of them, not \[0, 3\]"):
+        run(plan_of("zarr", dataset, tmp_path / "out"), units=[0, 3])
+    assert list(tmp_path.iterdir()) == []
+
+
 @each_format
 @pytest.mark.parametrize("unit", [-1, 5])
 def test_a_unit_that_is_not_in_the_plan_is_refused(dataset, tmp_path, kind, unit):
@@ -296,6 +302,33 @@ def test_finishing_twice_changes_nothing(dataset, tmp_path, undisturbed, kind):
 
 
 @each_format
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda manifest: manifest.pop("rest"),
+        lambda manifest: manifest["units"][2].pop("files"),
+        lambda manifest: manifest["units"][2].update(unit="two"),
+        lambda manifest: manifest["rest"][0].update(parts=[[1, 2, 3]]),
+        lambda manifest: manifest.update(units=None),
+    ],
+)
+def test_a_damaged_manifest_is_that_of_no_export(dataset, tmp_path, undisturbed, kind, damage):
+    plan = plan_of(kind, dataset, tmp_path / "out")
+    run(plan)
+    path = tmp_path / "out" / ("source/zarr.json" if kind == "zarr" else SEALS[kind])
+    values = json.loads(path.read_text())
+    damage(values["attributes"]["export"] if kind == "zarr" else values)
+    path.write_text(json.dumps(values))
+    before = contents(tmp_path / "out")
+    for again in (lambda: run(plan), lambda: run_unit(plan, 1), lambda: finish(plan)):
+        with pytest.raises((ExportExistsError, ExportError), match=r"did not write .*overwrite=True|cannot be sealed yet: 5 of 5 units"):
+            again()
+    assert contents(tmp_path / "out") == before
+    run(plan, overwrite=True)
+    assert contents(tmp_path / "out") == undisturbed[kind]
+
+
+@each_format
 def test_finishing_is_for_the_same_plan_only(dataset, tmp_path, kind):
     run(plan_of(kind, dataset, tmp_path / "out"))
     before = contents(tmp_path / "out")
@@ -460,7 +493,7 @@ def test_a_damaged_record_means_a_unit_that_is_written_again(dataset, tmp_path, 
 
 
 @each_format
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"particles": 23}'])
 def test_a_damaged_plan_is_not_continued_unasked(dataset, tmp_path, undisturbed, kind, content):
     plan = plan_of(kind, dataset, tmp_path / "out")
     run(plan, units=range(3))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..dataset import ParticleDataset
 from ..errors import ExportError, ExportExistsError
 from .place import LocalPlace, Place
-from .state import UnitRecord, read_json, read_plan, write_json
+from .state import Manifest, read_json, read_plan, write_json
 
 #: The last file of an export: what it was made of, and size and checksum of each of its files.
 MANIFEST = "export.json"
@@ -27,14 +25,13 @@ class FolderFormat:
     kind: str
     seal = MANIFEST
 
-    def write_seal(self, dataset: ParticleDataset, manifest: dict[str, Any], place: Place) -> None:
+    def write_seal(self, dataset: ParticleDataset, manifest: Manifest, place: Place) -> None:
         """See ``Format``."""
-        write_json(place, MANIFEST, manifest)
+        write_json(place, MANIFEST, manifest.to_json())
 
-    def read_manifest(self, place: Place) -> dict[str, Any] | None:
+    def read_manifest(self, place: Place) -> Manifest | None:
         """See ``Format``."""
-        found = read_json(place, MANIFEST)
-        return found if isinstance(found, dict) and found.keys() >= {"format", "inputs", "units", "rest"} else None
+        return Manifest.from_json(read_json(place, MANIFEST))
 
     def leftovers(self, place: Place) -> list[str]:
         """See ``Format``: files with names of the kind that is to be written, or of the one that is there."""
@@ -44,13 +41,13 @@ class FolderFormat:
         if root.exists() and not root.is_dir():
             raise ExportError(f"{root} is a file; choose a folder.")
         manifest = self.read_manifest(place)
-        kinds = {self.kind, *(str(plan["format"]) for plan in (manifest, read_plan(place)) if plan is not None)}
+        kinds = {self.kind, *(str(plan["format"]) for plan in (manifest and manifest.about, read_plan(place)) if plan)}
         if "zarr" in kinds or (root / "zarr.json").is_file():
             raise ExportExistsError(f"{root} holds a Zarr store; choose another folder.")
         own = [pattern for known in kinds for pattern in _OWN.get(known, ())]
         found = {path.relative_to(root).as_posix() for pattern in own for path in root.glob(pattern) if path.is_file()}
         found |= {MANIFEST} if (root / MANIFEST).exists() else set()  # it may be anybody's
         if manifest is not None:
-            named = {file.name for values in manifest["units"] for file in UnitRecord.from_json(values).files}
+            named = {file.name for record in manifest.units for file in record.files}
             found |= {name for name in named if (root / name).is_file()}
         return sorted(found)

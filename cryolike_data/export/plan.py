@@ -14,7 +14,7 @@ from ..errors import ArgumentError
 from ..fingerprint import fingerprint
 from ..zarr_store import is_url
 from .place import Place, WrittenFile
-from .state import UnitRecord, to_bytes
+from .state import Manifest, UnitRecord, to_bytes
 
 #: Told of images and bytes as they are written.
 Advance = Callable[[int, int], object]
@@ -52,10 +52,10 @@ class Format(Protocol):
     def write_rest(self, dataset: ParticleDataset, place: Place) -> list[WrittenFile]:
         """Write what belongs to no unit, but for the seal."""
 
-    def write_seal(self, dataset: ParticleDataset, manifest: dict[str, Any], place: Place) -> None:
+    def write_seal(self, dataset: ParticleDataset, manifest: Manifest, place: Place) -> None:
         """Write the manifest, for ``read_manifest``, and the file that makes the export whole last."""
 
-    def read_manifest(self, place: Place) -> dict[str, Any] | None:
+    def read_manifest(self, place: Place) -> Manifest | None:
         """The manifest of a whole export of this kind, or None if there is none."""
 
     def leftovers(self, place: Place) -> list[str]:

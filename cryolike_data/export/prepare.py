@@ -28,7 +28,7 @@ def look(plan: ExportPlan, place: Place) -> tuple[Literal["nothing", "clearing",
     if at_work is not None and (manifest is None or "clearing" in at_work):
         return "clearing" if "clearing" in at_work else "unfinished", differences(at_work, plan.about)
     if manifest is not None:
-        return "sealed", differences({name: value for name, value in manifest.items() if name not in ("units", "rest")}, plan.about)
+        return "sealed", differences(manifest.about, plan.about)
     return "nothing", []
 
 
@@ -106,10 +106,8 @@ def is_sealed(plan: ExportPlan, place: Place) -> bool:
 
 def known_records(plan: ExportPlan, place: Place, units: range) -> dict[int, UnitRecord]:
     """The records of the units that were finished before."""
-    if is_sealed(plan, place):
-        manifest = plan.format.read_manifest(place) or {}
-        records = [UnitRecord.from_json(values) for values in manifest["units"]]
-        return {record.unit: record for record in records if record.unit in units}
+    if is_sealed(plan, place) and (manifest := plan.format.read_manifest(place)) is not None:
+        return {record.unit: record for record in manifest.units if record.unit in units}
     found = {unit: read_record(place, unit) for unit in recorded_units(place) if unit in units}
     return {unit: record for unit, record in found.items() if record is not None}
 

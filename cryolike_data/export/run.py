@@ -62,6 +62,8 @@ def run(
     started = time.perf_counter()
     if executor is not None:
         require_executor(executor)
+    if not isinstance(units, range | None):
+        raise ArgumentError(f"units is a range, such as range(0, 4), or None for all of them, not {units!r}")
     chosen = plan.units if units is None else units
     place = open_place(plan.target)
     prepare(plan, place, overwrite=overwrite, alone=units is None)

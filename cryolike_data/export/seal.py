@@ -7,11 +7,11 @@ import time
 
 from ..errors import ExportError
 from ..fingerprint import fingerprint_of_files
-from .place import STATE, Place, WrittenFile, open_place
+from .place import STATE, Place, open_place
 from .plan import ExportPlan
 from .prepare import is_sealed, known_records, look, place_only_ours, prepare
 from .report import ExportReport, report
-from .state import BeingSealedError, UnitRecord, at_work_on, read_record, tidy_up
+from .state import BeingSealedError, Manifest, UnitRecord, at_work_on, read_record, tidy_up
 
 #: Units that are told by number in a message.
 _TOLD = 8
@@ -57,9 +57,8 @@ def seal(plan: ExportPlan) -> None:
     """What ``finish`` does, for who has made known that it is at work on all units, or has found the export sealed."""
     place = open_place(plan.target)
     place_only_ours(plan, place, "its last files were written")
-    if is_sealed(plan, place):
-        rest = [WrittenFile.from_json(values) for values in (plan.format.read_manifest(place) or {})["rest"]]
-        if not all(place.holds(file, checked=True) for file in rest):
+    if is_sealed(plan, place) and (manifest := plan.format.read_manifest(place)) is not None:
+        if not all(place.holds(file, checked=True) for file in manifest.rest):
             plan.format.write_rest(plan.dataset, place)
     else:
         records = _all_records(plan, place)
@@ -68,8 +67,7 @@ def seal(plan: ExportPlan) -> None:
                 f"The input stacks of {plan.target} have changed while they were exported; export them again with overwrite=True."
             )
         rest = plan.format.write_rest(plan.dataset, place)
-        about_files = {"units": [record.to_json() for record in records], "rest": [file.to_json() for file in rest]}
-        plan.format.write_seal(plan.dataset, plan.about | about_files, place)
+        plan.format.write_seal(plan.dataset, Manifest(plan.about, tuple(records), tuple(rest)), place)
     if is_sealed(plan, place):  # and not replaced by now
         tidy_up(place)
 

@@ -57,6 +57,38 @@ class UnitRecord:
         return cls(int(values["unit"]), tuple(map(WrittenFile.from_json, values["files"])), dict(values["notes"]))
 
 
+@dataclass(frozen=True)
+class Manifest:
+    """What the seal of an export says of it.
+
+    Attributes
+    ----------
+    about : what it was made of, see ``ExportPlan``
+    units : the records of its units
+    rest : the files that belong to no unit, but for the seal
+    """
+
+    about: dict[str, Any]
+    units: tuple[UnitRecord, ...]
+    rest: tuple[WrittenFile, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain values."""
+        lists = {"units": [record.to_json() for record in self.units], "rest": [file.to_json() for file in self.rest]}
+        return self.about | lists
+
+    @classmethod
+    def from_json(cls, values: Any) -> Manifest | None:
+        """What ``to_json`` gave; None of what is damaged, or is the file of somebody else."""
+        try:
+            about = {name: value for name, value in values.items() if name not in ("units", "rest")}
+            units = tuple(map(UnitRecord.from_json, values["units"]))
+            rest = tuple(map(WrittenFile.from_json, values["rest"]))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return None
+        return cls(about, units, rest) if about.keys() >= {"format", "inputs"} else None
+
+
 def to_bytes(values: Any) -> bytes:
     """Plain values as JSON, the same bytes for the same values."""
     return json.dumps(values, indent=1, sort_keys=True).encode() + b"\n"
@@ -85,9 +117,9 @@ def read_plan(place: Place) -> dict[str, Any] | None:
 
 
 def plan_of(content: bytes | None) -> dict[str, Any] | None:
-    """The same of the content of its file, None if there is no file."""
+    """The same of the content of its file, None if there is no file, or a damaged one."""
     found = _parsed(content)
-    return found if isinstance(found, dict) else None
+    return found if isinstance(found, dict) and found.keys() >= {"format", "particles"} else None
 
 
 def write_plan(place: Place, plan: dict[str, Any], *, clearing: Sequence[str] | None = None) -> None:

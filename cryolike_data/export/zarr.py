@@ -22,7 +22,7 @@ from .pixels import Pixels
 from .place import STATE, LocalPlace, Place, WrittenFile
 from .plan import Advance, ExportPlan, make_plan
 from .run import run
-from .state import UnitRecord, read_plan
+from .state import Manifest, UnitRecord, read_plan
 from .zarr_arrays import column_array, encode, group_metadata
 
 if TYPE_CHECKING:
@@ -173,22 +173,22 @@ class ZarrFormat:
             files.append(place.write("ctf/zarr.json", group_metadata({})))
         return files
 
-    def write_seal(self, dataset: ParticleDataset, manifest: dict[str, Any], place: Place) -> None:
+    def write_seal(self, dataset: ParticleDataset, manifest: Manifest, place: Place) -> None:
         """See ``Format``."""
         particles = dataset.particles
         names = {"paths": list(particles.paths), "blob_paths": None if particles.blob_paths is None else list(particles.blob_paths)}
-        place.write("source/zarr.json", group_metadata(names | {"export": manifest}))
+        place.write("source/zarr.json", group_metadata(names | {"export": manifest.to_json()}))
         place.write("zarr.json", group_metadata(self._attributes(dataset)))
 
-    def read_manifest(self, place: Place) -> dict[str, Any] | None:
+    def read_manifest(self, place: Place) -> Manifest | None:
         """See ``Format``."""
         if place.read("zarr.json") is None or (content := place.read("source/zarr.json")) is None:
             return None
         try:
-            found = json.loads(content).get("attributes", {}).get("export")
-        except ValueError:
+            found = json.loads(content)["attributes"]["export"]
+        except (KeyError, TypeError, ValueError):
             return None
-        return found if isinstance(found, dict) else None
+        return Manifest.from_json(found)
 
     def leftovers(self, place: Place) -> list[str]:
         """See ``Format``: all that is in the place, which has to be a store."""
