@@ -129,6 +129,7 @@ def test_stacks_are_stacks_of_images_and_tell_the_pixel_size(ds: IndexedDataset,
         pytest.param(np.random.default_rng(0).normal(1e4, 1, (800, 64, 64)), id="large-offset"),
         pytest.param(np.random.default_rng(0).normal(1, 1e-6, (40, 32, 32)), id="little-noise"),
         pytest.param(np.random.default_rng(0).normal(0, 1, (40, 32, 32)) * np.logspace(-3, 3, 40)[:, None, None], id="uneven"),
+        pytest.param(np.random.default_rng(0).normal(0, 1, (800, 64, 64)) + np.linspace(0, 100, 800)[:, None, None], id="drifting"),
     ],
 )
 def test_the_header_tells_the_statistics_of_all_pixels(tmp_path: Path, images: np.ndarray) -> None:
