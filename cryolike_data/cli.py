@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,8 +45,9 @@ _AS_OPTIONS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 if it went well, 1 with the reason on the error stream if not, 130 if it was stopped by Ctrl-C or SIGTERM."""
     options = _parser().parse_args(arguments)
-    # A scheduler that ends a job gives it time to remove what is half written, and another machine need not wait to go on.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if threading.current_thread() is threading.main_thread():  # the only one that is told
+        # A scheduler that ends a job gives it time to remove what is half written, and another machine need not wait to go on.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, io.TextIOWrapper):
             output.reconfigure(errors="backslashreplace")  # names of files may have letters that a terminal has not

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,12 @@ def assert_one_message(captured: Any) -> None:
 def test_info_tells_what_is_in_a_table(demo, capsys, fact):
     assert run("info", demo.indexed) == 0
     assert fact in out(capsys)
+
+
+def test_a_command_may_run_in_any_thread(one_group, capsys):
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run, "info", one_group).result() == 0
+    assert "10 particles" in out(capsys)
 
 
 def test_info_counts_the_fields(demo, capsys):
