@@ -288,7 +288,8 @@ def test_a_nan_stays_within_its_own_image(tmp_path):
     images = numbered_images(4, BOX)
     images[2, 0, 0] = np.nan
     path = write_particles(tmp_path, images)
-    export_cryolike(IndexedDataset(path), tmp_path / "out", descriptor=GRID)
+    with pytest.warns(UserWarning, match="1 of 4 images have pixels that are NaN or infinite"):
+        export_cryolike(IndexedDataset(path), tmp_path / "out", descriptor=GRID)
     phys, fourier, _ = load_cryolike_stack(tmp_path / "out")
     assert np.isfinite(phys[[0, 1, 3]]).all()
     assert np.isfinite(fourier[[0, 1, 3]]).all()

@@ -360,6 +360,40 @@ def test_one_thread_and_many_write_the_same_bytes(tmp_path, kind):
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
+# --- what is said of the images
+
+
+def changed_pixels(folder: Path, dtype: str, **pixels: float) -> ParticleDataset:
+    """23 particles of one stack, whose images ``i<number>`` have these values in two pixels."""
+    table, _ = write_particles(folder, N, box=BOX, dtype=dtype, stacks=1)
+    stack = np.memmap(folder / "J1/extract/stack_0.mrc", dtype, "r+", 1024, (N, BOX, BOX))
+    places = np.load(table)["blob/idx"]
+    for name, value in pixels.items():
+        stack[places[int(name[1:])], 3:5, 6] = value
+    stack.flush()
+    return IndexedDataset(table)
+
+
+@each_format
+@pytest.mark.parametrize("dtype", ["f4", "f2"])
+def test_images_that_are_not_finite_are_counted_in_a_warning(tmp_path, kind, dtype):
+    plan = plan_of(kind, changed_pixels(tmp_path, dtype, i4=np.nan, i9=np.inf, i22=-np.inf), tmp_path / "out")
+    with pytest.warns(UserWarning, match="^1 of [58] images have pixels that are NaN or infinite") as told:
+        run(plan, units=range(1))
+    assert len(told) == 1
+    for _ in range(2):  # when they are written, and when they are there
+        with pytest.warns(UserWarning, match="^3 of 23 images have pixels that are NaN or infinite") as told:
+            run(plan)
+        assert len(told) == 1
+
+
+@pytest.mark.parametrize("kind", ["zarr", "mrc"])
+@pytest.mark.parametrize(("dtype", "largest"), [("f4", 3e38), ("f2", 65504), ("u1", 255)])
+def test_images_of_large_pixels_are_finite(tmp_path, kind, dtype, largest):
+    report = run(plan_of(kind, changed_pixels(tmp_path, dtype, i4=largest), tmp_path / "out"))
+    assert report.sealed
+
+
 # --- inputs that change
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -184,7 +185,7 @@ class CryoLikeFormat(FolderFormat):
     def write_unit(self, dataset: ParticleDataset, unit: int, rows: range, place: Place, advance: Advance) -> UnitRecord:
         """See ``Format``."""
         names, polar = self.files(unit), self.grid.polar_grid
-        normalize, constant = Normalize("max"), 0
+        normalize, notes = Normalize("max"), Counter(constant=0)
         shown: list[Tensor] = []
         drawn: list[Tensor] = []
         # With pairs of images in each transform, a chunk is one call of finufft, whose numbers stay in the cache.
@@ -199,12 +200,12 @@ class CryoLikeFormat(FolderFormat):
             phys = stack.enter_context(_tensor(place, names[0], phys_shape, torch.float32))
             fourier = stack.enter_context(_tensor(place, names[1], fourier_shape, self.grid.complex_dtype)) if self.fourier else None
             for read in self.pixels.pieces(
-                dataset, rows, images=max(1, _PIECE_BYTES // dataset.image_bytes) if transform is None else _CHUNK
+                dataset, rows, notes, images=max(1, _PIECE_BYTES // dataset.image_bytes) if transform is None else _CHUNK
             ):
                 # The pictures need all images, and they may be written over otherwise.
                 room = torch.empty_like(read) if self.plots else kept_tensor("normalised", read.shape, read.dtype)
                 images, constant_here = normalize.apply(read, out=room)
-                constant += constant_here
+                notes["constant"] += constant_here
                 phys.write(images.numpy())
                 size = images.numpy().nbytes
                 if transform is not None:
@@ -224,7 +225,7 @@ class CryoLikeFormat(FolderFormat):
         metadata = self.grid.to_npz_dict() | stack_optics(particles) | {"uid": particles.uid, "row": particles.row}
         metadata["downsampling"] = np.str_("none" if self.pixels.downsample is None else repr(self.pixels.downsample))
         files.append(place.write(names[-1], _npz(metadata)))
-        return UnitRecord(unit, tuple(files), {"constant": constant})
+        return UnitRecord(unit, tuple(files), dict(notes))
 
     def write_rest(self, dataset: ParticleDataset, place: Place) -> list[WrittenFile]:
         """See ``Format``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,15 +153,15 @@ class MrcFormat(FolderFormat):
 
     def write_unit(self, dataset: ParticleDataset, unit: int, rows: range, place: Place, advance: Advance) -> UnitRecord:
         """See ``Format``."""
-        statistics = _Statistics()
+        statistics, notes = _Statistics(), Counter[str]()
         room = HEADER_BYTES + self.needed_bytes(len(rows))
         with place.create(self.files(unit)[0], head_bytes=HEADER_BYTES, room=room) as file:
-            for images in self.pixels.pieces(dataset, rows):
+            for images in self.pixels.pieces(dataset, rows, notes):
                 statistics.add(images)
                 file.write(images.numpy())
                 advance(len(images), images.numpy().nbytes)
             file.write_head(_header(self.pixels, len(rows), statistics))
-        return UnitRecord(unit, (file.written,), {})
+        return UnitRecord(unit, (file.written,), dict(notes))
 
     def write_rest(self, dataset: ParticleDataset, place: Place) -> list[WrittenFile]:
         """See ``Format``."""

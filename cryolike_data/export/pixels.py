@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
@@ -18,12 +19,15 @@ from ..memory import kept_tensor
 from ..particles import Particles
 from ..repeated import once
 from ..transforms import Downsample
-from ..transforms.downsample import moved_centre_A
+from ..transforms.downsample import computing_dtype, moved_centre_A
 
 log = logging.getLogger(__name__)
 
 #: Pixels as they are stored, or multiplied by ``blob/sign``, so that particles are bright.
 Contrast = Literal["stored", "positive"]
+
+#: The note of images with a pixel that is not finite, see ``UnitRecord``.
+NOT_FINITE = "not_finite"
 
 #: Bytes that are worked on at a time: so many that threads seldom wait for the interpreter lock, and little memory.
 _PIECE_BYTES = 8 << 20
@@ -128,13 +132,14 @@ class Pixels:
             "downsample": None if self.downsample is None else asdict(self.downsample),
         } | ({"contrast": "positive"} if self.turned else {})
 
-    def pieces(self, dataset: ParticleDataset, rows: range, *, images: int | None = None) -> Iterator[Tensor]:
+    def pieces(self, dataset: ParticleDataset, rows: range, notes: Counter[str], *, images: int | None = None) -> Iterator[Tensor]:
         """The images of some rows piece by piece. A piece may be overwritten when the next one is asked for.
 
         Parameters
         ----------
         dataset : the particles
         rows : which, one after the other
+        notes : where images are counted that have a pixel that is not finite, as ``NOT_FINITE``
         images : in a piece; by default as many as stay in the cache of a CPU
 
         Raises
@@ -160,7 +165,18 @@ class Pixels:
             if self.turned and (sign := dataset.particles.sign) is not None:
                 factors = torch.from_numpy(sign[chosen]).to(done.dtype)[:, None, None]
                 done = torch.mul(done, factors, out=kept_tensor("turned", done.shape, done.dtype))
-            yield _as_float16(done) if self.dtype == "float16" and collate is not None else done
+            written = _as_float16(done) if self.dtype == "float16" and collate is not None else done
+            if not_finite := _count_not_finite(written):
+                notes[NOT_FINITE] += not_finite
+            yield written
+
+
+def _count_not_finite(images: Tensor) -> int:
+    """How many of (B, D, D) images have a pixel that is NaN or infinite."""
+    # A sum takes a small part of the time of a look at each pixel, and is not finite if one of them is not.
+    if not images.is_floating_point() or images.sum(dtype=computing_dtype(images.dtype)).isfinite():
+        return 0
+    return int(images.flatten(1).isfinite().all(dim=1).logical_not().sum())
 
 
 def _as_float16(images: Tensor) -> Tensor:

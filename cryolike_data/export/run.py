@@ -17,6 +17,7 @@ from ..arguments import integer
 from ..errors import ArgumentError, ExportError
 from ..progress import Progress
 from .cluster import require_executor, run_on_cluster
+from .pixels import NOT_FINITE
 from .place import STATE, Place, open_place
 from .plan import Advance, ExportPlan
 from .prepare import is_sealed, known_records, place_only_ours, prepare
@@ -26,6 +27,12 @@ from .state import UnitRecord, at_work_on, write_record
 
 if TYPE_CHECKING:
     from distributed import Client
+
+#: What a warning says of images that units have a note of.
+_NOTES = {
+    "constant": "are constant and cannot be normalised; they became zeros.",
+    NOT_FINITE: "have pixels that are NaN or infinite, as has what was written of them; leave these particles out.",
+}
 
 
 def run(
@@ -188,8 +195,8 @@ def _one_thread() -> Iterator[None]:
 
 
 def _warn_of_notes(records: list[UnitRecord], plan: ExportPlan) -> None:
-    """One warning for what happened to images of all units."""
-    constant = sum(record.notes.get("constant", 0) for record in records)
-    if constant:
-        total = sum(len(plan.rows(record.unit)) for record in records)
-        warnings.warn(f"{constant} of {total} images are constant and cannot be normalised; they became zeros.", UserWarning, stacklevel=3)
+    """One warning for each thing that happened to images of all units."""
+    total = sum(len(plan.rows(record.unit)) for record in records)
+    for note, what in _NOTES.items():
+        if count := sum(record.notes.get(note, 0) for record in records):
+            warnings.warn(f"{count} of {total} images {what}", UserWarning, stacklevel=3)

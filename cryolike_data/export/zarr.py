@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -150,13 +151,14 @@ class ZarrFormat:
 
     def write_unit(self, dataset: ParticleDataset, unit: int, rows: range, place: Place, advance: Advance) -> UnitRecord:
         """See ``Format``."""
-        images = self._images(dataset, rows, advance)
+        notes = Counter[str]()
+        images = self._images(dataset, rows, notes, advance)
         # Encoded before the file is begun: what has not grown for long is taken for abandoned.
         parts = self._packed(images, len(rows)) if self.compression is None else list(self._encoded(images, len(rows)))
         with place.create(self.files(unit)[0], room=self.needed_bytes(len(rows))) as file:
             for part in parts:
                 file.write(part)
-        return UnitRecord(unit, (file.written,), {})
+        return UnitRecord(unit, (file.written,), dict(notes))
 
     def write_rest(self, dataset: ParticleDataset, place: Place) -> list[WrittenFile]:
         """See ``Format``."""
@@ -206,8 +208,8 @@ class ZarrFormat:
             )
         return sorted(others)
 
-    def _images(self, dataset: ParticleDataset, rows: range, advance: Advance) -> Iterator[np.ndarray]:
-        for images in self.pixels.pieces(dataset, rows):
+    def _images(self, dataset: ParticleDataset, rows: range, notes: Counter[str], advance: Advance) -> Iterator[np.ndarray]:
+        for images in self.pixels.pieces(dataset, rows, notes):
             pixels = images.numpy()
             if self.keep_bits is not None:
                 pixels = _rounded(pixels, self.keep_bits)
