@@ -212,9 +212,30 @@ def test_other_precisions_are_rounded_too(tmp_path: Path, dtype: str, keep_bits:
 def test_pixels_that_are_no_numbers_stay_so(tmp_path: Path) -> None:
     pixels = numbered_images(10, 8)
     pixels[3, :3, 0] = np.nan, np.inf, -np.inf
-    found = with_zarr(export_zarr(dataset_of(tmp_path, pixels), tmp_path / "a.zarr", keep_bits=4, compression="blosc"), "images")
+    with pytest.warns(UserWarning, match="1 of 10 images have pixels that are NaN or infinite"):
+        store = export_zarr(dataset_of(tmp_path, pixels), tmp_path / "a.zarr", keep_bits=4, compression="blosc")
+    found = with_zarr(store, "images")
     np.testing.assert_array_equal(found[3, :3, 0], pixels[3, :3, 0])
     np.testing.assert_array_equal(np.isfinite(found), np.isfinite(pixels))
+
+
+@pytest.mark.parametrize(
+    ("compression", "codecs"),
+    [
+        (None, []),
+        ("zstd", [("zstd", {"level": 3})]),
+        ("blosc", [("blosc", {"cname": "zstd", "clevel": 3, "shuffle": "bitshuffle", "typesize": 2})]),
+    ],
+)
+def test_chunks_are_compressed_by_the_codec_that_was_asked_for(tmp_path: Path, compression: Any, codecs: list[Any]) -> None:
+    dataset = dataset_of(tmp_path, numbered_images(10, 8))
+    store = export_zarr(dataset, tmp_path / "a.zarr", dtype="float16", compression=compression)
+    (shards,) = json.loads((store / "images/zarr.json").read_text())["codecs"]
+    first, *used = shards["configuration"]["codecs"]
+    assert first["name"] == "bytes"
+    assert [codec["name"] for codec in used] == [name for name, _ in codecs]
+    for codec, (_, settings) in zip(used, codecs, strict=True):
+        assert settings.items() <= codec["configuration"].items()
 
 
 def test_fewer_bits_compress_better(tmp_path: Path) -> None:
