@@ -246,6 +246,7 @@ def test_a_command_that_is_terminated_leaves_nothing_half_written(one_group, tmp
         write = place._LocalOutput.write
         def terminated(self, piece):
             if "images" in self._name:
+                place._LocalOutput.write = write
                 os.kill(os.getpid(), signal.SIGTERM)
             write(self, piece)
         place._LocalOutput.write = terminated
