@@ -104,6 +104,19 @@ def test_making_a_plan_writes_nothing(dataset, tmp_path, kind):
     assert list(tmp_path.iterdir()) == []
 
 
+@each_format
+def test_what_is_no_downsample_is_refused(dataset, tmp_path, kind):
+    with pytest.raises(ArgumentError, match=r"downsample is a Downsample, such as Downsample\(box=128\), not 2"):
+        plan_of(kind, dataset, tmp_path / "out", downsample=2)
+
+
+@pytest.mark.parametrize("kind", ["cryolike", "mrc"])
+def test_a_stack_holds_one_image_at_least(dataset, tmp_path, kind):
+    with pytest.raises(ArgumentError, match="batch_size is at least 1"):
+        plan_of(kind, dataset, tmp_path / "out", batch_size=0)
+    assert len(plan_of(kind, dataset, tmp_path / "out", batch_size=1)) == N
+
+
 def test_units_that_are_no_range_are_refused_and_nothing_is_written(dataset, tmp_path):
     with pytest.raises(ArgumentError, match=r"units is a range, such as range\(0, 4\), or None for all of them, not \[0, 3\]"):
         run(plan_of("zarr", dataset, tmp_path / "out"), units=[0, 3])
