@@ -12,7 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +223,16 @@ def same_batch(one: ParticleBatch, other: ParticleBatch) -> None:
 def own_threads() -> list[str]:
     """Names of the threads of the package that are alive."""
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("cryolike")]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Let other threads go on until a condition holds."""
+    tick = threading.Event()
+    for _ in range(1000):
+        if condition():
+            return
+        tick.wait(0.01)
+    raise AssertionError("it did not come about in 10 s")
 
 
 def open_files(folder: Path) -> list[str]:

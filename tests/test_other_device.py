@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from other_device import CAN_STAND_IN, OTHER, Queue, other_device
-from support import own_threads
+from support import own_threads, wait_until
 from torch import Tensor
 
 import cryolike_data.ring as ring_module
@@ -401,13 +401,14 @@ def test_no_column_is_moved_that_nobody_asks_for(particles: IndexedDataset, queu
 
 
 def test_closing_from_another_thread_ends_who_waits(particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch) -> None:
-    reading, go_on = threading.Event(), threading.Event()
+    reading = threading.Event()
 
     def slowly(dataset: IndexedDataset, rows: np.ndarray, out: Tensor) -> Callable[[], object]:
         def copy() -> None:
             reading.set()
-            go_on.wait(10)
+            wait_until(lambda: reader is None or reader.closed)
 
+        reader = loader._reader
         return copy
 
     monkeypatch.setattr(IndexedDataset, "reading", slowly)
@@ -416,7 +417,6 @@ def test_closing_from_another_thread_ends_who_waits(particles: IndexedDataset, q
 
         def close() -> None:
             reading.wait(10)
-            threading.Timer(0.05, go_on.set).start()
             loader.close()
 
         closing = threading.Thread(target=close)

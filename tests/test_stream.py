@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import mapped_files, open_files, own_threads, run_python, same_batch, write_particles
+from support import mapped_files, open_files, own_threads, run_python, same_batch, wait_until, write_particles
 
 import cryolike_data.reader as reader_module
 import cryolike_data.ring as ring_module
@@ -257,16 +257,6 @@ def test_the_memory_of_many_batches_goes_when_they_are_let_go_of(ds: IndexedData
     assert sum(buffer() is not None for buffer in memory) <= 2 * (3 + 4)
     loader.close()
     assert all(buffer() is None for buffer in memory)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Let other threads go on until a condition holds."""
-    tick = threading.Event()
-    for _ in range(1000):
-        if condition():
-            return
-        tick.wait(0.01)
-    raise AssertionError("it did not come about in 10 s")
 
 
 @pytest.fixture
