@@ -323,6 +323,10 @@ def test_finishing_twice_changes_nothing(dataset, tmp_path, undisturbed, kind):
         lambda manifest: manifest["units"][2].update(unit="two"),
         lambda manifest: manifest["rest"][0].update(parts=[[1, 2, 3]]),
         lambda manifest: manifest.update(units=None),
+        lambda manifest: manifest.pop("inputs"),
+        "{}",
+        "[]",
+        "{",
     ],
 )
 def test_a_damaged_manifest_is_that_of_no_export(dataset, tmp_path, undisturbed, kind, damage):
@@ -330,8 +334,11 @@ def test_a_damaged_manifest_is_that_of_no_export(dataset, tmp_path, undisturbed,
     run(plan)
     path = tmp_path / "out" / ("source/zarr.json" if kind == "zarr" else SEALS[kind])
     values = json.loads(path.read_text())
-    damage(values["attributes"]["export"] if kind == "zarr" else values)
-    path.write_text(json.dumps(values))
+    if isinstance(damage, str):
+        path.write_text(damage)
+    else:
+        damage(values["attributes"]["export"] if kind == "zarr" else values)
+        path.write_text(json.dumps(values))
     before = contents(tmp_path / "out")
     for again in (lambda: run(plan), lambda: run_unit(plan, 1), lambda: finish(plan)):
         with pytest.raises((ExportExistsError, ExportError), match=r"did not write .*overwrite=True|cannot be sealed yet: 5 of 5 units"):
