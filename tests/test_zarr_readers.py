@@ -199,7 +199,7 @@ def test_rounded_pixels_are_as_near_as_the_bits_allow(tmp_path_factory: pytest.T
     assert not (found.view(np.uint32) & np.uint32((1 << (23 - keep_bits)) - 1)).any()
 
 
-@pytest.mark.parametrize(("dtype", "keep_bits"), [("float16", 4), ("float64", 30), ("float64", 4)])
+@pytest.mark.parametrize(("dtype", "keep_bits"), [("float16", 4), ("float16", 10), ("float64", 30), ("float64", 4)])
 def test_other_precisions_are_rounded_too(tmp_path: Path, dtype: str, keep_bits: int) -> None:
     pixels = numbered_images(10, 8).astype(dtype)
     dataset = dataset_of(tmp_path, numbered_images(10, 8))
