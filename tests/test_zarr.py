@@ -366,7 +366,7 @@ def test_a_table_without_optics_poses_or_uids_makes_a_store_too(tmp_path):
     batch = dataset.batch([4])
     assert (batch.ctf, batch.pose, batch.shift_A) == (None, None, None)
     assert batch.uid.tolist() == [0]
-    assert sorted(path.name for path in (tmp_path / "a.zarr").iterdir()) == ["images", "row", "source", "zarr.json"]
+    assert sorted(path.name for path in (tmp_path / "a.zarr").iterdir()) == ["images", "row", "source", "uid", "zarr.json"]
 
 
 def test_a_store_of_a_store_is_the_same(store, tmp_path):
