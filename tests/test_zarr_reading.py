@@ -6,6 +6,7 @@ import importlib.util
 import os
 import pickle
 import shutil
+import socket
 import sys
 import threading
 from functools import partial
@@ -554,6 +555,15 @@ def test_a_forked_process_does_not_wait_for_threads_of_obstore_that_are_gone() -
     run = run_python(FORKED)
     assert run.returncode == 0, run.stderr
     assert "spawn" in run.stdout
+
+
+@needs_obstore
+def test_a_url_at_which_nobody_answers_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # which is free again
+    with pytest.raises(StackError, match=rf"^http://127\.0\.0\.1:{port}/a\.zarr cannot be read: "):
+        ZarrDataset(f"http://127.0.0.1:{port}/a.zarr")
 
 
 # --- what happens to a store while it is open
