@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from support import write_stack, write_table
 
 from cryolike_data import IndexedDataset
 from cryolike_data.cli import main
 from cryolike_data.demo import DemoProject
-from cryolike_data.diagnose import Figure, _sentence, diagnose
+from cryolike_data.diagnose import Figure, _forget, _sentence, diagnose
 
 
-def figures(*, copy: float, warm: float, cold: float | None = None) -> list[Figure]:
+def figures(*, copy: float, warm: float, cold: float | None = None, device: float | None = None) -> list[Figure]:
     found = [Figure("copy in memory (floor)", copy), Figure("stream, warm, random order", warm, "copy in memory", warm / copy)]
+    if device is not None:
+        found.append(Figure("stream to the device, warm", device, "pinned copy to the device", 1.0))
     return found if cold is None else [*found, Figure("stream, cold, random order", cold, "sequential read, cold", 1.0)]
 
 
@@ -21,8 +26,12 @@ def figures(*, copy: float, warm: float, cold: float | None = None) -> list[Figu
     ("given", "said"),
     [
         ({"copy": 10e9, "warm": 9e9, "cold": 1e9}, "disk is the bottleneck: data that are in memory come 9.0 times as fast"),
+        ({"copy": 10e9, "warm": 9e9, "cold": 1e9, "device": 2e9}, "disk is the bottleneck"),
         ({"copy": 10e9, "warm": 9e9, "cold": 8e9}, "Memory is the bottleneck"),
-        ({"copy": 10e9, "warm": 1e9}, "Small images or batches"),
+        ({"copy": 10e9, "warm": 9e9, "cold": 8e9, "device": 7e9}, "bus to the device is the bottleneck: float16 stacks would halve"),
+        ({"copy": 10e9, "warm": 9e9, "device": 8e9}, "Memory is the bottleneck"),
+        ({"copy": 10e9, "warm": 4.9e9}, "Small images or batches"),
+        ({"copy": 10e9, "warm": 5.1e9}, "Memory is the bottleneck"),
     ],
 )
 def test_the_sentence_names_what_is_slow(given: dict[str, float], said: str) -> None:
@@ -30,10 +39,40 @@ def test_the_sentence_names_what_is_slow(given: dict[str, float], said: str) -> 
 
 
 def test_shares_are_of_the_floor_they_name(demo: DemoProject) -> None:
-    found, _ = diagnose(IndexedDataset(demo.indexed), batch_size=16, cold=False)
-    copy, warm = found[:2]
-    assert warm.floor == "copy in memory"
+    copy, warm = diagnose(IndexedDataset(demo.indexed), batch_size=16, cold=False)[0]
+    assert (copy.name, copy.floor, copy.share) == ("copy in memory (floor)", None, None)
+    assert (warm.name, warm.floor) == ("stream, warm, random order", "copy in memory")
     assert warm.share == pytest.approx(warm.bytes_per_second / copy.bytes_per_second)
+
+
+def test_cold_figures_are_of_all_that_lies_on_the_disk(demo: DemoProject) -> None:
+    dataset = IndexedDataset(demo.indexed)
+    files = dataset.particles.paths
+    if not _forget(files):
+        pytest.skip("this file system keeps its files in memory")
+    before = _bytes_of_system_calls()
+    *_, floor, cold = diagnose(dataset, batch_size=16)[0]
+    assert _bytes_of_system_calls() - before >= 2 * sum(map(os.path.getsize, files))
+    assert (floor.name, cold.name) == ("sequential read, cold (floor)", "stream, cold, random order")
+    assert cold.floor == "sequential read, cold"
+    assert cold.share == pytest.approx(cold.bytes_per_second / floor.bytes_per_second)
+
+
+def _bytes_of_system_calls() -> int:
+    """What this process has asked the system to read; maps do not count."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_rates_are_such_as_a_machine_has(tmp_path: Path) -> None:
+    n, box = 1600, 128
+    write_stack(tmp_path / "a.mrc", np.zeros((0, box, box), "f4"), nz=n)
+    with (tmp_path / "a.mrc").open("r+b") as file:
+        file.truncate(1024 + 4 * n * box**2)
+    table = write_table(tmp_path / "a.cs", blob__path=["a.mrc"] * n, blob__idx=np.arange(n, dtype="u4"), blob__psize_A=np.ones(n, "f4"))
+    found, sentence = diagnose(IndexedDataset(table), cold=False)
+    assert all(1e7 < figure.bytes_per_second < 1e12 for figure in found)
+    assert "bottleneck" in sentence
+    assert "too few" not in sentence
 
 
 def test_no_more_is_read_than_allowed(demo: DemoProject, monkeypatch: pytest.MonkeyPatch) -> None:
