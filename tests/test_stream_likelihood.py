@@ -592,17 +592,46 @@ def test_what_is_not_of_a_likelihood_is_left_alone(ds, templates, out, make: Cal
     assert os.listdir(out.parent) == ["out"]
 
 
-@pytest.mark.parametrize("length", [None, 0, 500])
-def test_records_that_are_gone_or_cut_short_are_an_error_that_says_so_and_may_be_replaced(ds, templates, out, undisturbed, length):
+def another_header(records: Path) -> None:
+    content = records.read_bytes()
+    records.write_bytes(content.replace(b"'<f8'", b"'<i8'", 1))
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (Path.unlink, "likelihood.npy cannot be read"),
+        (lambda records: os.truncate(records, 0), "likelihood.npy is cut short or not what was written here"),
+        (lambda records: os.truncate(records, 500), "likelihood.npy is cut short or not what was written here"),
+        (another_header, "likelihood.npy is cut short or not what was written here"),
+    ],
+)
+def test_records_that_are_damaged_are_an_error_that_says_so_and_may_be_replaced(ds, templates, out, undisturbed, damage, told):
     run(ds, templates, out)
-    if length is None:
-        (out / "likelihood.npy").unlink()
-    else:
-        os.truncate(out / "likelihood.npy", length)
-    with pytest.raises((ExportError, ExportExistsError), match="overwrite=True"):
+    damage(out / "likelihood.npy")
+    before = contents(out)
+    with pytest.raises(ExportError, match=rf"{told}.*; results cannot be continued there\. .* or pass overwrite=True"):
         run(ds, templates, out)
+    assert contents(out) == before
     run(ds, templates, out, overwrite=True)
     assert bytes_of(out) == undisturbed
+
+
+def test_files_of_somebody_else_beside_results_are_not_replaced_with_them(ds, templates, out):
+    run(ds, templates, out)
+    (out / "notes.txt").write_text("notes")
+    before = contents(out)
+    with pytest.raises(ExportExistsError, match=r"also holds notes\.txt, which overwrite=True would remove; choose another output"):
+        run(ds, templates, out, batch_size=6, overwrite=True)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_only_who_is_alone_removes_what_other_processes_make(ds, templates, out, overwrite):
+    made = out.with_name(f".{out.name}.01234567.new")
+    made.mkdir(parents=True)
+    run(ds, templates, out, overwrite=overwrite)
+    assert made.exists() is not overwrite
 
 
 def test_an_empty_folder_is_filled(ds, templates, out, undisturbed):
