@@ -865,6 +865,36 @@ def test_a_fork_streams_again_although_the_reader_was_at_work(folder: Path) -> N
     assert (run.returncode, run.stderr) == (0, "")
 
 
+STARTING_WHILE_FORKED = """
+import os, signal, sys, threading, time
+from cryolike_data import IndexedDataset, reader, stream
+
+dataset = IndexedDataset(sys.argv[1])
+starting = threading.Event()
+
+def start():
+    with reader._STARTING:
+        starting.set()
+        time.sleep(0.2)
+
+thread = threading.Thread(target=start)
+thread.start()
+starting.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)  # where it waits for a lock that nobody holds any more
+    print(sum(map(len, stream(dataset, batch_size=8))), flush=True)
+    os._exit(0)
+thread.join()
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_process_that_is_forked_while_a_reader_starts_can_stream(folder: Path) -> None:
+    run = run_python(STARTING_WHILE_FORKED, folder / "J1/particles.cs")
+    assert (run.returncode, run.stdout, run.stderr) == (0, f"{N}\n", "")
+
+
 def test_set_epoch_of_the_sampler_chooses_the_epoch(ds: IndexedDataset) -> None:
     loader = stream(ds, batch_size=7, shuffle=True)
     loader.sampler.set_epoch(6)

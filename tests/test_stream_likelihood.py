@@ -532,6 +532,20 @@ def test_results_of_something_else_are_kept_unless_they_may_be_replaced(ds, temp
     assert sorted(os.listdir(out.parent)) == ["fresh", "out"]
 
 
+@pytest.mark.parametrize(("difference", "same"), [(1e-6, True), (1e-2, False)])
+def test_results_of_templates_that_differ_by_rounding_are_continued(ds, templates, out, difference, same):
+    # finufft's last digits depend on the number of threads.
+    first = np.array(run(ds, templates, out))
+    about = json.loads((out / "likelihood.json").read_text())
+    about["templates"]["sketch"] = (np.array(about["templates"]["sketch"]) * (1 + difference)).tolist()
+    (out / "likelihood.json").write_text(json.dumps(about))
+    if same:
+        np.testing.assert_array_equal(run(ds, templates, out), first)
+    else:
+        with pytest.raises(ExportExistsError, match="the templates differ"):
+            run(ds, templates, out)
+
+
 def test_results_of_stacks_that_were_written_again_are_not_continued(tmp_path, templates):
     path, _ = write_particles(tmp_path, N, box=BOX)
     run(IndexedDataset(path), templates, tmp_path / "out")
