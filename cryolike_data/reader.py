@@ -93,6 +93,16 @@ def limit_threads(share: Callable[[int], int], ready: threading.Event) -> None:
     ready.set()
 
 
+def wait_for_end(thread: threading.Thread, process: int) -> bool:
+    """Wait for the thread of a reader, made in ``process``, which was told to end; False in that thread itself and in a fork."""
+    # Python may collect an abandoned iteration in any thread, this one too. In a fork, what the thread was at stays undone.
+    if thread is threading.current_thread() or process != os.getpid():
+        return False
+    if thread.is_alive():
+        thread.join()
+    return True
+
+
 def warn_one_by_one(batches: int, error: Exception) -> None:
     """Say that several batches which could not be read in one call are read again, each by itself."""
     if batches > 1:
@@ -143,11 +153,8 @@ class Reader:
         """End the thread; what it has read ahead goes back to the ring. From any thread; what is being read is waited for."""
         self.closed = True
         self._wake.set()
-        # Python may collect an abandoned iteration in any thread, this one too. In a fork, what the thread was at stays undone.
-        if self._thread is threading.current_thread() or self._process != os.getpid():
+        if not wait_for_end(self._thread, self._process):
             return
-        if self._thread.is_alive():
-            self._thread.join()
         with self._reading:
             self._steps.close()
             self._filled.clear()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .batch import ParticleBatch
 from .dataset import ParticleDataset
-from .reader import READERS, end_idle_threads, limit_threads, start_reading, warn_one_by_one
+from .reader import READERS, end_idle_threads, limit_threads, start_reading, wait_for_end, warn_one_by_one
 from .ring import BufferRing
 from .sampler import ParticleSampler
 
@@ -130,11 +130,8 @@ class UnitReader:
         """End the thread; what it has read goes back to the ring. From any thread; what is being read is waited for."""
         self.closed = True
         self._to_copy.put(None)
-        # Python may collect an abandoned iteration in any thread, this one too. In a fork, what the thread was at stays undone.
-        if self._thread is threading.current_thread() or self._process != os.getpid():
+        if not wait_for_end(self._thread, self._process):
             return
-        if self._thread.is_alive():
-            self._thread.join()
         with self._drawing:
             self._steps.close()
         self._units.clear()
