@@ -110,7 +110,7 @@ class UnitReader:
                 read = self._copied.get(block=wait)
             except Empty:
                 return None
-            if read is None:  # closed meanwhile
+            if read is None or self.closed:  # meanwhile
                 return None
             self._under_way -= 1
             self._units.extend(read.units)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -400,7 +401,10 @@ def test_no_column_is_moved_that_nobody_asks_for(particles: IndexedDataset, queu
     assert count == len(particles)
 
 
-def test_closing_from_another_thread_ends_who_waits(particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("delay", [0, 0.1])  # while units are still prepared, and while the first is waited for
+def test_closing_from_another_thread_ends_who_waits(
+    particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch, delay: float
+) -> None:
     reading = threading.Event()
 
     def slowly(dataset: IndexedDataset, rows: np.ndarray, out: Tensor) -> Callable[[], object]:
@@ -417,6 +421,7 @@ def test_closing_from_another_thread_ends_who_waits(particles: IndexedDataset, q
 
         def close() -> None:
             reading.wait(10)
+            time.sleep(delay)
             loader.close()
 
         closing = threading.Thread(target=close)
