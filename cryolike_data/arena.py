@@ -27,8 +27,9 @@ from .file_size import CHECK_EVERY, file_size
 from .mrc import open_to_map, require_size
 from .pages import PAGE, is_resident, libc, page_runs, will_need
 
-#: Files start at multiples of this, so that the kernel can map them with huge pages where it has them.
-_ALIGNMENT = 2 << 20
+#: Files start at multiples of the largest of these that any of them fills. Where pages lie together in memory and start here as they
+#: do there, the kernel maps and the processor looks them up together, up to the largest (figure ``stream``, 5,000 stacks).
+_ALIGNMENTS = (2 << 20, 64 << 10, PAGE)
 # The range is only reserved: no memory stands behind it, and touching it outside a file would be an error.
 _RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
 _MAP_FIXED = 0x10
@@ -91,14 +92,11 @@ class Arena:
         self._shape = ny, nx = shape
         self._image_bytes = image_bytes = ny * nx * dtype.itemsize
         self._sizes = np.where(counts > 0, starts + counts * image_bytes, 0).astype(np.int64)
-        # A gap between two files is a map of its own to the kernel, and so is what lies between two while it is not mapped.
-        n_files = int(np.count_nonzero(counts))
-        gaps_allowed = 2 * n_files + _SPARE_MAPS <= _max_maps()
-        alignment = _ALIGNMENT if gaps_allowed and self._sizes.max(initial=0) >= _ALIGNMENT else PAGE
-        self._most_maps = n_files if alignment == PAGE else 2 * n_files
-        spans = -(-self._sizes // alignment) * alignment
-        self._places = np.cumsum(spans) - spans
-        length = int(spans.sum())
+        largest = max(PAGE, int(self._sizes.max(initial=0)))
+        alignment = next(alignment for alignment in _ALIGNMENTS if alignment <= largest)
+        self._spans = -(-self._sizes // alignment) * alignment
+        self._places = np.cumsum(self._spans) - self._spans
+        length = int(self._spans.sum())
         self._step = math.gcd(PAGE, image_bytes, *np.unique(starts[counts > 0]).tolist())
         self._first = (self._places + starts) // self._step
         self._rows_per_image = image_bytes // self._step
@@ -106,12 +104,12 @@ class Arena:
         self._seen = np.full(len(paths), -np.inf)
         self._mapped = np.zeros(len(paths), bool)
         self._maps = 0
-        reserved = _reserve(length + _ALIGNMENT)
-        self._address = -(-reserved // _ALIGNMENT) * _ALIGNMENT
+        reserved = _reserve(length + _ALIGNMENTS[0])
+        self._address = -(-reserved // _ALIGNMENTS[0]) * _ALIGNMENTS[0]
         range_: Any = (ctypes.c_ubyte * length).from_address(self._address)
         # Every view keeps the range, and may outlive the arena. Not at the end of the program: threads may be reading then, and the
         # system unmaps by itself.
-        weakref.finalize(range_, _unmap, reserved, length + _ALIGNMENT).atexit = False
+        weakref.finalize(range_, _unmap, reserved, length + _ALIGNMENTS[0]).atexit = False
         self._pixels = torch.from_numpy(np.frombuffer(range_, dtype))
         # Rows overlap wherever an image may start at a multiple of the step; only those that are images are ever touched.
         self._number = np.dtype(_NUMBERS[math.gcd(max(_NUMBERS), self._step)])
@@ -203,14 +201,16 @@ class Arena:
             raise NoMoreMapsError(f"{path} cannot be mapped beside the many thousands of files of other data sets.")
         descriptor = open_to_map(path, size)
         try:
-            place = self._address + int(self._places[number])
-            if libc().mmap(place, size, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor, 0) != place:
+            place, span = self._address + int(self._places[number]), int(self._spans[number])
+            # To the next file, because a gap would be a map of its own to the kernel.
+            if libc().mmap(place, span, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor, 0) != place:
                 code = ctypes.get_errno()
                 raise NoMoreMapsError(f"{path} cannot be mapped into memory: {os.strerror(code)}.")
         finally:
             os.close(descriptor)
         if not self._mapped[number]:  # another thread may have mapped it too
-            self._maps = min(self._maps + 2, self._most_maps)
+            # What lies between two files that are mapped is a map of its own, as long as nothing in it is.
+            self._maps = min(self._maps + 2, int(np.count_nonzero(self._counts)))
         self._mapped[number] = True
 
 

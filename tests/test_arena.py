@@ -194,6 +194,19 @@ def test_an_arena_takes_no_more_maps_than_it_is_reckoned_to(tmp_path: Path, monk
     assert len(Path("/proc/self/maps").read_text().splitlines()) - before <= 60 + 5
 
 
+@pytest.mark.parametrize(("counts", "box", "multiple"), [([1, 2, 3], 8, 4096), ([2, 1, 5, 2], 128, 64 << 10), ([1, 33, 2], 128, 2 << 20)])
+def test_files_lie_at_round_addresses_side_by_side(tmp_path: Path, counts: list[int], box: int, multiple: int) -> None:
+    paths, images = written(tmp_path, counts, box)
+    stacks = open_stacks(paths)
+    first = read(stacks, np.arange(len(counts)), np.zeros(len(counts), np.int64), box)
+    np.testing.assert_array_equal(first, np.stack([part[0] for part in images]))
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    begins, ends = zip(*((int(end, 16) for end in line.split()[0].split("-")) for line in lines), strict=True)
+    assert len(lines) == len(counts)
+    assert all(begin % multiple == 0 for begin in begins)
+    assert begins[1:] == ends[:-1]
+
+
 @pytest.mark.parametrize("allowed", [100, arena_module._SPARE_MAPS + 2])
 def test_more_files_than_maps_are_read_without_an_arena(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: int) -> None:
     monkeypatch.setattr(arena_module, "_max_maps", lambda: allowed)
