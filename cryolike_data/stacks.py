@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 #: Rows in a row of one file, on average, from which on they are looked at together.
 _FEW_RUNS = 8
+#: Rows of which the images that files must have are worked out at a time.
+_STRETCH = 1 << 16
 
 
 class Images(Protocol):
@@ -72,9 +74,10 @@ class Stacks:
         self.paths, self.headers, self.headers_read = tuple(paths), tuple(headers), headers_read
         self._check = check
         # Thousands of files may share few headers.
-        self._kinds = {id(header): header for header in self.headers}
+        identities = list(map(id, self.headers))
+        self._kinds = dict(zip(identities, self.headers, strict=True))
         number = {identity: k for k, identity in enumerate(self._kinds)}
-        self._kind = np.array([number[id(header)] for header in self.headers], np.int64)
+        self._kind = np.fromiter(map(number.__getitem__, identities), np.int64, len(identities))
         self._pool = MapPool(self.paths, self.headers, check=check)
         self.dtype = self._pool.dtype
         self.counts = self.of_headers(lambda header: header.n_complete)
@@ -229,10 +232,12 @@ class StackImages:
 def images_needed(file: np.ndarray, image: np.ndarray, n_files: int) -> np.ndarray:
     """How many images each file must have, at the least, for all rows to be in it."""
     last = np.full(n_files, -1, image.dtype)
-    starts = np.flatnonzero(np.concatenate([[len(file) > 0], file[1:] != file[:-1]]))
-    if len(starts) < len(file) // _FEW_RUNS:  # rows of one file lie together: one number for each run of them
-        file, image = file[starts], np.maximum.reduceat(image, starts)
-    np.maximum.at(last, file, image)
+    for start in range(0, len(file), _STRETCH):  # new memory for what is needed on the way would take longer than the work
+        of_file, in_file = file[start : start + _STRETCH], image[start : start + _STRETCH]
+        starts = np.flatnonzero(np.append(True, of_file[1:] != of_file[:-1]))
+        if len(starts) < len(of_file) // _FEW_RUNS:  # rows of one file lie together: one number for each run of them
+            of_file, in_file = of_file[starts], np.maximum.reduceat(in_file, starts)
+        np.maximum.at(last, of_file, in_file)
     return last + 1
 
 
@@ -264,8 +269,9 @@ def open_stacks(
     names = tuple(os.fspath(path) for path in paths)
     if needed is not None and not check_headers and len(names):
         first = read_header(names[0], mode0=mode0)
-        of_count = {count: replace(first, nz=count, n_complete=count) for count in set(needed.tolist())}
-        alike = [of_count[count] for count in needed.tolist()]
+        counts = needed.tolist()
+        of_count = {count: replace(first, nz=count, n_complete=count) for count in set(counts)}
+        alike = [of_count[count] for count in counts]
         return Stacks(names, alike, check=partial(require_alike, mode0=mode0, index_hint=index_hint), headers_read=False)
 
     def amiss(number: int, header: StackHeader) -> str:

@@ -133,6 +133,7 @@ class ParticleStream:
         self._resume = None
         state = self._state = sampler.state_dict()
         self.sampler.set_epoch(state["epoch"])
+        left = len(sampler)
         ring = self._ring = self._ring or self._new_ring()
         reader: Reader | UnitReader
         if self.device is not None and self._cuda:
@@ -146,7 +147,8 @@ class ParticleStream:
         try:
             for position, batch in batches:
                 state["position"] = position
-                if self._state is state and not sampler.left_after(position):
+                left -= 1
+                if not left and self._state is state:
                     self.sampler.set_epoch(state["epoch"] + 1)  # a loop that knows this batch to be the last asks for no more
                 yield batch
             if not reader.closed:

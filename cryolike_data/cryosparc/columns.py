@@ -11,6 +11,7 @@ import numpy as np
 
 from ..ctf import Ctf
 from ..errors import TableError
+from ..memory import own_array
 from ..repeated import once, one_value_once
 from .table import Table
 
@@ -72,7 +73,8 @@ def image_numbers(table: Table, *, base: int = 0) -> np.ndarray:
             f"blob/idx of {table.origin('blob/idx')} holds {numbers[first]} in row {first} ({broken.sum()} rows have no whole number). "
             "Export or save the table again."
         )
-    found: np.ndarray = np.subtract(numbers, base, dtype=np.int64, casting="unsafe")
+    found = own_array(numbers.shape, np.int64, huge_pages=True)
+    np.subtract(numbers, base, out=found, dtype=np.int64, casting="unsafe")
     return found
 
 

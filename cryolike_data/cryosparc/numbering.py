@@ -9,8 +9,11 @@ import numpy as np
 
 #: Where fewer words than one for so many rows are other than in the row before, Python looks up the rows that differ.
 _COMMON = 4
-#: Values whose number is found without Python have a place of so many bits; two that fall on one place take turns there.
-_PLACE_BITS = 20
+#: Values whose number is found without Python have a place of so many bits. Those that find it taken have another one among as many,
+#: which hardly any of them find taken, too. More places would not stay in the cache.
+_PLACE_BITS = 17
+#: Numbers that are changed at a time.
+_STRETCH = 1 << 16
 #: Of the keys that choose a place; how well they spread the values decides the speed and nothing else.
 _SEED = 20261124
 
@@ -43,8 +46,8 @@ class Numbering:
         self._differ = np.zeros((len(self._words) - 1, width), bool)
         self._last: int | None = None
         self._varied: dict[int, np.ndarray] = {}  # words in which rows have differed, and what they are in each row that is known
-        self._at = np.empty(0, np.int32)  # the number that was last seen at a place, plus one
-        self._keys = np.random.default_rng(_SEED).integers(1 << 63, size=width, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+        self._make_places(_PLACE_BITS)
+        self._keys = np.random.default_rng(_SEED).integers(1 << 63, size=3, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 
     def add(self, block: np.ndarray) -> np.ndarray:
         """The numbers (int32) of the next rows."""
@@ -76,28 +79,24 @@ class Numbering:
         # Eight rows at a time, as NumPy is slow along short rows; behind the block there is what lay there before.
         ever = np.bitwise_or.reduce(self._differ.reshape(-1).view(np.uint64).reshape(-1, words.shape[1]), axis=0)
         self._add_varied(ever.view(bool).reshape(8, -1).any(axis=0))
-        if not len(self._at):
-            self._at = np.zeros(1 << _PLACE_BITS, np.int32)
-        mixed = np.zeros(n, np.uint64)
-        for word in self._varied:
-            mixed ^= words[:, word]
-            mixed *= self._keys[word]
-            mixed ^= mixed >> np.uint64(32)  # differences in the first bits alone would stay there, and meet
-        place = (mixed >> np.uint64(64 - _PLACE_BITS)).view(np.int64)
-        numbers = self._at.take(place) - np.int32(1)
-        unknown = np.flatnonzero(self._unlike(numbers, words))
+        if len(self.known) > len(self._met):
+            self._make_places(self._bits + 3)
+        values = [words[:, word].copy() for word in self._varied]
+        mixed = self._mixed(values)
+        numbers, unknown = self._find(mixed, values)
         if len(unknown):
-            # Python sees one of those that look alike, if they all are.
-            _, first, which = np.unique(mixed[unknown], return_index=True, return_inverse=True)
-            alike = all((words[unknown, word] == words[unknown[first], word][which]).all() for word in self._varied)
-            new = unknown[np.sort(first)] if alike else unknown
-            found = self._by_python(new)
-            self._at[place[new]] = found + 1
-            self._remember(found, words[new])
-            numbers[unknown] = again = self._at.take(place[unknown]) - np.int32(1)
-            left = unknown[self._unlike(again, words[unknown])]
-            numbers[left] = self._by_python(left)
+            mixed, values = mixed[unknown], [value[unknown] for value in values]
+            new = self._first_of_each(mixed, values)
+            self._remember(self._by_python(unknown[new]), mixed[new], [value[new] for value in values])
+            again, left = self._find(mixed, values)
+            again[left] = self._by_python(unknown[left])
+            numbers[unknown] = again
         return numbers
+
+    def _make_places(self, bits: int) -> None:
+        self._bits = bits
+        self._at = np.zeros((2, 1 << bits), np.int32)  # the number that has a place, plus one
+        self._met = np.empty(1 << bits, np.int32)  # the row that was last seen at a place
 
     def _add_varied(self, often: np.ndarray) -> None:
         """Note which words have varied, from how often each did."""
@@ -106,18 +105,59 @@ class Numbering:
             self._varied |= {word: np.empty(1, np.uint64) for word in new}
             self._at[:] = 0  # another word leads to other places
 
-    def _unlike(self, numbers: np.ndarray, words: np.ndarray) -> np.ndarray:
+    def _mixed(self, values: list[np.ndarray]) -> np.ndarray:
+        """One number (uint64) from the words of each row that have ever varied."""
+        mixed, *others = values
+        for value in others:
+            mixed = mixed * self._keys[0]
+            mixed ^= mixed >> np.uint64(32)  # differences in the first bits alone would stay there, and meet
+            mixed ^= value
+        return mixed
+
+    def _first_of_each(self, mixed: np.ndarray, values: list[np.ndarray]) -> np.ndarray:
+        """The first row of each value, and some others, in order."""
+        places, rows = self._places(0, mixed), np.arange(len(mixed), dtype=np.int32)
+        self._met[places[::-1]] = rows[::-1]  # of several, the last one stays
+        first = self._met[places]
+        new = first == rows
+        for value in values:
+            new |= value != value[first]  # which shares its place
+        return np.flatnonzero(new)
+
+    def _find(self, mixed: np.ndarray, values: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers of rows whose words have these values, and which of them are not found."""
+        numbers = self._at[0].take(self._places(0, mixed)) - np.int32(1)
+        left = np.flatnonzero(self._unlike(numbers, values))
+        for turn in range(1, len(self._at)):
+            found = self._at[turn].take(self._places(turn, mixed[left])) - np.int32(1)
+            numbers[left] = found
+            left = left[self._unlike(found, [value[left] for value in values])]
+        return numbers, left
+
+    def _places(self, turn: int, mixed: np.ndarray) -> np.ndarray:
+        # The product's first bits depend on all others (Dietzfelbinger et al., J. Algorithms 25, 1997).
+        places: np.ndarray = mixed * self._keys[1 + turn] >> np.uint64(64 - self._bits)
+        return places.view(np.int64)
+
+    def _unlike(self, numbers: np.ndarray, values: list[np.ndarray]) -> np.ndarray:
         """Whether rows are other than the known ones of these numbers, in a word that has ever varied (all other words are alike)."""
         unlike = numbers < 0
-        for word, of_known in self._varied.items():
-            unlike |= of_known.take(numbers, mode="clip") != words[:, word]
+        for value, of_known in zip(values, self._varied.values(), strict=True):
+            unlike |= of_known.take(numbers, mode="clip") != value
         return unlike
 
-    def _remember(self, numbers: np.ndarray, words: np.ndarray) -> None:
-        for word, of_known in self._varied.items():
-            if len(of_known) < len(self.known):
-                of_known = self._varied[word] = np.concatenate([of_known, np.empty(len(self.known), np.uint64)])
-            of_known[numbers] = words[:, word]
+    def _remember(self, numbers: np.ndarray, mixed: np.ndarray, values: list[np.ndarray]) -> None:
+        """Let rows be found, but for those that find no place."""
+        for word, value in zip(self._varied, values, strict=True):
+            if len(self._varied[word]) < len(self.known):
+                self._varied[word] = np.concatenate([self._varied[word], np.empty(len(self.known), np.uint64)])
+            self._varied[word][numbers] = value
+        for turn, at in enumerate(self._at):
+            places = self._places(turn, mixed)
+            free = at[places] == 0
+            at[places[free]] = numbers[free] + 1
+            without = at[places] != numbers + 1
+            numbers, mixed = numbers[without], mixed[without]
 
     def _by_python(self, rows: np.ndarray) -> np.ndarray:
         return np.array([self.known.setdefault(record, len(self.known)) for record in self._records[1 + rows].tolist()], np.int32)
@@ -131,7 +171,9 @@ def merge(parts: Sequence[tuple[dict[bytes, int], np.ndarray]]) -> list[bytes]:
         if (np.diff(of_all) == 1).all():
             numbers += of_all[:1]
         else:
-            np.take(of_all, numbers, out=numbers, mode="clip")
+            for start in range(0, len(numbers), _STRETCH):  # what NumPy needs on the way stays small
+                part = numbers[start : start + _STRETCH]
+                np.take(of_all, part, out=part, mode="clip")
     return list(known)
 
 
