@@ -6,6 +6,7 @@ mz, ispg, the statistics and the cell are often wrong. A stack is always (nz, ny
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import struct
@@ -25,6 +26,7 @@ Check = Callable[[str, "StackHeader"], None]
 HEADER_BYTES = 1024
 _IMOD_STAMP = 1146047817
 _PIXEL_CODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
+_PIXELS = {(order, mode): np.dtype(f"{order}{code}") for order in "<>" for mode, code in _PIXEL_CODES.items()}
 _REFUSED_MODES = {
     3: "complex 16-bit integers, a transform and not an image",
     4: "complex numbers, a transform and not an image",
@@ -103,9 +105,7 @@ def parse_header(raw: bytes, file_bytes: int, path: str | os.PathLike[str], *, m
             "Write the particles as 32-bit or 16-bit floats (mode 2 or 12) and try again."
         )
     offset = HEADER_BYTES + struct.unpack_from(f"{order}i", raw, 92)[0]
-    dtype = np.dtype(f"{order}{_PIXEL_CODES[mode]}")
-    if mode == 0:
-        dtype = _mode0_dtype(raw, order, mode0)
+    dtype = _PIXELS[order, mode] if mode else _mode0_dtype(raw, order, mode0)
     n_complete = min(nz, max(0, file_bytes - offset) // (nx * ny * dtype.itemsize))
     return StackHeader(nx, ny, nz, dtype, offset, n_complete, _pixel_size(raw, order, nx, ny))
 
@@ -153,7 +153,7 @@ def require_unchanged(path: str | os.PathLike[str], expected: StackHeader, *, mo
 
 def _read_header(path: str | os.PathLike[str], mode0: Mode0, failure: str) -> StackHeader:
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:
             raw, size = file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size
     except OSError as error:
         raise StackError(f"{path} {failure}: {error.strerror}.") from error
@@ -205,7 +205,7 @@ def _order(raw: bytes, file_bytes: int) -> Literal["<", ">"] | None:
         nsymbt = struct.unpack_from(f"{order}i", raw, 92)[0]
         known = mode in _PIXEL_CODES or mode in _REFUSED_MODES
         if known and 0 < nx <= 1 << 17 and 0 < ny <= 1 << 17 and 0 < nz <= 1 << 28 and 0 <= nsymbt <= 1 << 30:
-            image_bytes = nx * ny * np.dtype(_PIXEL_CODES.get(mode, "i1")).itemsize
+            image_bytes = nx * ny * (_PIXELS[order, mode].itemsize if mode in _PIXEL_CODES else 1)
             complete = (file_bytes - HEADER_BYTES - nsymbt) // image_bytes
             candidates.append((2 if complete >= nz else 1 if complete >= 1 else 0, order == stamped, order))
     return max(candidates)[2] if candidates else None
@@ -222,7 +222,7 @@ def _pixel_size(raw: bytes, order: str, nx: int, ny: int) -> float | None:
     """Pixel size from the cell, unless it is a placeholder: zero, exactly 1 A, not square, absurd, or of another grid."""
     mx, my = struct.unpack_from(f"{order}2i", raw, 28)
     cell_x, cell_y = struct.unpack_from(f"{order}2f", raw, 40)
-    if (mx, my) != (nx, ny) or not np.isfinite([cell_x, cell_y]).all():
+    if (mx, my) != (nx, ny) or not (math.isfinite(cell_x) and math.isfinite(cell_y)):
         return None
     size_x, size_y = cell_x / nx, cell_y / ny
     plausible = 0.05 < size_x < 100 and abs(size_x - size_y) < 1e-3 * size_x and abs(size_x - 1.0) > 1e-6

@@ -1,15 +1,19 @@
-"""Reading something of each of many files, several at a time, with every problem of all of them in one error."""
+"""Reading something of each of many files, several at a time where they come slowly, with every problem of all in one error."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from .errors import CryolikeDataError, StackError
 
-#: Files that are read at the same time: what takes long is to wait for each.
-_THREADS = 8
+#: Files that are read at the same time where it takes long to wait for each: so many seconds, at least. Where files are in memory,
+#: threads are slower than one, as they hand the interpreter lock to each other twice a file.
+_THREADS, _SLOW = 8, 2e-4
+#: Files that are read one after the other, to see how long they take, and that threads then share out.
+_ALONE, _SHARED = 8, 1024
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -35,12 +39,19 @@ def read_each(
         except (CryolikeDataError, OSError) as error:
             return error
 
-    # In a few portions, because handing a task to a thread takes as long as reading a header.
-    portions = [items[k::_THREADS] for k in range(min(_THREADS, len(items)))]
-    results: list[Any] = [None] * len(items)
-    with ThreadPoolExecutor(max_workers=_THREADS) as pool:
-        for k, found in enumerate(pool.map(lambda portion: [result_or_error(item) for item in portion], portions)):
-            results[k::_THREADS] = found
+    results: list[Any] = []
+    with ThreadPoolExecutor(_THREADS) as pool:
+        while len(results) < len(items):
+            start = time.perf_counter()
+            results += map(result_or_error, items[len(results) : len(results) + _ALONE])
+            if time.perf_counter() - start > _ALONE * _SLOW:
+                several = items[len(results) : len(results) + _SHARED]
+                # In a few portions, because handing a task to a thread takes as long as reading a header.
+                portions = [several[k::_THREADS] for k in range(min(_THREADS, len(several)))]
+                shared: list[Any] = [None] * len(several)
+                for k, found in enumerate(pool.map(lambda portion: list(map(result_or_error, portion)), portions)):
+                    shared[k::_THREADS] = found
+                results += shared
     if any(isinstance(result, Exception) for result in results):
         told = [str(result) if isinstance(result, Exception) else amiss(number, result) for number, result in enumerate(results)]
         errors = [text for text in told if text]
