@@ -138,7 +138,7 @@ class Arena:
             steps = np.arange(self._pieces, dtype=rows.dtype) * (self._rows_per_image // self._pieces)
             rows = (rows[:, None] + steps).reshape(-1)
         # Seen anew through NumPy: each call of torch gives the interpreter lock away, and a busy main thread keeps it for 5 ms.
-        wanted = out.numpy().reshape(-1).view(self._number).reshape(len(rows), -1)
+        wanted = out.numpy().reshape(len(rows), -1).view(self._number)
         return partial(torch.index_select, self._rows, 0, torch.from_numpy(rows), out=torch.from_numpy(wanted))
 
     def view(self, rows: np.ndarray) -> Tensor | None:

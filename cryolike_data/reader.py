@@ -208,10 +208,10 @@ class Reader:
             self._error, self._finished = error, True
 
     def _fill(self, steps: Sequence[tuple[int, np.ndarray]]) -> None:
-        rows = [rows for _, rows in steps]
-        images = self._ring.lend(sum(map(len, rows)))
+        rows = steps[0][1] if len(steps) == 1 else np.concatenate([rows for _, rows in steps])
+        images = self._ring.lend(len(rows))
         try:
-            self._dataset.read_rows(rows[0] if len(rows) == 1 else np.concatenate(rows), images)
+            self._dataset.reading(rows, images)()
         except Exception as error:
             if len(steps) == 1:
                 raise
@@ -219,7 +219,6 @@ class Reader:
             for step in steps:  # those before the one that fails reach the consumer, and then its error does
                 self._fill([step])
             return
-        parts = [images] if len(rows) == 1 else images.split_with_sizes([len(part) for part in rows])
-        self._filled.extend(
-            (position, self._dataset.batch_of(part, of_part)) for (position, part), of_part in zip(steps, parts, strict=True)
-        )
+        parts = [images] if len(steps) == 1 else images.split_with_sizes([len(part) for _, part in steps])
+        for (position, part), of_part in zip(steps, parts, strict=True):
+            self._filled.append((position, self._dataset.batch_of(part, of_part)))

@@ -78,8 +78,8 @@ def test_rates_are_such_as_a_machine_has(tmp_path: Path) -> None:
 def test_no_more_is_read_than_allowed(demo: DemoProject, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = IndexedDataset(demo.indexed)
     longest: list[int] = []
-    original = IndexedDataset.read_rows
-    monkeypatch.setattr(IndexedDataset, "read_rows", lambda self, rows, out=None: longest.append(len(self)) or original(self, rows, out))
+    reading = IndexedDataset.reading
+    monkeypatch.setattr(IndexedDataset, "reading", lambda self, rows, out: longest.append(len(self)) or reading(self, rows, out))
     diagnose(dataset, batch_size=4, max_bytes=10 * dataset.image_bytes, cold=False)
     assert set(longest) == {10}
 

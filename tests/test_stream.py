@@ -284,8 +284,8 @@ def test_batches_are_read_ahead_of_a_slow_consumer(ds: IndexedDataset) -> None:
 @pytest.mark.usefixtures("busy")
 def test_no_more_than_prefetch_batches_are_read_ahead(ds: IndexedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[int] = []
-    read_rows = IndexedDataset.read_rows
-    monkeypatch.setattr(IndexedDataset, "read_rows", lambda self, rows, out=None: reads.append(len(rows)) or read_rows(self, rows, out))
+    reading = IndexedDataset.reading
+    monkeypatch.setattr(IndexedDataset, "reading", lambda self, rows, out: reads.append(len(rows)) or reading(self, rows, out))
     loader = stream(ds, batch_size=2, prefetch=3)
     for k, _ in enumerate(loader):
         wait_until(lambda k=k: len(loader._reader._filled) == read_ahead(k, 3) or loader._reader._finished)
@@ -296,8 +296,8 @@ def test_no_more_than_prefetch_batches_are_read_ahead(ds: IndexedDataset, monkey
 
 def test_small_batches_are_read_several_at_a_time_by_a_consumer_that_waits(ds: IndexedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[int] = []
-    read_rows = IndexedDataset.read_rows
-    monkeypatch.setattr(IndexedDataset, "read_rows", lambda self, rows, out=None: reads.append(len(rows)) or read_rows(self, rows, out))
+    reading = IndexedDataset.reading
+    monkeypatch.setattr(IndexedDataset, "reading", lambda self, rows, out: reads.append(len(rows)) or reading(self, rows, out))
     monkeypatch.setattr(reader_module, "_BUSY_SECONDS", 10.0)
     for batch, reference in zip(stream(ds, batch_size=7), expected(ds, ParticleSampler(ds, 7, shuffle=False)), strict=True):
         same_batch(batch, reference)
@@ -391,14 +391,14 @@ def test_no_map_stays_when_stream_and_data_set_are_gone(folder: Path) -> None:
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, row: int, error: BaseException) -> None:
     """Make reading the given row fail."""
-    read_rows = IndexedDataset.read_rows
+    reading = IndexedDataset.reading
 
-    def fail_while_reading(self: IndexedDataset, rows: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
+    def fail_while_reading(self: IndexedDataset, rows: np.ndarray, out: torch.Tensor) -> Callable[[], object]:
         if row in rows:
             raise error
-        return read_rows(self, rows, out)
+        return reading(self, rows, out)
 
-    monkeypatch.setattr(IndexedDataset, "read_rows", fail_while_reading)
+    monkeypatch.setattr(IndexedDataset, "reading", fail_while_reading)
 
 
 @pytest.mark.usefixtures("busy")
@@ -428,14 +428,14 @@ def test_an_error_while_reading_comes_after_the_batches_before_it_and_shows_its_
 def test_an_error_that_does_not_come_again_is_logged(
     ds: IndexedDataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    read_rows, failures = IndexedDataset.read_rows, iter([OSError("a hiccup")])
+    reading, failures = IndexedDataset.reading, iter([OSError("a hiccup")])
 
-    def fail_once(self: IndexedDataset, rows: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
+    def fail_once(self: IndexedDataset, rows: np.ndarray, out: torch.Tensor) -> Callable[[], object]:
         for error in failures:
             raise error
-        return read_rows(self, rows, out)
+        return reading(self, rows, out)
 
-    monkeypatch.setattr(IndexedDataset, "read_rows", fail_once)
+    monkeypatch.setattr(IndexedDataset, "reading", fail_once)
     assert rows_of(list(stream(ds, batch_size=7))) == list(range(N))
     assert "a hiccup" in caplog.text
 
@@ -835,19 +835,19 @@ FORK = """
     from cryolike_data import IndexedDataset, reader
     from cryolike_data.stream import stream
     reader._TOGETHER_BYTES = 0
-    reading, go_on, read_rows = threading.Event(), threading.Event(), IndexedDataset.read_rows
+    waiting, go_on, reading = threading.Event(), threading.Event(), IndexedDataset.reading
 
-    def wait(self, rows, out=None):
+    def wait(self, rows, out):
         if threading.current_thread().name == "cryolike-reader":
-            reading.set()
+            waiting.set()
             go_on.wait(10)
-        return read_rows(self, rows, out)
+        return reading(self, rows, out)
 
-    IndexedDataset.read_rows = wait
+    IndexedDataset.reading = wait
     loader = stream(IndexedDataset(sys.argv[1]), batch_size=7, prefetch=3)
     batches = iter(loader)
     next(batches)
-    assert reading.wait(10)
+    assert waiting.wait(10)
     child = os.fork()
     if child == 0:
         signal.alarm(20)
@@ -957,17 +957,17 @@ def test_a_reader_closed_by_the_garbage_collector_in_its_own_thread_ends_in_peac
     # Garbage collection may run in any thread, and closes generators that are part of a cycle there.
     monkeypatch.setattr(reader_module, "_TOGETHER_BYTES", 0)
     errors: list[BaseException] = []
-    read_rows = IndexedDataset.read_rows
+    reading = IndexedDataset.reading
 
-    def close_while_reading(self: IndexedDataset, rows: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
+    def close_while_reading(self: IndexedDataset, rows: np.ndarray, out: torch.Tensor) -> Callable[[], object]:
         if threading.current_thread().name == "cryolike-reader":
             try:
                 loader._reader.close()
             except BaseException as error:
                 errors.append(error)
-        return read_rows(self, rows, out)
+        return reading(self, rows, out)
 
-    monkeypatch.setattr(IndexedDataset, "read_rows", close_while_reading)
+    monkeypatch.setattr(IndexedDataset, "reading", close_while_reading)
     loader = stream(ds, batch_size=2)
     batches = iter(loader)
     next(batches)
