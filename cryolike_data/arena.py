@@ -103,7 +103,7 @@ class Arena:
         self._pieces = _pieces(image_bytes, self._step)
         self._seen = np.full(len(paths), -np.inf)
         self._mapped = np.zeros(len(paths), bool)
-        self._maps = 0
+        self._maps, self._most_maps = 0, int(np.count_nonzero(counts))
         reserved = _reserve(length + _ALIGNMENTS[0])
         self._address = -(-reserved // _ALIGNMENTS[0]) * _ALIGNMENTS[0]
         range_: Any = (ctypes.c_ubyte * length).from_address(self._address)
@@ -210,7 +210,7 @@ class Arena:
             os.close(descriptor)
         if not self._mapped[number]:  # another thread may have mapped it too
             # What lies between two files that are mapped is a map of its own, as long as nothing in it is.
-            self._maps = min(self._maps + 2, int(np.count_nonzero(self._counts)))
+            self._maps = min(self._maps + 2, self._most_maps)
         self._mapped[number] = True
 
 

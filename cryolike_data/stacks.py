@@ -196,8 +196,9 @@ class StackImages:
 
     def _found(self, rows: np.ndarray) -> tuple[Arena, np.ndarray] | None:
         """The same as ``_in_arena``, until the system maps no further file: then all are read one by one."""
-        if self._all_located and self._located and time.monotonic() < self._seen_until:  # nearly always
-            return self._located[0], self._located[1][rows]
+        located = self._located
+        if located and self._all_located and time.monotonic() < self._seen_until:  # nearly always
+            return located[0], located[1][rows]
         try:
             return self._in_arena(rows)
         except NoMoreMapsError as error:
