@@ -89,6 +89,22 @@ def test_values_that_look_alike_to_the_keys_are_told_apart(monkeypatch: pytest.M
     check(np.random.default_rng(0).permutation(np.repeat([f"{k:040d}".encode() for k in range(50)], 9)))
 
 
+@pytest.mark.parametrize(("bits", "most"), [(12, 3000), (5, 20_000)])
+def test_python_sees_few_of_many_rows(monkeypatch: pytest.MonkeyPatch, bits: int, most: int) -> None:
+    monkeypatch.setattr(numbering_module, "_PLACE_BITS", bits)  # with 5 there are far too few places at first
+    monkeypatch.setattr(rows_module, "BLOCK_ROWS", 1 << 12)
+    monkeypatch.setattr(rows_module.os, "cpu_count", lambda: 1)
+    by_python, seen = numbering_module.Numbering._by_python, []
+
+    def count(self: Any, rows: np.ndarray) -> np.ndarray:
+        seen.append(len(rows))
+        return by_python(self, rows)
+
+    monkeypatch.setattr(numbering_module.Numbering, "_by_python", count)
+    check(np.random.default_rng(0).permutation(np.repeat([f"J7/{k:09d}_particles.mrc".encode() for k in range(700)], 200)))
+    assert 700 <= sum(seen) <= most
+
+
 FIELDS = st.lists(
     st.sampled_from(["u1", "<u2", "<u4", "<f8", ">f4", "S3", "S24", "(2,)<f4", "(3,)<f4", "(2,2)>u2", "<c16", "U3"]), min_size=1, max_size=7
 )

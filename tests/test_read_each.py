@@ -31,8 +31,11 @@ def test_results_come_in_order(count: int, is_slow: Callable[[int], bool]) -> No
 
 def test_files_that_come_slowly_are_read_several_at_a_time() -> None:
     threads: set[int] = set()
-    read_each(range(100), reading(threads, lambda number: True), "files")
+    seen: list[int] = []
+    read = reading(threads, lambda number: True)
+    read_each(range(100), lambda number: (seen.append(number), read(number)), "files")
     assert len(threads) > 2
+    assert sorted(seen) == list(range(100))
 
 
 @pytest.mark.parametrize("slow", [0, 20])
