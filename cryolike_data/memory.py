@@ -41,8 +41,8 @@ def own_array(shape: tuple[int, ...], dtype: Any, *, huge_pages: bool = False) -
     pages = mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if huge_pages:
         pages.madvise(mmap.MADV_HUGEPAGE)
-        # Found now, by the thread that gave such memory back before: another one may be given memory that a virtual machine has to
-        # ask its host for page by page, which takes 50 times as long.
+        # Found now, by the thread that asks: the one that gave such memory back before is given it again, and others may be given some
+        # that a virtual machine has to ask its host for, page by page.
         np.frombuffer(pages, np.uint8)[::_HUGE_PAGE] = 0
     return np.frombuffer(pages, dtype, math.prod(shape)).reshape(shape)
 

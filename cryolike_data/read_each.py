@@ -22,7 +22,7 @@ ResultT = TypeVar("ResultT")
 def read_each(
     items: Sequence[ItemT], read: Callable[[ItemT], ResultT], what: str, *, amiss: Callable[[int, ResultT], str] = lambda number, result: ""
 ) -> list[ResultT]:
-    """What ``read`` gives for each of many files, several at a time; ``what`` they are is for the error.
+    """What ``read`` gives for each of many files, in order; ``what`` they are is for the error.
 
     ``amiss`` says what is wrong with the result of file ``number``, if anything is. It is asked only if another file cannot be read:
     the caller looks at the results too, but would come to that only after the others have been mended.

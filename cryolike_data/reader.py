@@ -37,6 +37,9 @@ _LONGEST_START = 1.0
 #: A batch, and before it the position in the epoch after it.
 Placed = tuple[int, ParticleBatch]
 
+#: Batches that are read in one call: for each the position in the epoch after it and its rows.
+Steps = Sequence[tuple[int, np.ndarray]]
+
 #: Readers that may have a thread.
 READERS: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -101,6 +104,11 @@ def wait_for_end(thread: threading.Thread, process: int) -> bool:
     if thread.is_alive():
         thread.join()
     return True
+
+
+def rows_of(steps: Steps) -> np.ndarray:
+    """The rows of several batches, one after the other."""
+    return steps[0][1] if len(steps) == 1 else np.concatenate([rows for _, rows in steps])
 
 
 def warn_one_by_one(batches: int, error: Exception) -> None:
@@ -207,8 +215,8 @@ class Reader:
         except BaseException as error:
             self._error, self._finished = error, True
 
-    def _fill(self, steps: Sequence[tuple[int, np.ndarray]]) -> None:
-        rows = steps[0][1] if len(steps) == 1 else np.concatenate([rows for _, rows in steps])
+    def _fill(self, steps: Steps) -> None:
+        rows = rows_of(steps)
         images = self._ring.lend(len(rows))
         try:
             self._dataset.reading(rows, images)()

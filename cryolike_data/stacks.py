@@ -196,9 +196,6 @@ class StackImages:
 
     def _found(self, rows: np.ndarray) -> tuple[Arena, np.ndarray] | None:
         """The same as ``_in_arena``, until the system maps no further file: then all are read one by one."""
-        located = self._located
-        if located and self._all_located and time.monotonic() < self._seen_until:  # nearly always
-            return located[0], located[1][rows]
         try:
             return self._in_arena(rows)
         except NoMoreMapsError as error:
@@ -252,7 +249,7 @@ def open_stacks(
     check_headers: bool = True,
     index_hint: str = "",
 ) -> Stacks:
-    """Read the headers of all files, several at a time, and give what reads them.
+    """Read the headers of all files, and give what reads them.
 
     Parameters
     ----------

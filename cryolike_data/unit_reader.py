@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 from queue import Empty, SimpleQueue
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .batch import ParticleBatch
 from .dataset import ParticleDataset
-from .reader import READERS, end_idle_threads, limit_threads, start_reading, wait_for_end, warn_one_by_one
+from .reader import READERS, Steps, end_idle_threads, limit_threads, rows_of, start_reading, wait_for_end, warn_one_by_one
 from .ring import BufferRing
 from .sampler import ParticleSampler
 
@@ -27,7 +27,6 @@ UNITS = 3
 
 #: Batches as one, and before it for each of them the position in the epoch after it and how many particles it has.
 Unit = tuple[list[tuple[int, int]], ParticleBatch]
-_Steps = Sequence[tuple[int, np.ndarray]]
 
 
 @dataclass
@@ -42,7 +41,7 @@ class _Read:
     units, error : what came of it
     """
 
-    steps: _Steps
+    steps: Steps
     rows: np.ndarray
     images: Tensor
     copy: Callable[[], object] | None
@@ -140,8 +139,8 @@ class UnitReader:
                 queue.get_nowait()
         self._copied.put(None)
 
-    def _prepared(self, steps: _Steps) -> _Read:
-        rows = steps[0][1] if len(steps) == 1 else np.concatenate([rows for _, rows in steps])
+    def _prepared(self, steps: Steps) -> _Read:
+        rows = rows_of(steps)
         images = self._lend(len(rows))
         copy = None
         try:
@@ -176,7 +175,7 @@ class UnitReader:
             rows = step[1]
             read.units.append(self._unit([step], rows, self._dataset.read_rows(rows, self._lend(len(rows)))))
 
-    def _unit(self, steps: _Steps, rows: np.ndarray, images: Tensor) -> Unit:
+    def _unit(self, steps: Steps, rows: np.ndarray, images: Tensor) -> Unit:
         return [(position, len(part)) for position, part in steps], self._dataset.batch_of(rows, images)
 
     def _lend(self, images: int) -> Tensor:

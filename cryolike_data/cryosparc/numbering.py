@@ -12,8 +12,6 @@ _COMMON = 4
 #: Values whose number is found without Python have a place of so many bits. Those that find it taken have another one among as many,
 #: which hardly any of them find taken, too. More places would not stay in the cache.
 _PLACE_BITS = 17
-#: Numbers that are changed at a time.
-_STRETCH = 1 << 16
 #: Of the keys that choose a place; how well they spread the values decides the speed and nothing else.
 _SEED = 20261124
 
@@ -171,9 +169,7 @@ def merge(parts: Sequence[tuple[dict[bytes, int], np.ndarray]]) -> list[bytes]:
         if (np.diff(of_all) == 1).all():
             numbers += of_all[:1]
         else:
-            for start in range(0, len(numbers), _STRETCH):  # what NumPy needs on the way stays small
-                part = numbers[start : start + _STRETCH]
-                np.take(of_all, part, out=part, mode="clip")
+            np.take(of_all, numbers, out=numbers, mode="clip")
     return list(known)
 
 
