@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,9 @@ from .columns import Columns, concatenate, concatenate_tensors, rows_of
 from .ctf import Ctf
 from .errors import ArgumentError, MixedParticlesError, RowIndexError
 from .particles import resolve_rows
+
+#: By how much pixel sizes that are the same may differ, as a share of one: as much as within a data set.
+_SAME_SIZE = 1e-5
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -84,11 +88,18 @@ class ParticleBatch:
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, key: Any) -> Any:
-        """One particle for an integer; a smaller batch for a slice, a mask or an index tensor."""
+        """One particle for an integer; a smaller batch for a slice (which shares memory), a mask, or row numbers.
+
+        Raises
+        ------
+        RowIndexError
+            if a row is out of range or a mask has the wrong length
+        """
         row = single_row(key, len(self))
         if row is not None:
             return Particle(self, row)
-        return self.map(lambda tensor: rows_of(tensor, key))
+        forwards = isinstance(key, slice) and (key.step is None or key.step > 0)
+        return self.map(lambda tensor: tensor[key]) if forwards else self.batch(key)
 
     def batch(self, rows: Any) -> ParticleBatch:
         """The given rows (numbers, or a mask) as a batch of their own (the same call as ``ParticleDataset.batch``)."""
@@ -238,9 +249,10 @@ def single_row(key: Any, n: int) -> int | None:
 
 
 def _concatenate(parts: list[ParticleBatch]) -> ParticleBatch:
-    kinds = {(tuple(p.images.shape[1:]), round(p.pixel_size, 5), p.columns.names) for p in parts}
-    if len(kinds) > 1:
-        told = "\n".join(f"  {shape[-1]} px, {px} A/pixel, columns {', '.join(names)}" for shape, px, names in sorted(kinds))
+    kinds = list(dict.fromkeys((tuple(p.images.shape[1:]), p.columns.names, p.pixel_size) for p in parts))
+    *first, pixel_size = kinds[0]
+    if any([*kind[:2]] != first or not math.isclose(kind[2], pixel_size, rel_tol=_SAME_SIZE) for kind in kinds):
+        told = "\n".join(f"  {shape[-1]} px, {size} A/pixel, columns {', '.join(names)}" for shape, names, size in sorted(kinds))
         raise MixedParticlesError(f"These data sets cannot share a batch:\n{told}\nUse one DataLoader for each kind.")
     if len({type(part) for part in parts}) > 1:
         raise MixedParticlesError("Batches with polar transforms and without them cannot share a batch; use one DataLoader for each.")

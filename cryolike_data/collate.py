@@ -39,8 +39,8 @@ class Collate:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        if not self.dtype.is_floating_point:
-            raise ArgumentError(f"dtype of a batch is a floating one, such as torch.float32 or torch.float16, not {self.dtype}")
+        if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise ArgumentError(f"dtype of a batch is a floating one, such as torch.float32 or torch.float16, not {self.dtype!r}")
         if self.downsample is not None and not isinstance(self.downsample, Downsample):
             raise ArgumentError(f"downsample is a Downsample, such as Downsample(box=128), not {self.downsample!r}")
         if isinstance(self.normalize, str):

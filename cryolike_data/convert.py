@@ -118,7 +118,7 @@ def convert_particle_stacks_from_cryosparc_job_directory(
     The ``.npz`` files, one per stack.
     """
     dataset = JobDirectoryDataset(
-        str(folder_cryosparc) or ".", job_number, pairing=pairing, pixel_size=_given_pixel_size(pixel_size), select=select
+        os.fspath(folder_cryosparc) or ".", job_number, pairing=pairing, pixel_size=_given_pixel_size(pixel_size), select=select
     )
     return _convert(
         dataset,
@@ -152,7 +152,7 @@ def _convert(
 ) -> list[Path]:
     if isinstance(downsample_factor, bool) or not isinstance(downsample_factor, Real) or downsample_factor < 1:
         raise ArgumentError(f"downsample_factor is 1 (none) or a larger integer, not {downsample_factor!r}")
-    folder = Path(str(folder_output) or ".")
+    folder = Path(os.fspath(folder_output) or ".").expanduser()
     if (folder / MANIFEST).is_file() and not skip_exist and not overwrite:
         raise ExportExistsError(
             f"{folder} holds an export already ({MANIFEST}). Choose another folder, or pass skip_exist=True to keep the stacks that are "

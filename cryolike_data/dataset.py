@@ -14,8 +14,9 @@ from torch.utils.data import Dataset
 
 from .batch import Particle, ParticleBatch, single_row
 from .columns import Columns
-from .errors import ArgumentError
-from .particles import Particles, Selection, resolve_rows, shortest
+from .errors import ArgumentError, TableError
+from .particles import Particles, Selection, choose_rows, resolve_rows, shortest
+from .repeated import once
 from .stacks import Images, ImageSource
 
 _INT64 = np.dtype(np.int64)
@@ -38,15 +39,23 @@ class ParticleDataset(Dataset[Particle]):
     ------
     MixedParticlesError
         if boxes or pixel sizes differ; names the groups and how to select one
+    TableError
+        if a pixel size is not known
     """
 
     #: Files, besides those of the images, that its columns are read from.
     tables: tuple[str, ...] = ()
 
     def __init__(self, particles: Particles, source: ImageSource, *, select: Selection = None) -> None:
-        self.particles = particles if select is None else particles[resolve_rows(select, len(particles), particles)]
+        self.particles = particles if select is None else particles[choose_rows(select, particles)]
         if len(self.particles) == 0:
             raise ArgumentError(f"select= leaves none of the {len(particles)} particles")
+        if np.isnan(once(self.particles.pixel_size)).any():
+            unknown = np.isnan(self.particles.pixel_size).sum()
+            raise TableError(
+                f"The pixel size of {unknown} of {len(self)} particles is not known: neither blob/psize_A of their table nor the headers "
+                "of their stacks say it. Pass pixel_size= in angstrom, or leave them out with select=."
+            )
         self.source = source
         self._located: Images | None = None
         #: The dtype in which images are read: that of the files.
@@ -121,7 +130,7 @@ class ParticleDataset(Dataset[Particle]):
     def select(self, selection: Selection) -> Self:
         """A data set of the chosen rows (mask, row numbers, slice, or a function of ``particles``) over the same files."""
         chosen = copy.copy(self)
-        chosen.particles = self.particles[resolve_rows(selection, len(self), self.particles)]
+        chosen.particles = self.particles[choose_rows(selection, self.particles)]
         chosen._located = None
         return chosen
 

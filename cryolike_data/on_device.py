@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from torch import Tensor
 from .batch import ParticleBatch
 from .collate import Collate
 from .columns import Columns
+from .ring import outside_inference_mode, rows_apart
 from .unit_reader import Unit, UnitReader
 
 #: Units that are copied, and those of them that are transformed, before the consumer asks for them.
@@ -77,16 +77,17 @@ def on_device(reader: UnitReader, device: torch.device, collate: Collate | None,
     reader.start()
     try:
         while True:
-            while len(copied) + len(ready) <= UNITS_AHEAD:
-                unit = reader.take(wait=not (copied or ready))
-                if unit is None:
-                    break
-                if len(used) > UNITS_AHEAD:
-                    used.popleft()[0].synchronize()
-                # All copies are started before any transform, which may wait for numbers from the device.
-                copied.append(_copy(unit, device, lanes, copying))
-            while copied and len(ready) <= _TRANSFORMED_AHEAD:
-                ready.append(_transform(copied.popleft(), collate, lanes))
+            with outside_inference_mode():
+                while len(copied) + len(ready) <= UNITS_AHEAD:
+                    unit = reader.take(wait=not (copied or ready))
+                    if unit is None:
+                        break
+                    if len(used) > UNITS_AHEAD:
+                        used.popleft()[0].synchronize()
+                    # All copies are started before any transform, which may wait for numbers from the device.
+                    copied.append(_copy(unit, device, lanes, copying))
+                while copied and len(ready) <= _TRANSFORMED_AHEAD:
+                    ready.append(_transform(copied.popleft(), collate, lanes))
             if not ready:
                 return
             reader.refill()
@@ -133,7 +134,7 @@ def _hand_over(unit: _There, device: torch.device) -> Iterator[tuple[int, Partic
             unit.batch.map_images(partial(_hold, user=consumer), unit.batch.columns)
             told = consumer
         columns = partial(_columns_of_part, unit.batch.columns, unit.columns, rows, device)  # not the unit, which has the pixels
-        yield position, unit.batch.map_images(operator.itemgetter(rows), Columns(columns))
+        yield position, unit.batch.map_images(partial(rows_apart, rows=rows), Columns(columns))
 
 
 def _hold(tensor: Tensor, user: torch.cuda.Stream) -> Tensor:
@@ -142,11 +143,12 @@ def _hold(tensor: Tensor, user: torch.cuda.Stream) -> Tensor:
 
 
 def _columns_of_part(columns: Columns, moving: _Moving, rows: slice, device: torch.device) -> dict[str, Tensor]:
-    made = columns.tensors  # those of the unit go there when the first of its batches asks for any
+    with outside_inference_mode():
+        made = columns.tensors  # those of the unit go there when the first of its batches asks for any
     asking, first = torch.cuda.current_stream(device.index), moving.stream
     if first is not None and asking != first:
         if first != lanes_of(device).transforms:  # for which the consumer has waited
             asking.wait_stream(first)
         for column in made.values():
             column.record_stream(asking)
-    return {name: column[rows] for name, column in made.items()}
+    return {name: rows_apart(column, rows) for name, column in made.items()}

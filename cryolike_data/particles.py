@@ -151,7 +151,7 @@ class Particles:
         mask = np.ones(len(self), bool)
         if condition is not None:
             mask[:] = False
-            mask[resolve_rows(condition, len(self), self)] = True
+            mask[choose_rows(condition, self)] = True
         columns = self.columns() if equal else {}
         for name, value in equal.items():
             column = columns.get(name, columns.get(f"ctf/{name}"))
@@ -203,6 +203,28 @@ class Particles:
 _COLUMNS = ("row", "uid", "file", "slice", "box", "pixel_size", "pose", "shift_A", "half_set", "sign")
 
 
+def choose_rows(selection: Selection, particles: Particles) -> np.ndarray:
+    """The same as ``resolve_rows`` for choosing among particles, where zeros and ones for all of them are meant as a mask.
+
+    Raises
+    ------
+    RowIndexError
+        for these, which are row numbers; and see ``resolve_rows``
+    """
+    n = len(particles)
+    if callable(selection):
+        selection = selection(particles)
+    if isinstance(selection, slice):
+        return resolve_rows(selection, n)
+    numbers = _as_array(selection)
+    if n > 2 and numbers.shape == (n,) and numbers.dtype.kind in "iuf":
+        low, high = numbers.min(), numbers.max()
+        # Minus one and minus two are zero and one inverted bit by bit. Nobody means the same two rows again and again.
+        if 0 <= low <= high <= 1 or -2 <= low <= high <= -1:
+            raise RowIndexError("zeros and ones for all particles are row numbers and no condition; compare, as in p.half_set == 1")
+    return resolve_rows(numbers, n)
+
+
 def resolve_rows(selection: Selection, n: int, particles: Particles | None = None) -> np.ndarray:
     """Row numbers (int64, none negative) that a selection stands for, among ``n`` rows: a new array, in one piece.
 
@@ -213,18 +235,11 @@ def resolve_rows(selection: Selection, n: int, particles: Particles | None = Non
     RowIndexError
         if a row is out of range or a mask has the wrong length
     """
-    if by_function := callable(selection):
-        selection = selection(particles)
+    if callable(selection) and particles is not None:
+        return choose_rows(selection, particles)
     if isinstance(selection, slice):
         return np.arange(*selection.indices(n), dtype=np.int64)
-    if isinstance(selection, torch.Tensor):
-        selection = selection.cpu().numpy()
-    try:
-        rows = np.asarray(selection)
-    except ValueError as error:
-        raise RowIndexError(f"rows are chosen by a one-dimensional mask or list of row numbers: {error}") from error
-    if by_function:
-        _require_no_truth_values(rows, n)
+    rows = _as_array(selection)
     # Seen as unsigned, a negative number is larger than any row: the usual case costs one pass.
     if rows.dtype == np.int64 and rows.ndim == 1 and len(rows) and rows.view(np.uint64).max() < n:
         return np.array(rows, order="C")
@@ -245,10 +260,13 @@ def resolve_rows(selection: Selection, n: int, particles: Particles | None = Non
     return np.where(rows < 0, rows + n, rows)
 
 
-def _require_no_truth_values(rows: np.ndarray, n: int) -> None:
-    """Raise a ``RowIndexError`` for zeros and ones for all of n rows: row numbers, but nobody means rows 0 and 1 again and again."""
-    if n > 2 and rows.shape == (n,) and rows.dtype.kind in "iuf" and np.isin(rows, (0, 1)).all():
-        raise RowIndexError("the function gave zeros and ones, which are row numbers and no condition; compare, as in p.half_set == 1")
+def _as_array(selection: Any) -> np.ndarray:
+    if isinstance(selection, torch.Tensor):
+        selection = selection.cpu().numpy()
+    try:
+        return np.asarray(selection)
+    except ValueError as error:
+        raise RowIndexError(f"rows are chosen by a one-dimensional mask or list of row numbers: {error}") from error
 
 
 def shortest(value: Any) -> float | int:

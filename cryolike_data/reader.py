@@ -19,7 +19,7 @@ import torch
 
 from .batch import ParticleBatch
 from .dataset import ParticleDataset
-from .ring import BufferRing
+from .ring import BufferRing, rows_apart
 from .sampler import ParticleSampler
 
 log = logging.getLogger(__name__)
@@ -227,6 +227,8 @@ class Reader:
             for step in steps:  # those before the one that fails reach the consumer, and then its error does
                 self._fill([step])
             return
-        parts = [images] if len(steps) == 1 else images.split_with_sizes([len(part) for _, part in steps])
-        for (position, part), of_part in zip(steps, parts, strict=True):
+        end = 0
+        for position, part in steps:
+            start, end = end, end + len(part)
+            of_part = images if len(steps) == 1 else rows_apart(images, slice(start, end))
             self._filled.append((position, self._dataset.batch_of(part, of_part)))

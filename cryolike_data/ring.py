@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import defaultdict, deque
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -47,7 +48,8 @@ class BufferRing:
         loan = _Loan(view, self._back.append)
         loan.buffer = buffer
         self._lent[id(loan)] = loan  # a weak reference that nobody keeps calls nobody
-        return torch.from_numpy(view)
+        with outside_inference_mode():
+            return torch.from_numpy(view)
 
     def rest(self) -> None:
         """Forget the buffers that were lent first, but for as many as are kept: their memory goes with their last users."""
@@ -66,6 +68,17 @@ class BufferRing:
             loan = self._back.popleft()
             self._lent.pop(id(loan), None)
             self._free[len(loan.buffer)].append(loan.buffer)
+
+
+def outside_inference_mode() -> AbstractContextManager[object]:
+    """For what is made for batches to come: the consumer may be in that mode for this one alone."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
+def rows_apart(tensor: Tensor, rows: slice) -> Tensor:
+    """``tensor[rows]`` in the same memory, of which autograd does not know: a view would follow what is computed in place from others."""
+    with outside_inference_mode():
+        return tensor[rows].data
 
 
 class _Loan(weakref.ref[np.ndarray]):

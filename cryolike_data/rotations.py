@@ -80,7 +80,9 @@ def rotation_vectors(matrices: Tensor) -> Tensor:
     q = torch.where(q[:, :1] < 0, -q, q)  # q and -q are the same rotation; w >= 0 is the shorter way
     sine = torch.linalg.vector_norm(q[:, 1:], dim=-1)
     angle = 2 * torch.atan2(sine, q[:, 0])
-    return q[:, 1:] * torch.where(sine > 0, angle / sine, 2)[:, None]
+    turned = sine > 0
+    # No division by zero, not even one that is not used: its gradient would be NaN.
+    return q[:, 1:] * torch.where(turned, angle / torch.where(turned, sine, 1), 2)[:, None]
 
 
 def _require_rotations(matrices: Tensor) -> None:

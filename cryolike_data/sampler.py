@@ -89,11 +89,9 @@ class ParticleSampler(Sampler[list[int]]):
 
     def steps(self) -> Generator[tuple[int, np.ndarray], None, None]:
         """The same as iterating, with row numbers as arrays, and before each batch the position in the epoch after it."""
-        start, self._start = self._start, 0
-        if start == 0 < self._position and not self.left_after(self._position):
-            self.epoch += 1  # the last batch was handed out to a loop that knew it was the last and asked for no more
-        self._position = start
-        begun = self._begun = (self.epoch, start)
+        begun = self._begun = self._next()
+        self.epoch, start = begun
+        self._start, self._position = 0, start
         with LookAhead.over(self.dataset, self.lookahead) as ahead:
             for position, rows in ahead.pass_on(self._batches(start)):
                 if self._begun is begun:
@@ -111,6 +109,9 @@ class ParticleSampler(Sampler[list[int]]):
     def state_dict(self, *, step: int | None = None) -> dict[str, int]:
         """Where the job stands: ``seed``, ``epoch`` and ``position`` (particles that all ranks together have taken of the epoch).
 
+        A state that is taken after the last batch, in a loop that has not asked for more, has nothing left of its epoch: a loop that
+        resumes there is empty, and the one after it is over the next epoch.
+
         Parameters
         ----------
         step : batches of this epoch that were used, for a loader that draws ahead of what it hands out; default: all drawn
@@ -119,6 +120,11 @@ class ParticleSampler(Sampler[list[int]]):
             return {"seed": self.seed, "epoch": self.epoch, "position": self._position}
         epoch, start = self._begun
         return {"seed": self.seed, "epoch": epoch, "position": min(self._n, start + step * self._stride)}
+
+    def next_state(self) -> dict[str, int]:
+        """The state in which the next iteration starts: that of ``load_state_dict``, or the beginning of an epoch."""
+        epoch, position = self._next()
+        return {"seed": self.seed, "epoch": epoch, "position": position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from a state, at any number of ranks and any batch size."""
@@ -144,6 +150,12 @@ class ParticleSampler(Sampler[list[int]]):
         left = 0 if self.drop_last else (self._n - position) % self._stride
         own = left * (self.rank + 1) // self.world_size - left * self.rank // self.world_size
         return (self._n - position) // self._stride + (own > 0)
+
+    def _next(self) -> tuple[int, int]:
+        """Epoch and position at which the next iteration starts."""
+        # The last batch may have gone to a loop that knew it was the last and asked for no more.
+        ended = self._start == 0 < self._position and not self.left_after(self._position)
+        return (self.epoch + 1, 0) if ended else (self.epoch, self._start)
 
     @property
     def _n(self) -> int:

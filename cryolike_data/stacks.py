@@ -255,7 +255,7 @@ def open_stacks(
     ----------
     paths : the files
     mode0 : see ``cryolike_data.mrc.read_header``
-    needed : images that each file must have; the error for a header that cannot be used then names truncated files, too
+    needed : images that each file must have; the error for a header that cannot be used then names files with fewer, too
     check_headers : False reads the first header only; every file is expected to be laid out like the first and to have the images
         that are ``needed``, which is checked when it is mapped
     index_hint : what to say after the error for a file with fewer images then
@@ -275,8 +275,8 @@ def open_stacks(
         return Stacks(names, alike, check=partial(require_alike, mode0=mode0, index_hint=index_hint), headers_read=False)
 
     def amiss(number: int, header: StackHeader) -> str:
-        short = needed is not None and header.n_complete < needed[number] <= header.nz
-        return describe_shortfall(names[number], header, header.nz - 1) if short else ""
+        images = 0 if needed is None else int(needed[number])
+        return describe_shortfall(names[number], header, images - 1) if header.n_complete < images else ""
 
     headers = read_each(names, partial(read_header, mode0=mode0), "stacks", amiss=amiss)
     return Stacks(names, headers, check=partial(require_unchanged, mode0=mode0))

@@ -111,8 +111,9 @@ class ParticleStream:
         self, dataset: ParticleDataset, sampler: ParticleSampler, collate: Collate | None, device: torch.device | None, prefetch: int
     ) -> None:
         self.dataset, self.sampler, self.collate, self.device, self.prefetch = dataset, sampler, collate, device, prefetch
-        # Of what was handed out; each iteration has its own dict, so that one that was ended by another no longer moves the stream.
-        self._state = sampler.state_dict()
+        # Of what was handed out; each iteration has its own dict, so that one that was ended by another no longer moves the stream. None
+        # where it is up to the sampler what comes next.
+        self._state: dict[str, int] | None = None
         self._resume: dict[str, int] | None = None
         self._reader: Reader | UnitReader | None = None
         # Kept from epoch to epoch, because fresh memory costs as much as the reading of a batch into it.
@@ -131,7 +132,7 @@ class ParticleStream:
         # The reader runs ahead, so it draws from a sampler of its own: how far it has come must not decide which epoch is the next.
         sampler = copy.copy(self._resumed())
         self._resume = None
-        state = self._state = sampler.state_dict()
+        state = self._state = sampler.next_state()
         self.sampler.set_epoch(state["epoch"])
         left = len(sampler)
         ring = self._ring = self._ring or self._new_ring()
@@ -154,7 +155,7 @@ class ParticleStream:
             if not reader.closed:
                 if self._state is state:
                     self.sampler.set_epoch(state["epoch"] + 1)
-                    self._state = self.sampler.state_dict()
+                    self._state = None
             elif self._reader not in (None, reader):
                 raise IterationError("another iteration over this stream has begun, which ended this one; make a stream for each")
         finally:
@@ -173,8 +174,8 @@ class ParticleStream:
             self._ring = None
 
     def state_dict(self) -> dict[str, int]:
-        """Seed, epoch and position after the last batch that was handed out."""
-        return dict(self._state)
+        """Seed, epoch and position after the last batch that was handed out; where the next iteration starts, if the last one has ended."""
+        return self.sampler.next_state() if self._state is None else dict(self._state)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Let the next iteration go on from a state, whatever epoch the sampler is set to until then."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from .batch import ParticleBatch
 from .dataset import ParticleDataset
 from .reader import READERS, Steps, end_idle_threads, limit_threads, rows_of, start_reading, wait_for_end, warn_one_by_one
-from .ring import BufferRing
+from .ring import BufferRing, outside_inference_mode
 from .sampler import ParticleSampler
 
 #: Small batches go together, up to so many bytes: to start a copy and transforms takes Python about as long as the bus needs for these.
@@ -144,7 +144,8 @@ class UnitReader:
         images = self._lend(len(rows))
         copy = None
         try:
-            copy = self._dataset.reading(rows, images)
+            with outside_inference_mode():  # in which the thread is not
+                copy = self._dataset.reading(rows, images)
         except Exception as error:
             warn_one_by_one(len(steps), error)
         return _Read(steps, rows, images, copy)

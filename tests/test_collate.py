@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import uids, write_particles, write_stack
 
-from cryolike_data import Collate, Downsample, IndexedDataset, Normalize, ParticleBatch, collate
+from cryolike_data import Collate, Downsample, IndexedDataset, Normalize, ParticleBatch, collate, stream
 from cryolike_data.errors import ArgumentError
 
 N, BOX = 6, 8
@@ -101,6 +101,14 @@ def test_half_precision_is_for_the_result_and_not_for_the_computation(tmp_path: 
     cs, images = write_particles(tmp_path, N, dtype="i2")
     found = Collate(downsample=Downsample(factor=8, method="mean"), dtype=torch.float16)(items(IndexedDataset(cs))).images
     np.testing.assert_allclose(found.float().numpy().ravel(), images.mean((1, 2)), rtol=1e-2, atol=5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", np.float32, torch.int8, torch.complex64])
+def test_a_dtype_that_no_batch_can_have_is_an_error(ds: IndexedDataset, dtype: Any) -> None:
+    with pytest.raises(ArgumentError, match="dtype of a batch is a floating one"):
+        Collate(dtype=dtype)
+    with pytest.raises(ArgumentError, match="dtype of a batch is a floating one"):
+        stream(ds, dtype=dtype)
 
 
 def test_the_data_set_stays_as_it_was(ds: IndexedDataset) -> None:

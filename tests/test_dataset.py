@@ -110,6 +110,44 @@ def test_a_list_array_or_mask_gives_a_batch(ds: IndexedDataset, images: np.ndarr
     assert batch.index.tolist() == rows
 
 
+@pytest.mark.parametrize(
+    "mask", [np.int8([1, 1, 0, 1, 1]), np.uint8([0, 1, 0, 0, 0]), ~np.int64([1, 1, 0, 1, 1]), np.ones(5), [1, 0, 0, 0, 0]]
+)
+def test_zeros_and_ones_for_all_particles_are_not_taken_for_rows(tmp_path: Path, mask: Any) -> None:
+    cs, _ = write_particles(tmp_path, 5)
+    ds = IndexedDataset(cs)
+    as_tensor = torch.as_tensor(mask)
+    for choose in (
+        lambda: ds.select(mask),
+        lambda: ds.select(as_tensor),
+        lambda: ds.select(lambda particles: mask),
+        lambda: IndexedDataset(cs, select=mask),
+        lambda: ds.particles.where(lambda particles: mask),
+    ):
+        with pytest.raises(RowIndexError, match="row numbers and no condition"):
+            choose()
+    assert len(ds.select([0, 1])) == 2
+    assert len(ds.read([1, 0, 0, 1, 1])) == 5  # a batch may hold particles again
+
+
+@pytest.mark.parametrize(
+    "key",
+    [slice(None, None, -2), slice(1, 4), [4, -1, 4], np.array([True, False] * 3 + [True]), torch.tensor([2, 0]), torch.arange(N) > 2, []],
+    ids=str,
+)
+def test_a_batch_is_cut_as_a_list_or_array_is(ds: IndexedDataset, images: np.ndarray, key: Any) -> None:
+    part = ds.batch(range(N))[key]
+    rows = np.arange(N)[np.asarray(key, None if len(key) else int) if not isinstance(key, slice) else key]
+    equal(part.images, images[rows])
+    assert part.index.tolist() == rows.tolist()
+
+
+@pytest.mark.parametrize("key", [[N], np.array([True, False]), torch.tensor([-N - 1]), (0, 0.5), None, "a"], ids=str)
+def test_rows_that_a_batch_does_not_have_are_an_error_of_ours(ds: IndexedDataset, key: Any) -> None:
+    with pytest.raises(RowIndexError):
+        ds.batch(range(N))[key]
+
+
 @pytest.mark.parametrize("key", [slice(2, 5), slice(None, None, -2), slice(-3, None), slice(4, 4), slice(5, 99)])
 def test_a_slice_gives_a_smaller_data_set(ds: IndexedDataset, images: np.ndarray, key: slice) -> None:
     part = ds[key]

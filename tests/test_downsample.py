@@ -61,6 +61,15 @@ def test_products_with_matrices_keep_single_precision():
     np.testing.assert_allclose(found.numpy(), slow_crop(images.numpy(), 64), atol=3e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_with_matrices_keep_single_precision_in_a_program_that_computes_in_less(dtype):
+    images = noise(4, 128, 128).float() * 1e5
+    expected = crop_by_products(images, 64)
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(crop_by_products(images, 64), expected)
+        assert torch.is_autocast_enabled("cpu")
+
+
 @pytest.mark.parametrize(("source", "box"), SIZES)
 def test_a_constant_stays_the_same_constant(source, box):
     torch.testing.assert_close(crop_fourier(torch.full((source, source), 2.5), box), torch.full((box, box), 2.5), rtol=1e-6, atol=0)

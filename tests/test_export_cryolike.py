@@ -667,12 +667,15 @@ def test_a_stopped_conversion_is_continued(tmp_path, skip_exist):
     assert {path: path.stat().st_ino for path in before} == before
 
 
-def test_a_finished_conversion_is_an_error_and_stays_as_it_is(tmp_path):
+def test_a_finished_conversion_is_an_error_and_stays_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     path = write_particles(tmp_path, numbered_images(6, BOX))
     convert_all(path, tmp_path / "out")
     before = contents(tmp_path)
-    with pytest.raises(ExportExistsError, match=r"export\.json.*skip_exist=True.*overwrite=True"):
-        convert_all(path, tmp_path / "out")
+    (entry,) = (entry for entry in os.scandir(tmp_path) if entry.name == "out")
+    for folder in (tmp_path / "out", "~/out", entry):
+        with pytest.raises(ExportExistsError, match=r"export\.json.*skip_exist=True.*overwrite=True"):
+            convert_all(path, folder)
     assert contents(tmp_path) == before
 
 

@@ -302,7 +302,7 @@ def test_a_pixel_size_that_cannot_be_is_an_error(tmp_path: Path, given: Any) -> 
 
 @pytest.mark.parametrize(
     "stated",
-    [None, column(0), column(-1), column(np.nan), column(np.inf), np.float32([0, 2, 2, 2, 2, 2])],
+    [None, column(0), column(-1), column(np.nan), column(np.inf), np.float32([0, 1.7, 1.7, 1.7, 1.7, 1.7])],
     ids=["absent", "zero", "negative", "nan", "infinite", "zero in one row"],
 )
 def test_the_header_gives_the_pixel_size_where_the_table_does_not(tmp_path: Path, stated: np.ndarray | None) -> None:
@@ -310,6 +310,23 @@ def test_the_header_gives_the_pixel_size_where_the_table_does_not(tmp_path: Path
     stack = tmp_path / "J1/extract/stack_0.mrc"
     write_stack(stack, numbered_images(N, 8), pixel_size=1.7)
     assert IndexedDataset(cs).pixel_size == pytest.approx(1.7)
+
+
+def test_rows_without_a_pixel_size_leave_that_of_the_others_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cs, _ = write_particles(tmp_path, N, stacks=1, blob__psize_A=np.float32([2, 2, 2, 2, 0, 0]))
+    stack = tmp_path / "J1/extract/stack_0.mrc"
+    write_stack(stack, numbered_images(N, 8), pixel_size=1.7)
+    assert IndexedDataset(cs, select=slice(0, 4)).pixel_size == 2
+    assert "no size in 2 of 6 rows" in caplog.text
+    with pytest.raises(MixedParticlesError, match=r"1\.7: 2 particles(.|\n)*2\.0: 4 particles"):
+        IndexedDataset(cs)
+    write_stack(stack, numbered_images(N, 8), pixel_size=0)
+    assert IndexedDataset(cs, select=slice(0, 4)).pixel_size == 2
+    with pytest.raises(TableError, match=r"of 2 of 6 particles is not known(.|\n)*select="):
+        IndexedDataset(cs)
+    caplog.clear()
+    assert IndexedDataset(cs, pixel_size=2).pixel_size == 2
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("header", [0.0, 1.0])
@@ -610,6 +627,23 @@ def test_a_box_that_was_never_looked_at_is_said_to_be_expected(tmp_path: Path) -
     cs = write_table(cs, **with_shapes, blob__shape=shapes)
     with pytest.raises(StackError, match=r"12\.mrc is expected to hold, as the first stack does, images of 8 x 8 .*check_headers=True"):
         IndexedDataset(cs, check_headers=False)
+
+
+def test_half_sets_need_not_lie_beside_the_poses(tmp_path: Path) -> None:
+    half_sets = np.arange(N, dtype="u4") % 2
+    particles = IndexedDataset(write_particles(tmp_path, N, alignments3D__split=half_sets, alignments2D__pose=column(0.5))[0]).particles
+    assert particles.half_set is not None
+    assert particles.half_set.tolist() == half_sets.tolist()
+    np.testing.assert_array_equal(particles.pose, np.float32([[0, 0, 0.5]] * N))
+
+
+def test_headers_that_cannot_be_used_and_images_out_of_range_are_one_error(tmp_path: Path) -> None:
+    cs, _ = write_particles(tmp_path, N, stacks=3)
+    stacks = [tmp_path / f"J1/extract/stack_{k}.mrc" for k in range(3)]
+    stacks[0].write_bytes(b"no stack" * 200)
+    write_stack(stacks[1], numbered_images(1, 8))
+    with pytest.raises(StackError, match=r"stack_0\.mrc(.|\n)*stack_1\.mrc has 1 images, .* and image 1 is asked for"):
+        IndexedDataset(cs)
 
 
 @pytest.mark.parametrize("slot", ["alignments3D", "alignments2D"])

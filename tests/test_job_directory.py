@@ -406,6 +406,15 @@ def test_pairing_by_uid_does_not_need_as_many_rows_as_images(tmp_path: Path) -> 
     same_images(JobDirectoryDataset(tmp_path, 4, pairing="uid", unmatched="drop"), images[np.argsort(MIXED)][:5])
 
 
+@pytest.mark.parametrize("pairing", ["sequence", "uid"])
+@pytest.mark.parametrize("unmatched", ["Error", "raise", None])
+def test_rows_without_a_partner_are_left_out_for_nothing_but_drop(tmp_path: Path, pairing: Any, unmatched: Any) -> None:
+    job, _ = write_job(tmp_path, 4, COUNTS)
+    write_record(job, np.arange(N))
+    with pytest.raises(ArgumentError, match=r'unmatched is "error" or "drop"'):
+        JobDirectoryDataset(tmp_path, 4, pairing=pairing, unmatched=unmatched)
+
+
 @pytest.mark.parametrize("digits", [1, 6])
 @pytest.mark.parametrize("suffix", [".mrc", ".mrcs"])
 def test_pairing_by_uid_finds_stacks_by_their_number_whatever_its_padding(tmp_path: Path, digits: int, suffix: str) -> None:

@@ -169,6 +169,15 @@ def test_data_sets_that_cannot_share_a_batch_are_an_error_that_tells_how_they_di
     assert all(text in str(caught.value) for text in said)
 
 
+@pytest.mark.parametrize("other", [1.0350049, 1.0350149])
+def test_data_sets_whose_pixel_sizes_differ_by_rounding_share_batches(
+    ds: IndexedDataset, written: tuple[Path, np.ndarray], other: float
+) -> None:
+    parts = [IndexedDataset(written[0], pixel_size=size) for size in (1.0350051, other)]
+    (batch,) = DataLoader(ConcatDataset(parts), batch_size=2 * N)
+    assert (len(batch), batch.pixel_size) == (2 * N, 1.0350051)
+
+
 # Worker processes
 
 

@@ -40,6 +40,7 @@ from cryolike_data.errors import StackError
 from cryolike_data.likelihood import Templates, displacement_grid, integrated_log_likelihood, stream_likelihood
 from cryolike_data.on_device import UNITS_AHEAD, lanes_of
 from cryolike_data.polar_batch import polar_ctf
+from cryolike_data.precision import full_precision
 from cryolike_data.stream import ParticleStream
 from cryolike_data.transforms import normalize_polar, to_polar, to_polar_exact
 
@@ -218,6 +219,37 @@ def test_the_likelihood_takes_no_shortcuts_however_they_were_asked_for(
 # Streams: in place of those of CUDA there is a queue, whose copies are done as late as can be
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="this torch has one way to ask for TF32")
+def test_one_thread_takes_no_shortcuts_after_another_is_done() -> None:
+    products: Any = torch.backends.cuda.matmul
+    before, found = products.fp32_precision, []
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+
+    def first() -> None:
+        with full_precision(torch.device("cpu")):
+            first_in.set()
+            assert second_in.wait(10)
+        first_out.set()
+
+    def second() -> None:
+        assert first_in.wait(10)
+        with full_precision(torch.device("cpu")):
+            second_in.set()
+            assert first_out.wait(10)
+            found.append(products.fp32_precision)
+
+    threads = [threading.Thread(target=work) for work in (first, second)]
+    products.fp32_precision = "tf32"
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (found, products.fp32_precision) == (["ieee"], "tf32")
+    finally:
+        products.fp32_precision = before
+
+
 @pytest.fixture
 def queues(monkeypatch: pytest.MonkeyPatch) -> Queues:
     """``stream`` takes the other device for CUDA while it exists; finufft stands in for cufinufft."""
@@ -389,6 +421,35 @@ def test_columns_are_those_of_each_batch_whoever_asks_first(
         # Units are of four batches here: the first that asks moves the columns, and the others wait for its stream.
         first = asked[-1 - 3]
         assert [queue.waited_for for queue in asked[-4:]] == [[], [first], [first], [first]]
+
+
+@pytest.mark.parametrize("options", [{}, {"downsample": Downsample(box=16)}, {"polar": GRID}], ids=str)
+def test_batches_of_one_unit_are_nothing_to_each_other_for_autograd(
+    particles: IndexedDataset, queues: Queues, options: dict[str, Any]
+) -> None:
+    gain = torch.nn.Parameter(torch.ones(()))
+    with queues():
+        held = list(stream(particles, batch_size=8, device=OTHER, **options))
+        first, second, *_ = held
+        for computed in (first.images, first.ctf.defocus_u, *([first.fourier, first.polar_ctf] if "polar" in options else [])):
+            computed.mul_(gain.to(OTHER))
+        assert [batch.images.requires_grad for batch in held] == [True] + [False] * (len(held) - 1)
+        assert not second.ctf.defocus_u.requires_grad
+        second.images.add_(1)
+
+
+@pytest.mark.parametrize("options", [{}, {"downsample": Downsample(box=16)}, {"polar": GRID}], ids=str)
+def test_a_batch_taken_in_inference_mode_leaves_its_unit_to_autograd(
+    particles: IndexedDataset, queues: Queues, options: dict[str, Any]
+) -> None:
+    with queues():
+        batches = iter(stream(particles, batch_size=8, device=OTHER, **options))
+        with torch.inference_mode():
+            first = next(batches)
+            assert first.pose is not None
+        for batch in batches:
+            assert not batch.images.is_inference()
+            assert not batch.ctf.defocus_u.is_inference()
 
 
 def test_no_column_is_moved_that_nobody_asks_for(particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch) -> None:

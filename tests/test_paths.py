@@ -265,3 +265,21 @@ def test_spaces_at_the_end_of_a_path_can_be_seen_in_the_error(table: Path) -> No
 def test_a_path_that_no_file_can_have_is_missing_like_any_other(table: Path, name: str) -> None:
     with pytest.raises(MissingStackError, match="1 of 1 stacks"):
         resolve(name, table)
+
+
+def test_a_folder_that_cannot_be_listed_is_asked_file_by_file(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As shared folders are that may be searched and not read (mode 711): what can be read there comes before what lies elsewhere.
+    names = [f"J1/extract/s{k}.mrc" for k in range(40)]
+    here, project = Path.cwd(), table.parents[1]
+    touch(*(here / name for name in names), *(project / name for name in names[:-1]))
+    listed = os.scandir
+
+    def scandir(folder: str) -> object:
+        if folder.startswith(str(here)):
+            raise PermissionError(13, "Permission denied", folder)
+        return listed(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert resolve(names, table) == [here / name for name in names]
+    (here / names[3]).unlink()
+    assert resolve(names, table)[2:5] == [here / names[2], project / names[3], here / names[4]]

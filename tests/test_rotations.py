@@ -84,6 +84,12 @@ def test_the_opposite_vector_is_the_inverse_rotation(vector: np.ndarray) -> None
     np.testing.assert_allclose(there @ back, np.eye(3), rtol=0, atol=1e-14)
 
 
+def test_gradients_pass_through_no_turn_at_all() -> None:
+    vectors = torch.tensor([[0.0, 0, 0], [0.1, 0.2, 0.3]], dtype=torch.float64, requires_grad=True)
+    rotation_vectors(rotation_matrices(vectors)).sum().backward()
+    torch.testing.assert_close(vectors.grad, torch.ones_like(vectors))
+
+
 def test_rows_are_turned_each_by_itself() -> None:
     vectors = np.random.default_rng(0).normal(size=(500, 3)) * 2
     matrices = rotation_matrices(tensor(vectors))

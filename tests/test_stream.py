@@ -651,6 +651,57 @@ def test_the_state_after_an_epoch_is_the_start_of_the_next(ds: IndexedDataset) -
     assert rows_of(list(resumed)) == loader.sampler.rows(np.arange(N), 1).tolist()
 
 
+@pytest.mark.parametrize("before", ["a whole epoch", "some batches"])
+def test_what_a_sampler_did_in_another_loop_is_known_to_the_stream_and_its_state(ds: IndexedDataset, before: str) -> None:
+    sampler = ParticleSampler(ds, 7, seed=3)
+    for _ in itertools.islice(sampler, len(sampler) if before == "a whole epoch" else 2):
+        pass
+    epoch = 1 if before == "a whole epoch" else 0
+    loader = stream(ds, sampler=sampler)
+    assert loader.state_dict() == {"seed": 3, "epoch": epoch, "position": 0}
+    seen, state = [], {}
+    for k, batch in enumerate(loader):
+        seen.extend(batch.index.tolist())
+        if k == 1:
+            state = loader.state_dict()
+    assert seen == sampler.rows(np.arange(N), epoch).tolist()
+    resumed = stream(ds, batch_size=7, shuffle=True)
+    resumed.load_state_dict(state)
+    assert rows_of(list(resumed)) == seen[14:]
+    assert rows_of(list(loader)) == sampler.rows(np.arange(N), epoch + 1).tolist()
+
+
+def test_the_state_before_the_first_batch_is_that_of_the_epoch_that_was_asked_for(ds: IndexedDataset) -> None:
+    loader = stream(ds, batch_size=7)
+    loader.sampler.set_epoch(7)
+    assert loader.state_dict() == {"seed": 0, "epoch": 7, "position": 0}
+
+
+def test_batches_that_share_a_buffer_are_nothing_to_each_other_for_autograd(ds: IndexedDataset) -> None:
+    gain = torch.nn.Parameter(torch.ones(()))
+    loss = torch.zeros(())
+    for batch in stream(ds, batch_size=7):
+        batch.images.add_(1)
+        loss = loss + (batch.images * gain).mean()
+    loss.backward()
+    first, *others = stream(ds, batch_size=7)
+    first.images.mul_(gain)
+    assert not any(batch.images.requires_grad for batch in others)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.float32}], ids=str)
+def test_the_mode_in_which_one_batch_is_taken_is_not_that_of_the_others(
+    ds: IndexedDataset, mode: Callable[[], Any], options: dict[str, Any]
+) -> None:
+    batches = iter(stream(ds, batch_size=7, **options))
+    with mode():
+        next(batches)
+    gain = torch.nn.Parameter(torch.ones(()))
+    (next(batches).images.mul_(gain)).sum().backward()
+    assert gain.grad is not None
+
+
 def test_epochs_follow_each_other_as_the_sampler_says(ds: IndexedDataset) -> None:
     loader = stream(ds, batch_size=7, shuffle=True)
     for epoch in range(3):

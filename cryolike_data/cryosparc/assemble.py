@@ -122,22 +122,24 @@ def _wrong_shapes(pool: Stacks, file: np.ndarray, used: np.ndarray, table: Table
 
 
 def _pixel_sizes(table: Table, pool: Stacks, file: np.ndarray, argument: Any) -> np.ndarray:
-    """The argument, else blob/psize_A, else the MRC headers where plausible."""
+    """The argument, else blob/psize_A, else (row by row) the MRC headers where plausible; NaN where none says it."""
     stated = table.get("blob/psize_A")
-    if stated is not None and not (once(stated).min() > 0 and once(stated).max() < np.inf):
-        log.warning("blob/psize_A of %s is not positive everywhere and is not used.", table.path)
-        stated = None
+    known = np.zeros(0, bool) if stated is None else (once(stated) > 0) & (once(stated) < np.inf)
     if argument is not None:
         given = square_pixel_size(argument)
-        if stated is not None and not np.allclose(once(stated), given, rtol=1e-3):
-            log.warning("pixel_size=%g is used; %s says %s in blob/psize_A.", given, table.path, shortest(stated[0]))
+        if stated is not None and not np.allclose(others := once(stated)[known], given, rtol=1e-3):
+            log.warning("pixel_size=%g is used; %s says %s in blob/psize_A.", given, table.path, shortest(others[0]))
         return np.full(len(table), given)
-    if stated is not None:
+    if stated is not None and known.all():
         return one_value_once(stated)
-    sizes = [header.pixel_size for header in pool.headers]
-    if all(sizes[number] is not None for number in np.flatnonzero(np.bincount(file)).tolist()):
-        log.info("The pixel size is taken from the MRC headers (%s A).", shortest(np.float32(sizes[int(file[0])] or 0)))
-        return _spread(np.array([np.nan if size is None else size for size in sizes], np.float32), file)
-    raise TableError(
-        f"The pixel size is not known: {table.path} has no blob/psize_A and the MRC headers do not say. Pass pixel_size= in angstrom."
-    )
+    of_header = np.array([np.nan if header.pixel_size is None else header.pixel_size for header in pool.headers], np.float32)
+    sizes = _spread(of_header, file)
+    if stated is not None:
+        known = np.broadcast_to(known, len(table))
+        log.warning(
+            "blob/psize_A of %s is no size in %d of %d rows; there the MRC headers are asked.", table.path, (~known).sum(), len(table)
+        )
+        return np.where(known, stated, sizes)
+    if not np.isnan(sizes[0]):
+        log.info("The pixel size is taken from the MRC headers (%s A).", shortest(sizes[0]))
+    return sizes

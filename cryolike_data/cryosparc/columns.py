@@ -85,7 +85,7 @@ def detail_names(table: Table) -> list[str]:
         "ctf": not _USED_CTF.isdisjoint(table.fields),
         "pose": f"{slot}/pose" in table,
         "shift_A": f"{slot}/shift" in table,
-        "half_set": f"{slot}/split" in table,
+        "half_set": _half_sets(table) is not None,
     }
     return ["row", "uid", *(name for name, present in found.items() if present)]
 
@@ -131,9 +131,13 @@ class Details:
 
 
 def _alignment(table: Table) -> str | None:
-    """The slot with poses; without any, the first that has something else of use."""
-    fields = ("pose", "shift", "split")
-    return next((slot for field in fields for slot in _ALIGNMENTS if f"{slot}/{field}" in table), None)
+    """The slot with poses; without any, the first that has shifts."""
+    return next((slot for field in ("pose", "shift") for slot in _ALIGNMENTS if f"{slot}/{field}" in table), None)
+
+
+def _half_sets(table: Table) -> str | None:
+    """The column of the half sets, which need not lie beside the poses."""
+    return next((name for slot in _ALIGNMENTS if (name := f"{slot}/split") in table), None)
 
 
 def _read_ctf(table: Table) -> Ctf[np.ndarray] | None:
@@ -146,13 +150,11 @@ def _read_ctf(table: Table) -> Ctf[np.ndarray] | None:
 
 
 def _read_pose(table: Table, *, shifts: bool) -> dict[str, np.ndarray]:
-    """Whichever of ``pose``, ``shift_A`` and ``half_set`` the table holds, from alignments3D, else from alignments2D.
+    """Whichever of ``pose``, ``shift_A`` and ``half_set`` the table holds, the first two in alignments3D, else in alignments2D.
 
     A shift is in pixels of the alignment's own pixel size (``alignments3D/psize_A``), which may differ from the image's.
     """
     slot = _alignment(table)
-    if slot is None:
-        return {}
     found: dict[str, np.ndarray] = {}
     if f"{slot}/pose" in table:
         pose = table.pop(f"{slot}/pose").astype(np.float32, copy=False)
@@ -160,8 +162,8 @@ def _read_pose(table: Table, *, shifts: bool) -> dict[str, np.ndarray]:
     shift, unit = (table.pop(name) if name in table else None for name in (f"{slot}/shift", f"{slot}/psize_A"))
     if shift is not None and unit is not None and shifts:
         found["shift_A"] = shift.astype(np.float32, copy=False) * unit.astype(np.float32)[:, None]
-    if f"{slot}/split" in table:
-        found["half_set"] = table.pop(f"{slot}/split").astype(np.int64)
+    if (half_sets := _half_sets(table)) is not None:
+        found["half_set"] = table.pop(half_sets).astype(np.int64)
     return found
 
 

@@ -20,7 +20,18 @@ from ..particles import Selection
 from ..stacks import Stacks, images_needed, open_stacks
 from .assemble import assemble
 from .columns import image_numbers, require_known_columns, says_where
-from .join import Unmatched, csg_results, find_metafile, join_tables, match_uids, side_by_side, take_rows, take_slots, usable_uid
+from .join import (
+    Unmatched,
+    csg_results,
+    find_metafile,
+    join_tables,
+    match_uids,
+    require_unmatched,
+    side_by_side,
+    take_rows,
+    take_slots,
+    usable_uid,
+)
 from .paths import resolve_paths, unique_paths
 from .table import Table, read_table
 
@@ -73,6 +84,7 @@ class JobDirectoryDataset(ParticleDataset):
     ) -> None:
         if pairing not in ("sequence", "uid"):
             raise ArgumentError(f'pairing is "sequence" or "uid", not {pairing!r}')
+        require_unmatched(unmatched)
         require_mode0(mode0)
         if isinstance(job_number, str):
             raise ArgumentError(f"job_number is the number in the name of the job folder, such as 4 of J4, not {job_number!r}")

@@ -47,13 +47,18 @@ def load_table(
     PairingError
         if tables that are to be joined do not hold the same particles
     """
-    if unmatched not in ("error", "drop"):
-        raise ArgumentError(f'unmatched is "error" or "drop", not {unmatched!r}')
+    require_unmatched(unmatched)
     extra = [] if passthrough is None else [passthrough] if isinstance(passthrough, str | os.PathLike) else list(passthrough)
     table = _read_any(path, unmatched)
     for other in extra:
         table = join_tables(table, _read_any(other, unmatched), unmatched=unmatched)
     return table
+
+
+def require_unmatched(unmatched: object) -> None:
+    """Raise an ``ArgumentError`` for anything but "error" and "drop"."""
+    if unmatched not in ("error", "drop"):
+        raise ArgumentError(f'unmatched is "error" or "drop", not {unmatched!r}')
 
 
 def join_tables(table: Table, other: Table, *, unmatched: Unmatched = "error") -> Table:

@@ -145,24 +145,27 @@ class _Folders:
 
     def __init__(self) -> None:
         self._asked: dict[str, int] = {}
-        self._files: dict[str, set[str]] = {}
+        self._files: dict[str, set[str] | None] = {}  # None for a folder that cannot be listed, though its files may be read
 
     def which(self, folder: str, names: Collection[str]) -> set[str]:
         """Names among which are those of the given ones that are files (or links to one) in a folder, whose path ends with a slash."""
         if folder not in self._files:
             self._asked[folder] = self._asked.get(folder, 0) + len(names)
-            if self._asked[folder] <= _FEW:
-                return {name for name in names if name and _is_file(folder + name)}
-            self._files[folder] = _list_files(folder)
-        return self._files[folder]
+            if self._asked[folder] > _FEW:
+                self._files[folder] = _list_files(folder)
+        listed = self._files.get(folder)
+        return {name for name in names if name and _is_file(folder + name)} if listed is None else listed
 
 
-def _list_files(folder: str) -> set[str]:
+def _list_files(folder: str) -> set[str] | None:
+    """The files of a folder; None if it cannot be listed."""
     try:
         with os.scandir(folder) as listed:
             entries = list(listed)
-    except (OSError, ValueError):  # not there, no permission, a name that no folder can have: _explain says so
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # not there, or a name that no folder can have
         return set()
+    except OSError:
+        return None
     try:
         return {entry.name for entry in entries if entry.is_file()}
     except OSError:  # a link among them cannot be followed

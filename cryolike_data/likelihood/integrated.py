@@ -96,7 +96,7 @@ def begin_comparison(
     priors = on(templates.log_weights, batch.device)
     images = _Images.of(batch)
     found = _Found.nothing(len(batch), len(templates), images)
-    with nullcontext() if images.on_cpu else full_precision():
+    with nullcontext() if images.on_cpu else full_precision(batch.device):
         for step in _steps(images, templates, tried, _MEMORY_BYTES[images.on_cpu] if memory_bytes is None else int(memory_bytes)):
             found.add(step, *images.compare(step))
     cuda = batch.images.is_cuda

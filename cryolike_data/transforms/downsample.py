@@ -258,7 +258,7 @@ def crop_by_products(images: Tensor, box: int) -> Tensor:
     real part of a X a^T, which is Re a X Re a^T - Im a X Im a^T; for an odd box a is real.
     """
     along_x, along_y = _crop_matrices(images.shape[-1], box, computing_dtype(images.dtype), images.device)
-    with full_precision():
+    with full_precision(images.device):
         rows = torch.mm(images.to(along_x.dtype).reshape(-1, len(along_x)), along_x)
         return torch.bmm(along_y.expand(len(images), -1, -1), rows.view(len(images), -1, box))
 
