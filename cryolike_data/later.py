@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from .ctf import Ctf
 from .errors import CryolikeDataError
@@ -37,7 +39,7 @@ class Later:
 
     def __getitem__(self, name: str) -> Any:
         if self._columns is None:
-            self._columns = self._read(self._rows)
+            self._columns = _not_compiled(self._read)(self._rows)
             _WAITING.discard(self)
         return self._columns.get(name)
 
@@ -55,6 +57,14 @@ class Later:
 
     def __reduce__(self) -> tuple[Callable[..., Later], tuple[Any, ...]]:
         return partial(Later, by_rows=self.by_rows), (self._read, self._rows)
+
+
+def _not_compiled(read: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, into which ``torch.compile`` does not follow a program: of NumPy's records it knows nothing."""
+    if "torch._dynamo" not in sys.modules:
+        return read
+    apart: Callable[..., Any] = torch.compiler.disable(read)  # type: ignore[no-untyped-call]
+    return apart
 
 
 _WAITING: weakref.WeakSet[Later] = weakref.WeakSet()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from support import ctf_columns, mapped_files, open_files, run_python, uids, write_particles, write_stack, write_table
 
 import cryolike_data.particles
@@ -229,3 +230,11 @@ def test_columns_that_were_read_do_not_travel_in_a_pickle(tmp_path: Path) -> Non
     assert after.keys() == before.keys()
     for name, column in before.items():
         np.testing.assert_array_equal(after[name], column)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_step_may_be_the_first_to_ask(cs: Path, backend: str) -> None:
+    batch = IndexedDataset(cs).batch(range(8))
+    step = torch.compile(lambda of: of.images.mean() * of.ctf.defocus_u.mean() + of.pose.sum(), backend=backend)
+    found = step(batch)
+    torch.testing.assert_close(found, batch.images.mean() * batch.ctf.defocus_u.mean() + batch.pose.sum())
