@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:
         options.command(options)
-        sys.stdout.flush()
+        print(end="", flush=True)  # there is no sys.stdout to be flushed where it was closed
     except KeyboardInterrupt:
         print(f"cryolike-data: stopped{options.how_to_go_on}", file=sys.stderr)
         return 130
@@ -103,7 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="how fast these images can be had here, and what holds them up")
     add_source(bench)
     bench.add_argument("--batch-size", type=int, default=256, help="particles per batch (default: 256)")
-    bench.add_argument("--gigabytes", type=float, default=1.0, help="how much to read at the most (default: 1)")
+    bench.add_argument(
+        "--gigabytes", type=float, default=1.0, help="how much of the images to use at the most; it is read several times (default: 1)"
+    )
     bench.add_argument("--no-cold", action="store_true", help="leave out reading from the disk")
     bench.set_defaults(command=_bench)
 

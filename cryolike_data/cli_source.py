@@ -11,7 +11,9 @@ import numpy as np
 
 from .cryosparc import IndexedDataset, JobDirectoryDataset
 from .cryosparc.columns import CTF_FIELDS
+from .cryosparc.job_directory import read_passthrough
 from .cryosparc.join import load_table
+from .cryosparc.table import Table
 from .dataset import ParticleDataset
 from .errors import ArgumentError
 from .particles import Particles, Selection
@@ -40,12 +42,13 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
 def _location(text: str) -> Path | str:
     """A path, or a URL as it is."""
-    return text if "://" in text else Path(text)
+    return text if "://" in text else Path(text).expanduser()
 
 
 def refuse(options: argparse.Namespace, names: Sequence[str], what: str) -> None:
     """Raise an ``ArgumentError`` if one of these options was given."""
-    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) not in (None, False)]
+    # Not by equality: 0 is a value, and equal to False.
+    given = [f"--{name.replace('_', '-')}" for name in names if (value := getattr(options, name)) is not None and value is not False]
     if given:
         raise ArgumentError(f"{', '.join(given)} has no meaning for {what}.")
 
@@ -84,7 +87,7 @@ def _selection(options: argparse.Namespace) -> Selection:
         asked["where"] = [f"{CTF_FIELDS['exposure_group']} == {options.group}", *options.where]
     if all(option in (None, []) for option in asked.values()):
         return None
-    table = load_table(options.file, passthrough=options.passthrough) if isinstance(options.file, Path) and options.file.is_file() else None
+    table = _table(options)
 
     def column(name: str, particles: Particles) -> np.ndarray:
         if table is not None and name in table:
@@ -98,3 +101,12 @@ def _selection(options: argparse.Namespace) -> Selection:
         return known[name]
 
     return lambda particles: choose(particles, column=partial(column, particles=particles), **asked)
+
+
+def _table(options: argparse.Namespace) -> Table | None:
+    """The table whose rows the particles are; a store has none."""
+    if not isinstance(options.file, Path):
+        return None
+    if options.job is not None:
+        return read_passthrough(options.file.absolute() / f"J{options.job}", options.job)
+    return load_table(options.file, passthrough=options.passthrough) if options.file.is_file() else None

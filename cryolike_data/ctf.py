@@ -165,7 +165,7 @@ def ctf_values(ctf: Ctf[Tensor] | Ctf[np.ndarray], frequency: Tensor, angle_rad:
     So the common sign of the odd terms is RELION's and not confirmed for CryoSPARC's tables; ``.conj()`` of the result has the other.
     """
     asked = require_terms(terms)
-    ctf = ctf.map(lambda values: torch.from_numpy(np.array(values)) if isinstance(values, np.ndarray) else values)
+    ctf = ctf.map(lambda values: torch.from_numpy(np.array(values)) if isinstance(values, np.ndarray | np.generic) else values)
     columns = require_optics(ctf, asked)
     if columns[0].ndim == 0:  # of a single particle
         columns = [values[None] for values in columns]

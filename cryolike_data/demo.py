@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -33,12 +32,15 @@ from ._demo_files import (
     write_mrc,
 )
 from .ctf import Ctf, ctf_values, half_plane
-from .errors import ArgumentError, ExportExistsError, RowIndexError
+from .errors import ArgumentError, ExportExistsError
+from .files import unfinished, whole_folder
+from .particles import Selection, resolve_rows
 from .rotations import rotation_matrices
 from .transforms.downsample import crop_fourier
 
 #: Of a project with as many stacks as there are by default.
 LEAST_PARTICLES = 10
+_PARTS = ("J1", "J3", "J4", "J5", "volume.mrc", "truth.npz")
 _CTF_COLUMNS = {  # field of Ctf: column of the table
     "voltage_kv": "ctf/accel_kv",
     "spherical_aberration_mm": "ctf/cs_mm",
@@ -92,7 +94,7 @@ def write_project(
 
     Parameters
     ----------
-    folder : where to write; made whole beside its place, then renamed into it
+    folder : where to write; a new one is made whole beside its place, and one that is there is filled at the end
     n_particles : rows of J3's table, at least 2 * n_stacks; the stacks hold a tenth more images of which no table speaks
     box : box size in pixels, at least 16, odd or even
     pixel_size : angstrom
@@ -101,7 +103,7 @@ def write_project(
         which is 1
     n_stacks : number of stacks in J1, at least 2, of falling size; the last has a single image
     dtype : pixel type of the stacks, "float32" or "float16"
-    overwrite : replace a demo project that is there; other folders with something in them are never replaced
+    overwrite : replace a demo project that is there; into other folders with something in them nothing is ever written
 
     Raises
     ------
@@ -113,14 +115,8 @@ def write_project(
     _check_arguments(n_particles, box, pixel_size, seed, snr, n_stacks, dtype)
     place = Path(folder).expanduser().resolve()
     _check_place(place, overwrite)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-") as scratch:
-        project = Path(scratch, "new")
-        project.mkdir()
+    with whole_folder(place, _PARTS) as project:
         _write_into(project, n_particles, box, pixel_size, seed, snr, n_stacks, dtype)
-        if place.exists():
-            os.replace(place, Path(scratch, "old"))
-        os.replace(project, place)
     return _project(place)
 
 
@@ -148,24 +144,27 @@ def project_model(truth: Mapping[str, Any], rotvecs: Any, shifts_A: Any, box: in
     return torch.einsum("bky,bkx->byx", y * along_z[:, None], x).float()
 
 
-def clean_images(project: DemoProject | str | os.PathLike[str], rows: Sequence[int] | NDArray[np.integer[Any]]) -> Tensor:
+def clean_images(project: DemoProject | str | os.PathLike[str], rows: Selection) -> Tensor:
     """The stored images of some particles without their noise: CTF, sign and scale are those of the stored ones.
 
     Parameters
     ----------
     project : a ``DemoProject``, its folder, or its ``truth.npz``
-    rows : rows of J3's table
+    rows : rows of J3's table: row numbers (negative ones count from the end), a mask or a slice
 
     Returns
     -------
-    (len(rows), box, box) float32 tensor
+    (B, box, box) float32 tensor, in the order of ``rows``
+
+    Raises
+    ------
+    RowIndexError
+        if a row is out of range
     """
     path = project.truth if isinstance(project, DemoProject) else Path(project).expanduser()
     with np.load(path / "truth.npz" if path.is_dir() else path, allow_pickle=False) as file:
         truth = dict(file)
-    chosen, n = np.asarray(rows, np.int64).reshape(-1), len(truth["uid"])
-    if np.any((chosen < 0) | (chosen >= n)):
-        raise RowIndexError(f"rows must lie in 0 to {n - 1}, the table's length is {n}")
+    chosen = resolve_rows(rows, len(truth["uid"]))
     images = torch.empty(len(chosen), int(truth["box"]), int(truth["box"]), device="cpu")
     for part in chunks_of(len(chosen), images.shape[-1]):
         images[part] = _clean(truth, chosen[part])
@@ -183,6 +182,7 @@ def _check_arguments(n_particles: int, box: int, pixel_size: float, seed: int, s
         (n_particles >= 2 * n_stacks, f"n_particles must be at least 2 * n_stacks = {2 * n_stacks}, not {n_particles}"),
         (box >= 16, f"box must be at least 16, not {box}"),
         (0 < pixel_size < math.inf, f"pixel_size must be positive, not {pixel_size}"),
+        (abs(pixel_size * box - box // 2) > 1e-5 * box, f"pixel_size={pixel_size} gives J5 one of 1 A, which in a header means: not known"),
         (0 < snr < math.inf, f"snr must be positive, not {snr}"),
         (seed >= 0, f"seed must not be negative, not {seed}"),
         (dtype in MRC_MODES, f"dtype must be one of {', '.join(MRC_MODES)}, not {dtype!r}"),
@@ -192,13 +192,12 @@ def _check_arguments(n_particles: int, box: int, pixel_size: float, seed: int, s
 
 
 def _check_place(place: Path, overwrite: bool) -> None:
-    """Raise unless the place is free, an empty folder, or a demo project that may be replaced."""
-    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
-        return
-    if not (_project(place).truth.is_file() and _project(place).indexed.is_file()):
+    """Raise unless the place is free, an empty folder, what a run that was killed has left, or a demo project that may be replaced."""
+    if _project(place).truth.is_file() and _project(place).indexed.is_file():
+        if not overwrite:
+            raise ExportExistsError(f"{place} holds a demo project already; pass overwrite=True to replace it.")
+    elif place.exists() and not (place.is_dir() and (unfinished(place) or not any(place.iterdir()))):
         raise ExportExistsError(f"{place} holds something that is not a demo project; choose another folder.")
-    if not overwrite:
-        raise ExportExistsError(f"{place} holds a demo project already; pass overwrite=True to replace it.")
 
 
 def _write_into(folder: Path, n: int, box: int, pixel_size: float, seed: int, snr: float, n_stacks: int, dtype: str) -> None:

@@ -46,7 +46,7 @@ def diagnose(dataset: ParticleDataset, *, batch_size: int = 256, max_bytes: int 
     ----------
     dataset : the particles; they are read, nothing is written
     batch_size : particles per batch
-    max_bytes : how many bytes of images to use at the most
+    max_bytes : how many bytes of images to use at the most: those of a few whole files, and not a few of each file
     cold : also read from the disk, after asking the system to forget the files (which takes nothing from anybody but the speed
         of the next reader)
 
@@ -55,14 +55,15 @@ def diagnose(dataset: ParticleDataset, *, batch_size: int = 256, max_bytes: int 
     figures : medians of at least five runs each; two for cold reading
     sentence : where the bottleneck is, or that there are too few data to tell
     """
-    n = max(1, min(len(dataset), max_bytes // dataset.image_bytes))
-    chosen = dataset.select(np.unique(np.linspace(0, len(dataset) - 1, n).astype(np.int64)))
-    size = len(chosen) * chosen.image_bytes
+    particles = dataset.particles
+    # In runs, so that what is read of the files one after the other is what is read of them at random.
+    chosen = dataset.select(np.lexsort((particles.slice, particles.file))[: max(1, max_bytes // dataset.image_bytes)])
+    size, batch_size = len(chosen) * chosen.image_bytes, min(batch_size, len(chosen))
     figures = _warm(_with_own_maps(chosen), batch_size, size)
     files = [chosen.particles.paths[k] for k in np.unique(chosen.particles.file)]
     if cold and _forget(files):
-        on_disk = sum(os.path.getsize(path) for path in files)
-        sequential = _rate(lambda _: _read_through(files), on_disk, before=lambda: _forget(files), repeats=2)
+        on_disk = min(sum(map(os.path.getsize, files)), max(max_bytes, dataset.image_bytes))
+        sequential = _rate(lambda _: _read_through(files, on_disk), on_disk, before=lambda: _forget(files), repeats=2)
         random = _rate(lambda again: _drain(_batches(again, batch_size)), size, before=lambda: _forgotten(chosen, files), repeats=2)
         floor = Figure("sequential read, cold (floor)", sequential)
         figures += [floor, _compared("stream, cold, random order", random, floor)]
@@ -164,12 +165,13 @@ def _device_copies(dataset: ParticleDataset, batch_size: int) -> Callable[[Any],
     return run
 
 
-def _read_through(files: Sequence[str]) -> None:
-    buffer = bytearray(_READ_BYTES)
+def _read_through(files: Sequence[str], size: int) -> None:
+    """Read so many bytes of the files, one after the other."""
+    buffer = memoryview(bytearray(_READ_BYTES))
     for path in files:
         with open(path, "rb", buffering=0) as file:
-            while file.readinto(buffer):
-                continue
+            while size and (got := file.readinto(buffer[:size])):
+                size -= got
 
 
 def _forget(files: Sequence[str]) -> bool:

@@ -1,20 +1,23 @@
-"""Files that appear whole or not at all: written beside their place, then renamed into it."""
+"""Files and folders that appear whole or not at all: written beside their place, then renamed into it."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
 import os
+import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 
 from .errors import ExportError
 from .pages import libc
 
 _KEEP_SIZE = 1
+_SCRATCH = ".unfinished-"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -29,12 +32,45 @@ class Writable(Protocol):
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary name in the same folder, renamed to ``path`` at the end; removed if writing fails."""
     make_folder(path.parent)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")  # as ``is_partial`` knows it
     try:
         yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def is_partial(name: str, of: str) -> bool:
+    """Whether a file of this name is on the way to be the file ``of``, or was when a process was killed."""
+    return re.fullmatch(rf"\.{re.escape(of)}\.[0-9a-f]{{8}}\.partial", name) is not None
+
+
+@contextmanager
+def whole_folder(path: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """A new folder in which to make these parts, which are in ``path`` at the end, in place of those that were.
+
+    A folder that is there stays the one it is: it may be where a disk is mounted, or somebody's working directory. Parts come in the order
+    given and go in the opposite one, so that where the last one is, all are.
+    """
+    is_new = not path.exists()
+    make_folder(path.parent)
+    with TemporaryDirectory(dir=path.parent if is_new else path, prefix=f".{path.name}.new-" if is_new else _SCRATCH) as scratch:
+        made = Path(scratch, "new")
+        made.mkdir()
+        yield made
+        if is_new:
+            os.replace(made, path)
+            return
+        for old in [*(path / name for name in reversed(parts)), *unfinished(path)]:
+            if old.exists() and old != Path(scratch):
+                os.replace(old, Path(scratch, old.name))
+        for name in parts:
+            os.replace(made / name, path / name)
+
+
+def unfinished(path: Path) -> list[Path]:
+    """Where ``whole_folder`` makes the parts of a folder that is there, for those who are at it or were killed."""
+    return list(path.glob(f"{_SCRATCH}????????"))
 
 
 def make_folder(path: Path) -> None:

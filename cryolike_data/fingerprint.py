@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import stat
 from collections import defaultdict
@@ -15,11 +16,15 @@ import numpy as np
 
 from .dataset import ParticleDataset
 from .errors import MissingStackError, StackError
+from .particles import Particles
+from .stacks import Stacks
 from .zarr_store import is_url, open_store
 
 
 def fingerprint(dataset: ParticleDataset) -> dict[str, Any]:
     """What tells one set of inputs from another: paths, sizes and modification times of the files, and the columns of the table.
+
+    How pixels of 8 bits are read is a choice (``mode0``), while files say it of others.
 
     Of stores that are not read file by file it takes what they say of themselves, with the checksums that ``export_zarr`` left.
     """
@@ -35,8 +40,15 @@ def fingerprint(dataset: ParticleDataset) -> dict[str, Any]:
         "files": len(input_files(dataset)),
         "table": columns.hexdigest(),
         "stacks": fingerprint_of_files(dataset),
+        "pixels_of_8_bits": _pixels_of_8_bits(dataset),
         "pixel_size_A": dataset.pixel_size,
     }
+
+
+def fingerprint_of_names(particles: Particles) -> str | None:
+    """What tells how the table names the files from other names of the same ones; None where it names none."""
+    names = particles.blob_paths
+    return None if names is None else hashlib.blake2b(json.dumps(names).encode(), digest_size=16).hexdigest()
 
 
 def fingerprint_of_files(dataset: ParticleDataset) -> str:
@@ -53,6 +65,13 @@ def fingerprint_of_files(dataset: ParticleDataset) -> str:
     if gone:
         raise MissingStackError("\n".join([f"{len(gone)} of {len(files)} stacks are gone:", *(f"  {path}" for path in gone)]))
     return state.hexdigest()
+
+
+def _pixels_of_8_bits(dataset: ParticleDataset) -> str | None:
+    """Whether pixels of 8 bits have a sign, by the names of their dtypes; None if there are none."""
+    source = dataset.source
+    dtypes = {header.dtype for header in source.headers} if isinstance(source, Stacks) else {source.dtype}
+    return ", ".join(sorted(dtype.name for dtype in dtypes if dtype.itemsize == 1)) or None
 
 
 def _seen(path: str) -> Iterator[bytes]:
@@ -95,6 +114,7 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     meaning = {
         "inputs.table": "the particles or their order, optics or poses",
         "inputs.stacks": "the input stacks (their paths, sizes or modification times)",
+        "names": "the names of the stacks in the table (which earlier versions did not note)",
         "templates.sketch": "the templates",
         "displacements_A": "the displacements",
     }

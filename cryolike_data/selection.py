@@ -84,6 +84,8 @@ def _holds(condition: str, column: Callable[[str], np.ndarray]) -> np.ndarray:
         raise ArgumentError(f"{condition!r} is no condition; write a column, a comparison and a value, such as 'ctf/df1_A < 20000'.")
     name, position, sign, text = match.groups()
     values = column(name)
+    if values.ndim > 2:
+        raise ArgumentError(f"{name} has {values.shape[1:]} values a particle, which cannot be compared with one number.")
     if values.ndim == 2:
         if position is None or int(position) >= values.shape[1]:
             raise ArgumentError(f"{name} has {values.shape[1]} values a particle; choose one, {name}[0] to {name}[{values.shape[1] - 1}].")

@@ -79,6 +79,7 @@ class ZarrDataset(ParticleDataset):
             **columns,
         )
         super().__init__(particles, source, select=select)
+        self.tables = (location,)
 
 
 def _open_source(

@@ -141,6 +141,19 @@ def test_info_of_a_table_without_optics_tells_the_bytes_too(tmp_path, capsys):
     assert "bytes 3.07 kB of images, 1.02 kB each" in out(capsys)
 
 
+def test_a_tilde_is_the_home_of_the_user_where_no_shell_has_said_so(one_group, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("export", "~/data/particles.cs", tmp_path / "a.zarr", "--where", "blob/idx < 4") == 0
+    capsys.readouterr()
+    assert run("info", "~/a.zarr", "--where", "ctf/df1_A > 0") == 0
+    assert "4 particles" in out(capsys)
+
+
+def test_nobody_has_to_read_what_is_told(one_group):
+    ran = subprocess.run(["bash", "-c", f"{SCRIPT} info {one_group} >&-"], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
 # --- export to Zarr
 
 
@@ -655,3 +668,11 @@ def test_names_of_files_are_told_as_they_are(tmp_path, capsys):
     folder.mkdir(parents=True)
     assert run("info", folder / "particles.cs") == 1
     assert str(folder / "particles.cs") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--keep-bits", "--shard-bytes", "--n-stacks-max"])
+def test_an_option_without_a_meaning_is_refused_whatever_its_value(demo, tmp_path, capsys, option):
+    for value in (0, 1):
+        assert run("export", demo.indexed, tmp_path / "m", "--format", "mrc", option, value) == 1
+        assert f"{option} has no meaning for MRC stacks" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

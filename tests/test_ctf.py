@@ -399,6 +399,11 @@ def test_optics_of_a_single_particle_are_those_of_a_batch_of_one():
     )
 
 
+def test_optics_of_a_single_row_of_a_table_are_those_of_a_table_of_one(demo):
+    optics_of_all, grid = IndexedDataset(demo.indexed).particles.ctf, half_plane(16, 2.0)
+    assert torch.equal(ctf_values(optics_of_all.map(lambda column: column[2]), *grid), ctf_values(optics_of_all, *grid)[2:3])
+
+
 def test_a_repr_of_optics_is_short():
     columns = {"defocus_u": torch.full((1200,), 15000.0), "phase_shift_rad": torch.zeros(1200)}
     assert repr(Ctf(**columns)) == "Ctf(1,200 particles: defocus_u, phase_shift_rad)"

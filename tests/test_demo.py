@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial.transform import Rotation
+from support import disk_of, run_python
 
 from cryolike_data.demo import DemoProject, clean_images, project_model, write_project
 from cryolike_data.errors import ArgumentError, ExportExistsError, RowIndexError
@@ -296,8 +298,15 @@ def test_clean_images_come_in_the_order_asked_for(project: DemoProject) -> None:
     for source in (project, project.folder, str(project.folder), project.truth):
         torch.testing.assert_close(clean_images(source, np.array([7, 2, 7])), everything[[7, 2, 7]])
     assert clean_images(project, []).shape == (0, BOX, BOX)
-    with pytest.raises(RowIndexError, match="0 to 59"):
+    with pytest.raises(RowIndexError, match="there are 60 rows"):
         clean_images(project, [N])
+
+
+def test_clean_images_are_chosen_by_a_mask_and_not_by_fractions(project: DemoProject) -> None:
+    mask = np.arange(N) % 7 == 3
+    torch.testing.assert_close(clean_images(project, mask), clean_images(project, np.flatnonzero(mask)))
+    with pytest.raises(RowIndexError, match="float64"):
+        clean_images(project, [1.9])
 
 
 def test_paths_of_the_project_exist(project: DemoProject) -> None:
@@ -326,6 +335,77 @@ def test_only_a_demo_project_is_replaced_and_only_on_request(tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["project", "thesis"]
 
 
+def test_an_empty_folder_is_filled_and_a_project_is_replaced_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = {"n_particles": 20, "box": 16}
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o2770)
+    before = os.stat(".")
+    write_project(".", **tiny)
+    assert contents(Path()) == contents(write_project(tmp_path.with_name(f"{tmp_path.name}-new"), **tiny).folder)
+    Path("notes.txt").write_text("mine")
+    write_project(".", **tiny, seed=1, overwrite=True)
+    assert Path("notes.txt").read_text() == "mine"
+    assert (os.stat(".").st_ino, os.stat(".").st_mode) == (before.st_ino, before.st_mode)
+    assert sorted(os.listdir()) == ["J1", "J3", "J4", "J5", "notes.txt", "truth.npz", "volume.mrc"]
+
+
+def test_a_project_may_lie_directly_on_a_disk_of_its_own(tmp_path: Path) -> None:
+    with disk_of(tmp_path / "disk", "4m") as disk:
+        for overwrite in (False, True):
+            assert write_project(disk, n_particles=20, box=16, overwrite=overwrite).truth.is_file()
+
+
+KILLED = """
+    import os
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import shutil, signal, sys
+    from pathlib import Path
+    import torch
+    from cryolike_data.demo import write_project
+    from support import contents
+
+    torch.set_num_threads(1)
+    root, tiny = Path(sys.argv[1]), {"n_particles": 20, "box": 16}
+    whole, replace = contents(write_project(root / "whole", **tiny).folder), os.replace
+    write_project(root / "other", **tiny, seed=1)
+
+    def kill_after(replaced, folder, **options):
+        child = os.fork()
+        if child == 0:
+            left = iter(range(replaced))
+            os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL) if next(left, None) is None else replace(*paths)
+            write_project(folder, **tiny, **options)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+    for replaced in (0, 1, 5):
+        folder = root / f"filled{replaced}"
+        folder.mkdir()
+        kill_after(replaced, folder)
+        assert not (folder / "truth.npz").exists()
+        write_project(folder, **tiny)
+        assert contents(folder) == whole
+    for replaced in (0, 1, 6, 11):
+        folder = root / f"replaced{replaced}"
+        shutil.copytree(root / "other", folder)
+        kill_after(replaced, folder, overwrite=True)
+        assert (folder / "truth.npz").exists() == (replaced == 0)
+        write_project(folder, **tiny, overwrite=True)
+        assert contents(folder) == whole
+"""
+
+
+def test_a_run_that_was_killed_is_no_hindrance_to_the_next(tmp_path: Path) -> None:
+    ran = run_python(KILLED, tmp_path)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_what_a_run_that_was_killed_has_left_beside_its_place_makes_no_folder_of_others_its_own(tmp_path: Path) -> None:
+    (tmp_path / ".project.new-abcd1234").mkdir()
+    (tmp_path / "J1").mkdir()
+    with pytest.raises(ExportExistsError, match="not a demo project"):
+        write_project(tmp_path, n_particles=20, box=16)
+
+
 def test_a_run_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError("disk full")
@@ -344,6 +424,7 @@ def test_a_run_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
         {"box": 15},
         {"pixel_size": 0.0},
         {"pixel_size": float("nan")},
+        {"pixel_size": 0.5, "box": 32},  # of which half the box has pixels of 1 A, which a header has for a size that is not known
         {"seed": -1},
         {"snr": 0.0},
         {"dtype": "int8"},

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import write_stack, write_table
+from support import write_particles, write_stack, write_table
 
-from cryolike_data import IndexedDataset
+from cryolike_data import IndexedDataset, ParticleSampler
 from cryolike_data.cli import main
 from cryolike_data.demo import DemoProject
 from cryolike_data.diagnose import Figure, _forget, _sentence, diagnose
@@ -82,6 +82,25 @@ def test_no_more_is_read_than_allowed(demo: DemoProject, monkeypatch: pytest.Mon
     monkeypatch.setattr(IndexedDataset, "reading", lambda self, rows, out: longest.append(len(self)) or reading(self, rows, out))
     diagnose(dataset, batch_size=4, max_bytes=10 * dataset.image_bytes, cold=False)
     assert set(longest) == {10}
+
+
+def test_of_many_files_few_are_read_and_none_further_than_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    n, files, box = 200, 20, 64
+    table, _ = write_particles(tmp_path, n, box=box, stacks=files)
+    dataset = IndexedDataset(table)
+    allowed, seen = 15 * dataset.image_bytes, set[str]()
+    monkeypatch.setattr("cryolike_data.diagnose._forget", lambda paths: not seen.update(paths))
+    before = _bytes_of_system_calls()
+    diagnose(dataset, batch_size=16, max_bytes=allowed)
+    assert 2 * allowed <= _bytes_of_system_calls() - before < 3 * allowed
+    assert len(seen) == 2
+
+
+def test_a_batch_is_no_larger_than_what_is_read(demo: DemoProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    monkeypatch.setattr("cryolike_data.diagnose.ParticleSampler", lambda data, size: made.append(size) or ParticleSampler(data, size))
+    diagnose(IndexedDataset(demo.indexed), batch_size=10**12, cold=False)
+    assert set(made) == {60}
 
 
 def test_the_command_prints_floors_shares_and_a_sentence(demo: DemoProject, capsys: pytest.CaptureFixture[str]) -> None:

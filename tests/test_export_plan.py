@@ -16,13 +16,14 @@ import threading
 import time
 from collections import namedtuple
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support import EXPORTS, contents, numbered_images, own_threads, results, run_python, write_particles, write_stack
+from support import EXPORTS, contents, numbered_images, own_threads, results, run_python, write_particles, write_stack, write_table
 
 from cryolike_data import (
     Downsample,
@@ -48,6 +49,7 @@ FILES = {
     "cryolike": ["phys/particles_phys_stack_{:06d}.pt", "fft/particles_fourier_stack_{:06d}.pt", "fft/particles_fourier_stack_{:06d}.npz"],
     "mrc": ["particles/stack_{:06d}.mrcs"],
 }
+MODES0: list[Any] = ["signed", "unsigned"]
 SEALS = {"zarr": "zarr.json", "cryolike": "export.json", "mrc": "export.json"}
 
 each_format = pytest.mark.parametrize("kind", FORMATS)
@@ -120,6 +122,13 @@ def test_a_stack_holds_one_image_at_least(dataset, tmp_path, kind):
 def test_units_that_are_no_range_are_refused_and_nothing_is_written(dataset, tmp_path):
     with pytest.raises(ArgumentError, match=r"units is a range, such as range\(0, 4\), or None for all of them, not \[0, 3\]"):
         run(plan_of("zarr", dataset, tmp_path / "out"), units=[0, 3])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("units", [range(3, 6), range(-1, 2)])
+def test_a_range_with_units_that_are_not_in_the_plan_is_refused_and_nothing_is_written(dataset, tmp_path, units):
+    with pytest.raises(ArgumentError, match=r"no unit (5|-1): this export has 5, 0 to 4"):
+        run(plan_of("zarr", dataset, tmp_path / "out"), units=units)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -230,6 +239,21 @@ def test_a_subset_is_refused_with_what_to_pass_instead(dataset, tmp_path, kind):
     with pytest.raises(ArgumentError, match=re.escape("not a Subset; dataset.select(subset.indices) is")):
         plan_of(kind, subset, tmp_path / "out")
     assert plan_of(kind, dataset.select(subset.indices), tmp_path / "out").dataset.particles.row.tolist() == [7, 3]
+
+
+def test_a_target_that_is_a_loop_of_links_is_refused(dataset, tmp_path):
+    (tmp_path / "one").symlink_to(tmp_path / "other")
+    (tmp_path / "other").symlink_to(tmp_path / "one")
+    for target in ("one", "one/out"):
+        with pytest.raises(ExportError, match=rf"{tmp_path}/{target}.* cannot be (found|read): "):  # newer Pythons resolve it
+            run(plan_of("zarr", dataset, tmp_path / target))
+
+
+def test_a_file_of_an_export_that_cannot_be_read_is_named(dataset, tmp_path):
+    (tmp_path / "out/.export").mkdir(parents=True)
+    (tmp_path / "out/.export/plan.json").symlink_to("plan.json")
+    with pytest.raises(ExportError, match=r"plan\.json cannot be read: Too many levels of symbolic links"):
+        run(plan_of("zarr", dataset, tmp_path / "out"))
 
 
 @each_format
@@ -445,6 +469,63 @@ def test_changed_inputs_make_another_plan(copied, tmp_path, kind, change, there)
     change(copied)
     with pytest.raises(ExportExistsError, match=re.escape(f"{CHANGES[change]}. Choose another place, repeat the call")):
         run(plan_of(kind, IndexedDataset(copied / "J1/particles.cs"), tmp_path / "out"))
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("other", [[], ["f4"]], ids=["8 bits alone", "beside others"])
+@pytest.mark.parametrize("there", ["finished", "stopped"])
+def test_8_bits_with_and_without_a_sign_are_other_inputs(tmp_path, other, there):
+    for number, dtype in enumerate(["i1", *other]):
+        write_stack(tmp_path / f"stack_{number}.mrc", numbered_images(N, BOX, dtype=dtype))
+    n = N * (1 + len(other))
+    table = write_table(
+        tmp_path / "particles.cs",
+        blob__path=[f"stack_{row // N}.mrc" for row in range(n)],
+        blob__idx=np.arange(n, dtype="u4") % N,
+        blob__psize_A=np.ones(n, "f4"),
+    )
+    signed, unsigned = (plan_of("zarr", IndexedDataset(table, mode0=mode0), tmp_path / "out", dtype="float32") for mode0 in MODES0)
+    run(signed, units=None if there == "finished" else range(2))
+    before = contents(tmp_path / "out")
+    with pytest.raises(ExportExistsError, match=r"inputs.pixels_of_8_bits is 'int8' there and 'uint8' here\. Choose another"):
+        run(unsigned)
+    assert contents(tmp_path / "out") == before
+    assert plan_of("zarr", IndexedDataset(table), tmp_path / "out", dtype="float32").about == signed.about
+
+
+def use_absolute_paths(project: Path) -> None:
+    """Have the table name the same stacks in another way."""
+    table = np.load(project / "J1/particles.cs", allow_pickle=False)
+    columns = {name.replace("/", "__"): table[name] for name in table.dtype.names}
+    write_table(project / "J1/particles.cs", **columns | {"blob__path": [f"{project}/{name.decode()}" for name in table["blob/path"]]})
+
+
+@each_format
+def test_stacks_that_the_table_names_otherwise_make_another_plan(copied, tmp_path, kind):
+    # CryoLike's files and the source of a store have these names.
+    run(plan_of(kind, IndexedDataset(copied / "J1/particles.cs"), tmp_path / "out"), units=range(1))
+    before = contents(tmp_path / "out")
+    use_absolute_paths(copied)
+    again = plan_of(kind, IndexedDataset(copied / "J1/particles.cs"), tmp_path / "out")
+    with pytest.raises(ExportExistsError, match=r"holds .* not finished: the names of the stacks in the table .* differ\. Choose another"):
+        run(again)
+    assert contents(tmp_path / "out") == before
+    run(again, overwrite=True)
+    run(replace(again, target=str(tmp_path / "fresh")))
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+@each_format
+def test_what_an_earlier_version_finished_is_kept_and_what_it_left_is_not_gone_on_with(dataset, tmp_path, kind):
+    plan = plan_of(kind, dataset, tmp_path / "out")
+    inputs = {name: value for name, value in plan.about["inputs"].items() if name != "pixels_of_8_bits"}
+    earlier = replace(plan, about={name: value for name, value in plan.about.items() if name != "names"} | {"inputs": inputs})
+    run(earlier, units=range(1))
+    with pytest.raises(ExportExistsError, match=r"the names of the stacks in the table \(which earlier versions did not note\) differ"):
+        run(plan)
+    run(earlier)
+    before = contents(tmp_path / "out")
+    assert (run(plan).kept, finish(plan).sealed) == (5, True)
     assert contents(tmp_path / "out") == before
 
 
@@ -832,6 +913,24 @@ def test_a_run_on_another_machine_counts_until_it_was_silent_for_two_minutes(dat
         run(plan)
     assert run(plan, units=range(0, 3)).written == 3
     assert path.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b'{"machine": "another", "seen": 0}', b"\xff\xfe"])
+def test_what_a_power_cut_left_of_a_sign_of_life_is_in_nobodys_way(dataset, tmp_path, undisturbed, content):
+    claim(tmp_path / "out").write_bytes(content)
+    run(plan_of("zarr", dataset, tmp_path / "out"), units=range(2))
+    claim(tmp_path / "out").write_bytes(content)
+    assert run(plan_of("zarr", dataset, tmp_path / "out")).kept == 2
+    assert contents(tmp_path / "out") == undisturbed["zarr"]
+    claim(tmp_path / "out").write_bytes(content)
+    run(plan_of("zarr", dataset.select([1]), tmp_path / "out"), overwrite=True)
+    assert not (tmp_path / "out/.export").exists()
+
+
+def test_a_sign_of_life_that_a_network_file_system_keeps_for_a_reader_is_nobodys(dataset, tmp_path):
+    claim(tmp_path / "out").rename(kept := tmp_path / "out/.export/runs/.nfs00000000000a1b2c")
+    assert run(plan_of("zarr", dataset, tmp_path / "out")).sealed
+    assert kept.exists()
 
 
 def test_a_run_keeps_making_itself_known(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zarr
 from support import EXPORTS, contents, write_particles, write_stack
 
-from cryolike_data import IndexedDataset, ParticleDataset
+from cryolike_data import IndexedDataset, ParticleDataset, ZarrDataset
 from cryolike_data.errors import ExportError
-from cryolike_data.export import ExportPlan, finish, plan_export, run, run_unit
+from cryolike_data.export import ExportPlan, ExportReport, finish, plan_export, run, run_unit
 
 REST = {
     "zarr": ["uid/c/0", "uid/zarr.json", "images/zarr.json", "ctf/zarr.json", "ctf/defocus_u/c/0", "source/file/c/0"],
@@ -47,6 +49,71 @@ def test_a_file_that_belongs_to_no_unit_is_written_again(
     report = run(plan)
     assert (report.written, report.sealed) == (0, True)
     assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("damage", ["lost", "cut short"])
+@pytest.mark.parametrize("kind", EXPORTS)
+def test_finishing_names_the_units_that_a_finished_export_lost(dataset: ParticleDataset, tmp_path: Path, kind: str, damage: str) -> None:
+    plan = plan_export(dataset, tmp_path / "out", format=kind, **EXPORTS[kind])
+    run(plan)
+    whole = contents(tmp_path / "out")
+    for unit in (1, 4):
+        path = tmp_path / "out" / plan.files(unit)[-1]
+        content = path.read_bytes()
+        path.unlink()
+        if damage == "cut short":
+            path.write_bytes(content[:-1])
+    before = contents(tmp_path / "out")
+    with pytest.raises(ExportError, match=r"out is not whole any more: 2 of 5 units are not there \(1, 4\)\. Run the same export again"):
+        finish(plan)
+    assert contents(tmp_path / "out") == before
+    assert run(plan).written == 2
+    assert finish(plan).kept == 5
+    assert contents(tmp_path / "out") == whole
+
+
+#: Of the seal of a store.
+DAMAGES: dict[str, Callable[[str], str]] = {
+    "empty": lambda seal: "",
+    "cut short": lambda seal: seal[:-1],
+    "a list": lambda seal: "[]",
+    "another group": lambda seal: '{"zarr_format": 3, "node_type": "group"}\n',
+    "no group": lambda seal: seal.replace('"group"', '"graph"'),
+    "another box": lambda seal: seal.replace('"box": 16', '"box": 61'),
+}
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["", "before it tidied up"])
+@pytest.mark.parametrize("damage", [*DAMAGES, "lost"])
+@pytest.mark.parametrize("call", [run, finish])
+def test_the_seal_of_a_store_is_written_again(
+    dataset: ParticleDataset, tmp_path: Path, call: Callable[[ExportPlan], ExportReport], damage: str, stopped: bool
+) -> None:
+    plan = plan_export(dataset, tmp_path / "a.zarr", **EXPORTS["zarr"])
+    run(plan)
+    before, path = contents(tmp_path / "a.zarr"), tmp_path / "a.zarr/zarr.json"
+    seal = path.read_text()
+    path.unlink()
+    if damage != "lost":
+        path.write_text(DAMAGES[damage](seal))
+    if stopped:
+        run(plan_export(dataset, tmp_path / "b.zarr", **EXPORTS["zarr"]), units=plan.units)
+        shutil.move(tmp_path / "b.zarr/.export", tmp_path / "a.zarr")
+    report = call(plan)
+    assert (report.written, report.kept, report.sealed) == (0, 5, True)
+    assert contents(tmp_path / "a.zarr") == before
+    assert len(ZarrDataset(tmp_path / "a.zarr")) == 23
+
+
+@pytest.mark.filterwarnings("ignore:Consolidated metadata")
+def test_what_others_add_to_the_seal_of_a_store_stays(dataset: ParticleDataset, tmp_path: Path) -> None:
+    plan = plan_export(dataset, tmp_path / "a.zarr", **EXPORTS["zarr"])
+    run(plan)
+    zarr.open_group(tmp_path / "a.zarr").attrs["title"] = "mine"
+    zarr.consolidate_metadata(tmp_path / "a.zarr")
+    before = contents(tmp_path / "a.zarr")
+    assert run(plan).sealed
+    assert contents(tmp_path / "a.zarr") == before
 
 
 @pytest.mark.parametrize("kind", EXPORTS)

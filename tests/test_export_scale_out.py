@@ -149,6 +149,41 @@ def test_what_is_finished_is_not_given_to_workers_again(dataset, tmp_path, undis
     assert contents(tmp_path / "out") == undisturbed["zarr"]
 
 
+def test_a_client_runs_one_part_after_the_other(dataset, tmp_path, undisturbed, client):
+    # What an earlier run gave out is being let go of.
+    for attempt in range(4):
+        plan = plan_of("zarr", dataset, tmp_path / f"{attempt}")
+        for units in (range(0, 3), range(3, 6), None):
+            report = run(plan, units=units, executor=client)
+        assert (report.written, report.kept) == (24, 6)
+        assert contents(tmp_path / f"{attempt}") == undisturbed["zarr"]
+
+
+def test_a_client_need_not_be_the_one_that_dask_uses(dataset, tmp_path, undisturbed, cluster):
+    from distributed import Client
+
+    with Client(cluster, set_as_default=False) as client:
+        run(plan_of("zarr", dataset, tmp_path / "out"), executor=client)
+    assert contents(tmp_path / "out") == undisturbed["zarr"]
+
+
+def test_work_that_a_cluster_gave_up_is_told(dataset, tmp_path, undisturbed, client, monkeypatch):
+    plan, submit = plan_of("zarr", dataset, tmp_path / "out"), client.submit
+
+    def cancelled(*args: Any, **kwargs: Any) -> Any:
+        future = submit(*args, **kwargs)
+        if args[2] == 7:
+            client.cancel([future])
+        return future
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "submit", cancelled)
+        with pytest.raises(ExportError, match=r"The cluster gave up units of .*out: .*unit-7-.*\. Run the same export again to continue"):
+            run(plan, executor=client)
+    assert run(plan, executor=client).sealed
+    assert contents(tmp_path / "out") == undisturbed["zarr"]
+
+
 def test_the_address_of_a_scheduler_is_enough(dataset, tmp_path, undisturbed, cluster):
     export_zarr(dataset, tmp_path / "a.zarr", executor=cluster.scheduler_address, **EXPORTS["zarr"])
     assert contents(tmp_path / "a.zarr") == undisturbed["zarr"]
@@ -207,8 +242,12 @@ def test_an_executor_that_is_none_is_refused_before_anything_is_written(dataset,
 @pytest.mark.parametrize("address", ["scheduler", "nothing://127.0.0.1:1"])
 def test_an_address_without_a_scheduler_is_named(dataset, tmp_path, undisturbed, address):
     pytest.importorskip("distributed")
-    with pytest.raises(ExportError, match=f"There is no scheduler of dask at '{address}', which is to be such as tcp://"):
+    import dask
+
+    with pytest.raises(ExportError, match=f"There is no scheduler of dask at '{address}', which is to be such as tcp://") as caught:
         export_zarr(dataset, tmp_path / "out", executor=address, **EXPORTS["zarr"])
+    assert dask.config.get("scheduler", None) is None  # what else the program does with dask does not wait for it, while this is kept:
+    assert caught.value.__cause__ is not None
     export_zarr(dataset, tmp_path / "out", **EXPORTS["zarr"])
     assert contents(tmp_path / "out") == undisturbed["zarr"]
 

@@ -1,6 +1,7 @@
 """The polar transform against direct sums, scipy's quadrature and closed forms."""
 
 import ctypes
+import json
 import sys
 
 import numpy as np
@@ -187,6 +188,11 @@ def test_normalised_transforms_integrate_to_one(dtype):
     power = (np.abs(normalized.numpy()) ** 2 * grid.integration_weights).sum((1, 2))
     np.testing.assert_allclose(power, [1, 0, 1], rtol=1e-6)
     assert normalized.dtype == dtype
+
+
+def test_numbers_of_a_grid_are_those_of_python():
+    numbers = vars(PolarGrid(np.int64(8), np.float32(0.25), np.int32(32)))
+    assert json.loads(json.dumps(numbers)) == {"radius_max": 8.0, "dist_radii": 0.25, "n_inplanes": 32}
 
 
 @pytest.mark.parametrize(

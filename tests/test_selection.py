@@ -18,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.lib.recfunctions import repack_fields
-from support import ctf_columns, numbered_images, stored_images, uids, write_particles, write_stack, write_table
+from support import ctf_columns, numbered_images, stored_images, uids, write_job, write_particles, write_stack, write_table
 
 from cryolike_data import IndexedDataset, ZarrDataset
 from cryolike_data.cli import main
@@ -32,6 +32,7 @@ COLUMNS: dict[str, np.ndarray] = {
     "alignments3D/alpha": RNG.uniform(0, 2, N).astype("f4"),
     "alignments3D/class": RNG.integers(0, 4, N).astype("u4"),
     "alignments3D/shift": RNG.normal(scale=3, size=(N, 2)).astype("f4"),
+    "alignments3D_multi/pose": np.zeros((N, 2, 3), "f4"),
     "location/center_x_frac": RNG.uniform(0, 1, N).astype("f4"),
     "location/rank": RNG.integers(-5, 6, N).astype("i4"),
     "uid": uids(N),
@@ -182,6 +183,8 @@ def test_one_value_of_a_vector_is_compared(whole: IndexedDataset) -> None:
         ("alignments3D/shift[2] < 1", r"shift\[0\] to alignments3D/shift\[1\]"),
         ("alignments3D/shift[-1] < 1", "is no condition"),
         ("alignments3D/alpha[0] < 1", r"leave out \[0\]"),
+        ("alignments3D_multi/pose[0] < 1", r"alignments3D_multi/pose has \(2, 3\) values a particle"),
+        ("alignments3D_multi/pose < 1", r"alignments3D_multi/pose has \(2, 3\) values a particle"),
     ],
 )
 def test_wrong_conditions_are_explained(whole: IndexedDataset, condition: str, told: str) -> None:
@@ -319,6 +322,17 @@ def test_a_job_can_be_chosen_from(demo: DemoProject, tmp_path: Path) -> None:
     mask = table["ctf/df1_A"] < np.median(table["ctf/df1_A"])
     options = ("--job", 4, "--where", f"ctf/df1_A < {np.median(table['ctf/df1_A'])}")
     assert exported(demo.folder, tmp_path / "a.zarr", *options) == table["uid"][mask].tolist()
+
+
+@pytest.mark.parametrize("pairing", ["sequence", "uid"])
+def test_a_job_can_be_chosen_from_by_columns_of_its_table(tmp_path: Path, pairing: str) -> None:
+    shift = RNG.normal(size=(7, 2)).astype("f4")
+    job, _ = write_job(tmp_path, 4, [3, 4], uid=uids(7), alignments3D__shift=shift)
+    order = np.arange(7) if pairing == "sequence" else np.array([3, 5, 0, 6, 1, 4, 2])
+    places = [f"J4/restack/batch_{k // 3:06d}_restacked.mrc" for k in (0, 1, 2, 3, 4, 5, 5)]
+    write_table(job / "restacked_particles.cs", uid=uids(7)[order], blob__path=places, blob__idx=np.array([0, 1, 2, 0, 1, 2, 3], "u4"))
+    options = ("--job", 4, "--pairing", pairing, "--where", "alignments3D/shift[0] > 0")
+    assert exported(tmp_path, tmp_path / "a.zarr", *options) == uids(7)[shift[:, 0] > 0].tolist()
 
 
 def test_images_go_with_their_rows(demo: DemoProject, tmp_path: Path) -> None:

@@ -261,7 +261,7 @@ def test_ranks_in_memory_have_the_records_of_their_own_batches(ds, templates, wo
 FORKED = """
     import os
     os.environ["OMP_NUM_THREADS"] = "1"
-    import json, os, random, signal, sys, time
+    import itertools, json, os, random, signal, sys, time
     from pathlib import Path
     import finufft, numpy as np, torch
     from cryolike_data import IndexedDataset
@@ -275,14 +275,22 @@ FORKED = """
     fourier = torch.cat([fourier, fourier.conj()], -1)
     templates = Templates(fourier, grid, dataset.box * dataset.pixel_size, torch.eye(3))
 
-    def start(name, renames=None, **options):
+    def kill_after(steps, folder):
+        left = iter(range(steps))
+
+        def hook(event, paths):
+            if event.split(".")[0] in ("os", "open") and any(str(path).startswith(folder) for path in paths) and next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+
+    def start(name, steps=None, **options):
         child = os.fork()
         if child == 0:
             code = 1
             try:
-                if renames is not None:  # so many, and then it is killed
-                    rename, left = os.rename, iter(range(renames))
-                    os.rename = lambda *paths: os.kill(os.getpid(), signal.SIGKILL) if next(left, None) is None else rename(*paths)
+                if steps is not None:  # so many with files of the results, and then it is killed
+                    kill_after(steps, str(root / name))
                 stream_likelihood(dataset, templates, [[0, 0], [1, 2]], output=root / name, batch_size=10, progress=False, **options)
                 code = 0
             finally:
@@ -295,7 +303,7 @@ FORKED = """
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     def records(name):
-        return np.load(root / name / "likelihood.npy") if (root / name).exists() else np.zeros(0)
+        return np.load(root / name / "likelihood.npy") if (root / name / "likelihood.json").exists() else np.zeros(0)
 
     for name in ("warm", "undisturbed"):  # the first run reads from the disk
         started = time.monotonic()
@@ -337,14 +345,23 @@ KILLED = (
 """
 )
 
-STRUCK_AT_A_RENAME = (
+STRUCK_AT_ANY_STEP = (
     FORKED
     + """
-    for name, renames, options in [("new", 0, {}), ("replacing", 0, {"overwrite": True}), ("replacing", 1, {"overwrite": True})]:
-        if name == "replacing":
-            assert end(start(name, dtype=torch.float64, overwrite=True)) == 0
-        assert end(start(name, renames=renames, **options)) == -signal.SIGKILL
-        print(end(start(name, **options)), records(name).tobytes() == records("undisturbed").tobytes())
+    dataset = dataset.select(range(30))
+    assert end(start("whole")) == 0
+    for mode, options in [("new", {}), ("empty", {}), ("replacing", {"overwrite": True})]:
+        for steps in itertools.count():
+            name = f"{mode}{steps}"
+            if mode != "new":
+                (root / name).mkdir()
+            if mode == "replacing":
+                assert end(start(name, dtype=torch.float64)) == 0
+            if end(start(name, steps=steps, **options)) == 0:
+                break
+            assert end(start(name, **options)) == 0
+            assert records(name).tobytes() == records("whole").tobytes()
+        print(mode, steps > 8)
 """
 )
 
@@ -352,9 +369,12 @@ TOGETHER = (
     FORKED
     + """
     for attempt in range(6):
+        if attempt % 2:
+            (root / f"shared{attempt}").mkdir()
         children = [start(f"shared{attempt}", rank=rank, world_size=3) for rank in range(3)]
         print(*[end(child) for child in children])
         assert records(f"shared{attempt}").tobytes() == records("undisturbed").tobytes()
+        assert sorted(os.listdir(root / f"shared{attempt}")) == ["likelihood.json", "likelihood.npy"]
     print(sorted(os.listdir(root)))
 """
 )
@@ -377,10 +397,10 @@ def test_a_run_killed_at_any_moment_holds_nothing_wrong_and_ends_as_an_undisturb
     assert set(ends) == {(0, True)}
 
 
-def test_a_run_killed_while_it_makes_or_replaces_the_folder_is_no_hindrance_to_the_next(larger, tmp_path):
-    ran = run_python(STRUCK_AT_A_RENAME, larger, tmp_path, timeout=120)
+def test_a_run_killed_while_it_makes_or_replaces_the_files_is_no_hindrance_to_the_next(larger, tmp_path):
+    ran = run_python(STRUCK_AT_ANY_STEP, larger, tmp_path, timeout=120)
     assert (ran.returncode, ran.stderr) == (0, "")
-    assert ran.stdout.splitlines() == ["0 True"] * 3
+    assert ran.stdout.splitlines() == ["new True", "empty True", "replacing True"]
 
 
 def test_processes_at_once_write_what_one_process_writes(larger, tmp_path):
@@ -401,10 +421,18 @@ def test_ranks_may_not_overwrite_because_they_could_remove_the_results_of_each_o
 
 def test_what_a_run_that_was_killed_while_it_replaced_results_has_left_is_removed_by_the_next(ds, templates, out):
     run(ds, templates, out)
-    for which in ("new", "old"):
-        (out.parent / f".out.0123abcd.{which}").mkdir()
+    (out / ".likelihood.json.0123abcd.partial").touch()
     run(ds, templates, out, dtype=torch.float64, overwrite=True)
-    assert os.listdir(out.parent) == ["out"]
+    assert sorted(os.listdir(out)) == FILES
+
+
+def test_folders_beside_the_results_are_left_alone(ds, templates, out):
+    run(ds, templates, out)
+    beside = [".out.20240101.backup", ".out.0123abcd.old", "out.json"]
+    for name in beside:
+        (out.parent / name).mkdir()
+    run(ds, templates, out, dtype=torch.float64, overwrite=True)
+    assert sorted(os.listdir(out.parent)) == sorted(["out", *beside])
 
 
 def test_templates_that_were_made_with_another_number_of_threads_are_the_same(demo, tmp_path):
@@ -532,6 +560,18 @@ def test_results_of_something_else_are_kept_unless_they_may_be_replaced(ds, temp
     assert sorted(os.listdir(out.parent)) == ["fresh", "out"]
 
 
+def test_templates_that_change_places_are_other_templates(ds, out):
+    rotvecs = np.random.default_rng(5).normal(size=(132, 3))
+    first = make_templates(rotvecs=rotvecs)
+    run(ds, first, out, [[0.0, 0.0]])
+    for one, other in [(k, k + 64) for k in range(4)] + [(0, 128), (64, 128)]:
+        order = torch.arange(132)
+        order[[one, other]] = order[[other, one]]
+        exchanged = Templates(first.fourier[order], GRID, first.box_A, first.rotvecs[order])
+        with pytest.raises(ExportExistsError, match="the templates differ"):
+            run(ds, exchanged, out, [[0.0, 0.0]])
+
+
 @pytest.mark.parametrize(("difference", "same"), [(1e-6, True), (1e-2, False)])
 def test_results_of_templates_that_differ_by_rounding_are_continued(ds, templates, out, difference, same):
     # finufft's last digits depend on the number of threads.
@@ -642,16 +682,32 @@ def test_files_of_somebody_else_beside_results_are_not_replaced_with_them(ds, te
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_only_who_is_alone_removes_what_other_processes_make(ds, templates, out, overwrite):
-    made = out.with_name(f".{out.name}.01234567.new")
-    made.mkdir(parents=True)
+    made = out / ".likelihood.json.01234567.partial"
+    out.mkdir(parents=True)
+    made.touch()
     run(ds, templates, out, overwrite=overwrite)
     assert made.exists() is not overwrite
 
 
-def test_an_empty_folder_is_filled(ds, templates, out, undisturbed):
+@pytest.mark.parametrize("what", ["empty", "results"])
+def test_a_folder_that_is_there_stays_the_one_it_is(ds, templates, out, undisturbed, monkeypatch, what):
     out.mkdir(parents=True)
-    run(ds, templates, out)
-    assert bytes_of(out) == undisturbed
+    if what == "results":
+        run(ds, templates, out, dtype=torch.float64, by_template=True)
+    out.chmod(0o2770)
+    before = out.stat()
+    monkeypatch.chdir(out)
+    run(ds, templates, Path(), overwrite=what == "results")
+    assert sorted(os.listdir()) == FILES
+    assert bytes_of(Path()) == undisturbed
+    assert (out.stat().st_ino, out.stat().st_mode) == (before.st_ino, before.st_mode)
+
+
+def test_results_may_lie_directly_on_a_disk_of_their_own(ds, templates, tmp_path, undisturbed):
+    with disk_of(tmp_path / "disk", "2m") as disk:
+        run(ds, templates, disk)
+        run(ds, templates, disk, dtype=torch.float64, overwrite=True)
+        assert bytes_of(disk) != undisturbed
 
 
 def test_a_folder_below_a_file_is_an_error_that_names_it(ds, templates, tmp_path):

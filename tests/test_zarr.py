@@ -265,6 +265,29 @@ def test_pixels_too_large_for_float16_are_not_written_as_infinity(tmp_path):
     assert [path for path in contents(tmp_path / "a.zarr") if not path.startswith(".export/")] == []
 
 
+@pytest.mark.parametrize(
+    ("dtype", "pixel", "downsample"),
+    [
+        ("float16", 7e4, None),
+        ("float16", 1e39, None),
+        ("float32", 1e39, None),
+        ("float32", 1e41, Downsample(2)),
+        ("float16", 1e39, Downsample(2, method="max")),
+    ],
+)
+@pytest.mark.parametrize("infinite", [False, True])
+def test_pixels_of_float64_that_do_not_fit_are_not_written_as_infinity(tmp_path, dtype, pixel, downsample, infinite):
+    source = export_zarr(write_particles(tmp_path, numbered_images(5, 8)), tmp_path / "source.zarr", dtype="float64")
+    images = np.memmap(shards_of(source)[0], "f8", "r+", 0, (5, 8, 8))
+    images[3, 2, 2] = pixel
+    if infinite:
+        images[1, 0, 0], images[2, 0, 0] = np.inf, np.nan
+    images.flush()
+    with pytest.raises(ExportError, match=r"larger than float(16|32) can hold .*; normalize them, or export (float32|a float64 store)\."):
+        export_zarr(ZarrDataset(source), tmp_path / "a.zarr", dtype=dtype, downsample=downsample)
+    assert [path for path in contents(tmp_path / "a.zarr") if not path.startswith(".export/")] == []
+
+
 @pytest.mark.parametrize(("dtype", "largest"), [("float16", 65500), ("float32", 3.4e38), ("float64", 1.79e308)])
 @pytest.mark.parametrize("compression", [None, "zstd"])
 def test_pixels_that_are_rounded_do_not_become_infinity(tmp_path, dtype, largest, compression):
@@ -282,6 +305,22 @@ def test_pixels_that_are_rounded_do_not_become_infinity(tmp_path, dtype, largest
         export_zarr(dataset, tmp_path / "b.zarr", dtype=dtype, keep_bits=6, compression=compression)
     with pytest.raises(StackError, match="not finished"):
         ZarrDataset(tmp_path / "b.zarr")
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4"])
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_pixels_that_are_nan_stay_so_when_others_are_rounded(tmp_path, dtype, compression):
+    images = numbered_images(5, 8, dtype=dtype)
+    bits = images.view(f"u{images.itemsize}")
+    quiet = np.array(np.nan, dtype).view(bits.dtype)
+    sign, ones = 1 << (8 * images.itemsize - 1), 2 ** (8 * images.itemsize) - 1
+    bits[3, 0, :4] = [quiet, ones, ones ^ sign, np.array(np.inf, dtype).view(bits.dtype) + 1]
+    images[4, 0, 0] = np.inf
+    dataset = write_particles(tmp_path, images)
+    with pytest.warns(UserWarning, match="2 of 5 images have pixels that are NaN or infinite"):
+        found = images_of(export_zarr(dataset, tmp_path / "a.zarr", keep_bits=6, compression=compression))[:]
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(images))
+    np.testing.assert_array_equal(np.isinf(found), np.isinf(images))
 
 
 def test_downsampled_images_are_means_and_the_pixel_size_follows(particles, demo, table, tmp_path):
@@ -541,6 +580,26 @@ def test_a_compressed_store_is_not_overwritten_with_what_is_read_from_it(particl
         with pytest.raises(ExportError, match="holds the particles that are to be exported"):
             export_zarr(ZarrDataset(opened).select(rows), place, downsample=Downsample(box=16), overwrite=True)
     assert contents(place) == before
+
+
+def test_columns_of_a_store_are_not_overwritten_with_what_is_read_from_it(particles, taken, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    before = contents(taken)
+    for opened, place in (
+        (taken, taken / "ctf"),
+        (tmp_path / "link" / taken.name, taken / "ctf"),
+        (taken, tmp_path / "link/taken.zarr/ctf"),
+    ):
+        with pytest.raises(ExportError, match=r"ctf holds the particles that are to be exported \(.*taken\.zarr\)"):
+            export_zarr(ZarrDataset(opened).select([2, 0]), place, overwrite=True)
+    assert contents(taken) == before
+
+
+def test_a_part_of_a_store_replaces_another_store_beside_it(particles, taken, tmp_path):
+    other = export_zarr(particles, tmp_path / "other.zarr")
+    source = pickle.loads(pickle.dumps(ZarrDataset(taken).select([2, 0])))
+    export_zarr(source, other, overwrite=True)
+    assert torch.equal(ZarrDataset(other).read([0, 1]), particles.read([2, 0]))
 
 
 def test_an_empty_folder_is_a_place_for_a_store(particles, tmp_path):

@@ -190,7 +190,7 @@ def test_xarray_shows_particles_with_axes_and_units(stores: dict[str, Path]) -> 
 # --- bit rounding and compression
 
 
-@limits(max_examples=20)
+@limits(max_examples=20, deadline=None)
 @given(arrays(np.float32, (4, 8, 8), elements=st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)), st.integers(1, 22))
 def test_rounded_pixels_are_as_near_as_the_bits_allow(tmp_path_factory: pytest.TempPathFactory, pixels: np.ndarray, keep_bits: int) -> None:
     folder = tmp_path_factory.mktemp("rounded")

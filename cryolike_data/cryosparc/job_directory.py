@@ -89,7 +89,7 @@ class JobDirectoryDataset(ParticleDataset):
         if isinstance(job_number, str):
             raise ArgumentError(f"job_number is the number in the name of the job folder, such as 4 of J4, not {job_number!r}")
         job = Path(folder).expanduser().absolute() / f"J{job_number}"
-        table = _read_passthrough(job, job_number)
+        table = read_passthrough(job, job_number)
         stacks = _find_stacks(job)
         require_known_columns(table)
         record = _find_record(job, stacks, table, needed=pairing == "uid")
@@ -132,7 +132,8 @@ class _Stacks:
         return int(match[1]) if match and ours and match[2] == _KINDS[self.folder.name][0] else None
 
 
-def _read_passthrough(job: Path, number: int) -> Table:
+def read_passthrough(job: Path, number: int) -> Table:
+    """The table of a job folder, whose rows go in step with its stacks."""
     if not job.is_dir():
         near = sorted(path.name for path in job.parent.glob("J*") if path.is_dir())[:8] if job.parent.is_dir() else []
         raise MissingStackError(f"There is no job folder {job}" + (f"; there are {', '.join(near)}." if near else "."))

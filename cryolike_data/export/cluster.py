@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ def run_on_cluster(plan: ExportPlan, units: list[int], executor: Client | str) -
     Raises
     ------
     ExportError
-        if there is no scheduler at the address
+        if there is no scheduler at the address, or the cluster gives up units
     """
     from distributed import as_completed
 
@@ -56,12 +57,15 @@ def run_on_cluster(plan: ExportPlan, units: list[int], executor: Client | str) -
 
     name = uuid.uuid4().hex
     with closing(_client_of(executor)) if isinstance(executor, str) else nullcontext(executor) as client:
-        # On every worker, so that none has to ask another, which may die, for it.
-        everywhere: Any = client.scatter(plan, broadcast=True)
+        # On every worker, so that none has to ask another, which may die, for it. Not by a name that is made of what it holds: the same
+        # plan of an earlier run may be let go of at this moment.
+        everywhere: Any = client.scatter(plan, broadcast=True, hash=False)
         futures = [client.submit(run_unit, everywhere, unit, pure=False, retries=_RETRIES, key=f"unit-{unit}-{name}") for unit in units]
         try:
-            for future in as_completed(futures):
+            for future in as_completed(futures, loop=client.loop):
                 yield future.result()
+        except CancelledError as error:
+            raise ExportError(f"The cluster gave up units of {plan.target}: {error}. Run the same export again to continue.") from error
         finally:
             client.cancel(futures)
 
@@ -70,6 +74,6 @@ def _client_of(address: str) -> Client:
     from distributed import Client
 
     try:
-        return Client(address)
+        return Client(address, set_as_default=False)  # nothing else in the program is to wait for it, above all if nobody answers
     except (ValueError, OSError) as error:
         raise ExportError(f"There is no scheduler of dask at {address!r}, which is to be such as tcp://host:8786: {error}") from error

@@ -29,6 +29,9 @@ class FolderFormat:
         """See ``Format``."""
         write_json(place, MANIFEST, manifest.to_json())
 
+    def mend_seal(self, dataset: ParticleDataset, manifest: Manifest, place: Place) -> None:
+        """See ``Format``: a seal that holds its manifest is whole."""
+
     def read_manifest(self, place: Place) -> Manifest | None:
         """See ``Format``."""
         return Manifest.from_json(read_json(place, MANIFEST))

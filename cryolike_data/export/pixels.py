@@ -145,7 +145,7 @@ class Pixels:
         Raises
         ------
         ExportError
-            if a pixel is too large for float16
+            if a pixel is too large for what is written
         """
         computed = torch.float64 if self.dtype == "float64" else torch.float32
         collate = None if self.as_stored else Collate(downsample=self.downsample, dtype=computed)
@@ -165,8 +165,10 @@ class Pixels:
             if self.turned and (sign := dataset.particles.sign) is not None:
                 factors = torch.from_numpy(sign[chosen]).to(done.dtype)[:, None, None]
                 done = torch.mul(done, factors, out=kept_tensor("turned", done.shape, done.dtype))
-            written = _as_float16(done) if self.dtype == "float16" and collate is not None else done
+            written = done.to(torch.float16) if self.dtype == "float16" else done
             if not_finite := _count_not_finite(written):
+                _require_as_finite(read, done)
+                _require_as_finite(done, written)
                 notes[NOT_FINITE] += not_finite
             yield written
 
@@ -179,11 +181,29 @@ def _count_not_finite(images: Tensor) -> int:
     return int(images.flatten(1).isfinite().all(dim=1).logical_not().sum())
 
 
-def _as_float16(images: Tensor) -> Tensor:
-    half = images.to(torch.float16)
-    if (half.isinf() & ~images.isinf()).any():
-        raise ExportError("Some pixels are larger than float16 can hold (65504); normalize them, or export float32.")
-    return half
+def _require_as_finite(before: Tensor, after: Tensor) -> None:
+    """Raise an ``ExportError`` if (B, D, D) images were finite before, pixel by pixel or, where these are others after, as a whole."""
+    finite, still = before.isfinite(), after.isfinite()
+    if before.shape != after.shape:
+        finite, still = finite.flatten(1).all(dim=1), still.flatten(1).all(dim=1)
+    if (finite & ~still).any():
+        largest, wider = torch.finfo(after.dtype).max, "float32" if after.dtype == torch.float16 else "a float64 store"
+        name = str(after.dtype).removeprefix("torch.")
+        raise ExportError(f"Some pixels are larger than {name} can hold ({largest:g}); normalize them, or export {wider}.")
+
+
+def rounded(pixels: np.ndarray, keep_bits: int, *, finite: bool) -> np.ndarray:
+    """Floating pixels, rounded as the bit rounding codec does, which readers need not know then; ``finite`` says that all are."""
+    from numcodecs import BitRound
+
+    found = np.frombuffer(BitRound(keep_bits).encode(pixels), pixels.dtype).reshape(pixels.shape)
+    if not finite:
+        found[np.isnan(pixels)] = np.nan  # some of whose patterns of bits would be rounded to zero
+    if (infinite := np.isinf(found)).any() and not np.isinf(pixels[infinite]).all():
+        raise ExportError(
+            f"Some pixels are larger than {found.dtype} can hold rounded to {keep_bits} bits; keep more bits, or normalize them."
+        )
+    return found
 
 
 def warn_of_dark_particles(dataset: ParticleDataset, pixels: Pixels, reader: str) -> None:

@@ -170,10 +170,9 @@ class LocalPlace:
 
     def read(self, name: str) -> bytes | None:
         """See ``Place``."""
-        try:
+        with _explained(self.root / name, "read"), suppress(FileNotFoundError, NotADirectoryError):
             return (self.root / name).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        return None
 
     def names(self, folder: str) -> list[str]:
         """See ``Place``."""

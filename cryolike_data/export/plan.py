@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..dataset import ParticleDataset
-from ..errors import ArgumentError
-from ..fingerprint import fingerprint
+from ..errors import ArgumentError, ExportError
+from ..fingerprint import fingerprint, fingerprint_of_names
 from ..zarr_store import is_url
 from .place import Place, WrittenFile
 from .state import Manifest, UnitRecord, to_bytes
@@ -54,6 +54,9 @@ class Format(Protocol):
 
     def write_seal(self, dataset: ParticleDataset, manifest: Manifest, place: Place) -> None:
         """Write the manifest, for ``read_manifest``, and the file that makes the export whole last."""
+
+    def mend_seal(self, dataset: ParticleDataset, manifest: Manifest, place: Place) -> None:
+        """Write the seal of a whole export, which has this manifest, once more if it is damaged."""
 
     def read_manifest(self, place: Place) -> Manifest | None:
         """The manifest of a whole export of this kind, or None if there is none."""
@@ -119,6 +122,8 @@ def make_plan(dataset: ParticleDataset, target: str | os.PathLike[str], layout: 
 
     Raises
     ------
+    ExportError
+        if no folder can be meant by the target
     MissingStackError
         listing input files that are gone
     """
@@ -128,12 +133,16 @@ def make_plan(dataset: ParticleDataset, target: str | os.PathLike[str], layout: 
 
     if os.fspath(target).startswith("local://"):  # fsspec would make no folders in it
         raise ArgumentError(f"{os.fspath(target)} is a local folder; pass its path without local:// in front.")
-    place = str(target) if is_url(target) else str(Path(target).expanduser().resolve())
+    try:
+        place = str(target) if is_url(target) else str(Path(target).expanduser().resolve())
+    except (OSError, RuntimeError) as error:  # a loop of links, or nobody's home
+        raise ExportError(f"{os.fspath(target)} cannot be found: {error}; choose another place.") from error
     about = {
         "format": layout.kind,
         "version": __version__,
         "particles": len(dataset),
         "settings": layout.settings(),
         "inputs": fingerprint(dataset),
+        "names": fingerprint_of_names(dataset.particles),
     }
     return ExportPlan(dataset, place, layout, about)

@@ -28,7 +28,8 @@ def look(plan: ExportPlan, place: Place) -> tuple[Literal["nothing", "clearing",
     if at_work is not None and (manifest is None or "clearing" in at_work):
         return "clearing" if "clearing" in at_work else "unfinished", differences(at_work, plan.about)
     if manifest is not None:
-        return "sealed", differences(manifest.about, plan.about)
+        # Earlier versions did not note the names; what is whole is kept unchanged or refused, file by file.
+        return "sealed", differences({"names": plan.about.get("names")} | manifest.about, plan.about)
     return "nothing", []
 
 

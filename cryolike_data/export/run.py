@@ -72,11 +72,12 @@ def run(
     if not isinstance(units, range | None):
         raise ArgumentError(f"units is a range, such as range(0, 4), or None for all of them, not {units!r}")
     chosen = plan.units if units is None else units
+    images = sum(len(plan.rows(unit)) for unit in chosen)  # an error if there is no such unit
     place = open_place(plan.target)
     prepare(plan, place, overwrite=overwrite, alone=units is None)
     known = known_records(plan, place, chosen)
     written: list[UnitRecord] = []
-    bar = Progress(plan.target.rstrip("/").rpartition("/")[2], sum(len(plan.rows(unit)) for unit in chosen), show=progress)
+    bar = Progress(plan.target.rstrip("/").rpartition("/")[2], images, show=progress)
     with nullcontext() if is_sealed(plan, place) else at_work_on(place, chosen), bar:
         known = _whole(known, place)
         bar.skip(sum(len(plan.rows(unit)) for unit in known))

@@ -11,7 +11,7 @@ from .place import STATE, Place, open_place
 from .plan import ExportPlan
 from .prepare import is_sealed, known_records, look, place_only_ours, prepare
 from .report import ExportReport, report
-from .state import BeingSealedError, Manifest, UnitRecord, at_work_on, read_record, tidy_up
+from .state import BeingSealedError, Manifest, UnitRecord, at_work_on, tidy_up
 
 #: Units that are told by number in a message.
 _TOLD = 8
@@ -36,6 +36,7 @@ def finish(plan: ExportPlan) -> ExportReport:
     started = time.perf_counter()
     place = open_place(plan.target)
     if is_sealed(plan, place):
+        _all_records(plan, place)
         seal(plan)
     while not is_sealed(plan, place):
         if look(plan, place)[0] == "nothing":
@@ -60,6 +61,7 @@ def seal(plan: ExportPlan) -> None:
     if is_sealed(plan, place) and (manifest := plan.format.read_manifest(place)) is not None:
         if not all(place.holds(file, checked=True) for file in manifest.rest):
             plan.format.write_rest(plan.dataset, place)
+        plan.format.mend_seal(plan.dataset, manifest, place)
     else:
         records = _all_records(plan, place)
         if fingerprint_of_files(plan.dataset) != plan.about["inputs"]["stacks"]:
@@ -74,13 +76,13 @@ def seal(plan: ExportPlan) -> None:
 
 def _all_records(plan: ExportPlan, place: Place) -> list[UnitRecord]:
     """The records of all units, or an ``ExportError`` that says which are not there."""
-    found = {unit: read_record(place, unit) for unit in plan.units}
-    records = [record for record in found.values() if record is not None and all(place.holds(file, checked=False) for file in record.files)]
+    found = known_records(plan, place, plan.units)
+    records = [record for record in found.values() if all(place.holds(file, checked=False) for file in record.files)]
     missing = sorted(set(plan.units) - {record.unit for record in records})
     if missing:
         shown = ", ".join(map(str, missing[:_TOLD])) + (", ..." if len(missing) > _TOLD else "")
+        state = "is not whole any more" if is_sealed(plan, place) else "cannot be sealed yet"
         raise ExportError(
-            f"{plan.target} cannot be sealed yet: {len(missing)} of {len(plan)} units are not there ({shown}). "
-            "Run the same export again to write them."
+            f"{plan.target} {state}: {len(missing)} of {len(plan)} units are not there ({shown}). Run the same export again to write them."
         )
     return records

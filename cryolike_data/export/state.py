@@ -86,7 +86,7 @@ class Manifest:
             rest = tuple(map(WrittenFile.from_json, values["rest"]))
         except (AttributeError, KeyError, TypeError, ValueError):
             return None
-        return cls(about, units, rest) if about.keys() >= {"format", "inputs"} else None
+        return cls(about, units, rest) if about.keys() >= {"format", "version", "inputs"} else None
 
 
 def to_bytes(values: Any) -> bytes:
@@ -217,10 +217,10 @@ def living_runs(place: Place, units: range, *, apart_from: str = "") -> list[dic
     found = []
     for name in place.names(_RUNS):
         path = f"{_RUNS}/{name}"
-        run = None if path == apart_from else read_json(place, path)
-        if run is None:
+        if path == apart_from or not name.endswith(".json"):  # a network file system puts names of its own there
             continue
-        if not _is_alive(run):
+        run = _read_run(place, path)
+        if run is None or not _is_alive(run):
             place.remove(path)
         elif _have_common(_units_of(run), units):
             found.append(run)
@@ -234,6 +234,12 @@ def tidy_up(place: Place) -> None:
             place.remove(name)
     with suppress(ExportError):
         living_runs(place, ANY_UNITS)  # which removes what dead ones left
+
+
+def _read_run(place: Place, name: str) -> dict[str, Any] | None:
+    """What a run says of itself; None if it is gone or, as it is written whole, damaged since, as by a power cut."""
+    found = read_json(place, name)
+    return found if isinstance(found, dict) and found.keys() >= {"host", "machine", "pid", "began", "first", "stop", "seen"} else None
 
 
 def _units_of(run: dict[str, Any]) -> range:

@@ -8,23 +8,23 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
 
 from ..arguments import integer
 from ..dataset import ParticleDataset
-from ..errors import ArgumentError, ExportError, ExportExistsError
+from ..errors import ArgumentError, ExportExistsError
 from ..shard import index_bytes
 from ..transforms import Downsample
 from ..zarr_store import FORMAT, is_url
-from .pixels import Pixels
+from .pixels import NOT_FINITE, Pixels, rounded
 from .place import STATE, LocalPlace, Place, WrittenFile
 from .plan import Advance, ExportPlan, make_plan
 from .run import run
-from .state import Manifest, UnitRecord, read_plan
-from .zarr_arrays import column_array, encode, group_metadata
+from .state import PLAN, Manifest, UnitRecord, read_json, read_plan
+from .zarr_arrays import Compression, column_array, compressor, encode, group_metadata
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -34,9 +34,6 @@ _CHUNK_BYTES = 2 << 20
 #: Dask makes a task of each, and its schedulers are made for some ten thousand of them.
 _CHUNK_IMAGES = 24
 SHARD_BYTES = 256 << 20
-
-Compression = Literal["zstd", "blosc"]
-_COMPRESSIONS = ("zstd", "blosc")
 
 
 def export_zarr(
@@ -127,8 +124,8 @@ class ZarrFormat:
     ) -> ZarrFormat:
         """The store that ``export_zarr`` writes with these arguments."""
         pixels = Pixels.of(dataset, downsample=downsample, dtype=dtype)
-        if compression is not None and compression not in _COMPRESSIONS:
-            raise ArgumentError(f"compression is one of {', '.join(_COMPRESSIONS)}, or None, not {compression!r}")
+        if compression is not None and compression not in get_args(Compression):
+            raise ArgumentError(f"compression is one of {', '.join(get_args(Compression))}, or None, not {compression!r}")
         keep_bits = None if keep_bits is None else integer("keep_bits", keep_bits)
         kept = np.finfo(pixels.dtype).nmant if np.dtype(pixels.dtype).kind == "f" else 0
         if keep_bits is not None and not 1 <= keep_bits <= kept:
@@ -180,11 +177,25 @@ class ZarrFormat:
         particles = dataset.particles
         names = {"paths": list(particles.paths), "blob_paths": None if particles.blob_paths is None else list(particles.blob_paths)}
         place.write("source/zarr.json", group_metadata(names | {"export": manifest.to_json()}))
-        place.write("zarr.json", group_metadata(self._attributes(dataset)))
+        place.write(self.seal, group_metadata(self._attributes(dataset, manifest)))
+
+    def mend_seal(self, dataset: ParticleDataset, manifest: Manifest, place: Place) -> None:
+        """See ``Format``: others may have added attributes to it, or the metadata of the arrays."""
+        content, found = group_metadata(self._attributes(dataset, manifest)), read_json(place, self.seal)
+        ours = json.loads(content)
+        try:
+            whole = found == found | ours | {"attributes": found["attributes"] | ours["attributes"]}
+        except (KeyError, TypeError):
+            whole = False
+        if not whole:
+            place.write(self.seal, content)
 
     def read_manifest(self, place: Place) -> Manifest | None:
         """See ``Format``."""
-        if place.read("zarr.json") is None or (content := place.read("source/zarr.json")) is None:
+        if (content := place.read("source/zarr.json")) is None:
+            return None
+        # Written right before the seal. A run was stopped between the two, or the seal was lost later, when no run was at work.
+        if place.read(self.seal) is None and place.read(PLAN) is not None:
             return None
         try:
             found = json.loads(content)["attributes"]["export"]
@@ -209,10 +220,12 @@ class ZarrFormat:
         return sorted(others)
 
     def _images(self, dataset: ParticleDataset, rows: range, notes: Counter[str], advance: Advance) -> Iterator[np.ndarray]:
+        not_finite = 0
         for images in self.pixels.pieces(dataset, rows, notes):
             pixels = images.numpy()
             if self.keep_bits is not None:
-                pixels = _rounded(pixels, self.keep_bits)
+                pixels = rounded(pixels, self.keep_bits, finite=notes[NOT_FINITE] == not_finite)
+                not_finite = notes[NOT_FINITE]
             yield pixels
             advance(len(pixels), pixels.nbytes)
 
@@ -243,18 +256,16 @@ class ZarrFormat:
             "dtype": self.pixels.dtype,
             "chunks": (self.chunk, box, box),
             "shards": (self.unit_images, box, box),
-            "compressors": _compressor(self.compression, np.dtype(self.pixels.dtype).itemsize),
+            "compressors": compressor(self.compression, np.dtype(self.pixels.dtype).itemsize),
             "dimension_names": ("particle", "y", "x"),
         }
 
-    def _attributes(self, dataset: ParticleDataset) -> dict[str, Any]:
-        from .. import __version__
-
+    def _attributes(self, dataset: ParticleDataset, manifest: Manifest) -> dict[str, Any]:
         pixels = self.pixels
         return {
             "cryolike_data": {
                 "format": FORMAT,
-                "version": __version__,
+                "version": manifest.about["version"],
                 "box": pixels.box,
                 "pixel_size_A": pixels.pixel_size,
                 "source": {"kind": type(dataset).__name__, "box": pixels.source_box, "pixel_size_A": pixels.source_pixel_size},
@@ -277,23 +288,3 @@ def _sizes(n: int, image_bytes: int, shard_bytes: int) -> tuple[int, int]:
     chunk = -(-n // -(-n // chunk))
     chunks = max(1, min(shard_bytes // (chunk * image_bytes), -(-n // chunk)))
     return chunk, chunk * chunks
-
-
-def _rounded(pixels: np.ndarray, keep_bits: int) -> np.ndarray:
-    """Rounded as the bit rounding codec does, which readers need not know then."""
-    from numcodecs import BitRound
-
-    rounded = np.frombuffer(BitRound(keep_bits).encode(pixels), pixels.dtype).reshape(pixels.shape)
-    if (infinite := np.isinf(rounded)).any() and not np.isinf(pixels[infinite]).all():
-        raise ExportError(
-            f"Some pixels are larger than {rounded.dtype} can hold rounded to {keep_bits} bits; keep more bits, or normalize them."
-        )
-    return rounded
-
-
-def _compressor(compression: Compression | None, itemsize: int) -> Any:
-    if compression is None:
-        return None
-    from zarr.codecs import BloscCodec, ZstdCodec
-
-    return ZstdCodec(level=3) if compression == "zstd" else BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle", typesize=itemsize)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+
+Compression = Literal["zstd", "blosc"]
 
 _COLUMN_ROWS = 1 << 20
 
@@ -60,3 +62,12 @@ def column_array(name: str, column: np.ndarray) -> dict[str, Any]:
 def group_metadata(attributes: dict[str, Any]) -> bytes:
     """The metadata of a group."""
     return json.dumps({"attributes": attributes, "zarr_format": 3, "node_type": "group"}, indent=1).encode()
+
+
+def compressor(compression: Compression | None, itemsize: int) -> Any:
+    """What zarr compresses pixels of so many bytes with."""
+    if compression is None:
+        return None
+    from zarr.codecs import BloscCodec, ZstdCodec
+
+    return ZstdCodec(level=3) if compression == "zstd" else BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle", typesize=itemsize)

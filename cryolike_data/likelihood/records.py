@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import glob
 import io
 import json
 import math
 import os
-import shutil
-import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import ExportError, ExportExistsError
-from ..files import make_folder
+from ..files import is_partial, make_folder, whole_file
 from ..fingerprint import differences
 from .result import ImageLikelihood
 
@@ -130,37 +128,56 @@ class Results:
 def _take_place(folder: Path, shapes: _Shapes, about: dict[str, Any], overwrite: bool) -> None:
     """Make the folder hold files for these results, unless it does already.
 
-    The folder appears with all of its files at once: of processes that begin together one makes it, and the others find it. Only a process
-    that is alone may overwrite.
+    Its description comes last, and before it no record: of processes that begin together each makes the same files, whichever is first.
+    Only a process that is alone may overwrite.
     """
     if _is_ours(folder, shapes, about, overwrite):
         return
-    make_folder(folder.parent)
-    new, old = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.{which}") for which in ("new", "old"))
+    is_new = not folder.exists()
+    make_folder(folder)
     try:
-        new.mkdir()
-        for name, (dtype, shape) in shapes.items():
-            with (new / name).open("wb") as file:
-                header = _header(dtype, shape)
-                file.write(header)
-                file.truncate(len(header) + _numbers(dtype, shape))
-        (new / _ABOUT).write_text(json.dumps(about, indent=1))
-        if overwrite:
-            for left in folder.parent.glob(f".{glob.escape(folder.name)}.????????.*"):  # by a run that was killed here
-                if left != new:
-                    shutil.rmtree(left, ignore_errors=True)
-            if folder.exists():
-                os.rename(folder, old)
-        try:
-            os.rename(new, folder)
-        except OSError:
-            if not _is_ours(folder, shapes, about, False):  # unless another process was faster
-                raise
+        with whole_file(folder / _ABOUT) as partial:
+            partial.write_text(json.dumps(about, indent=1))
+            if overwrite:
+                # The description is the last to go, too: records without one would be taken for new ones.
+                for name in (_RECORDS, _MATRIX, *(_names(folder)[1] - {partial.name}), _ABOUT):
+                    (folder / name).unlink(missing_ok=True)
+            for name, (dtype, shape) in shapes.items():
+                _make_zeros(folder / name, dtype, shape)
     except OSError as error:
         raise ExportError(f"{folder} cannot be written: {error}") from error
     finally:
-        for scratch in (new, old):
-            shutil.rmtree(scratch, ignore_errors=True)
+        if not (folder / _ABOUT).exists():
+            for name in shapes:
+                (folder / name).unlink(missing_ok=True)
+            if is_new:
+                with suppress(OSError):  # another process is at it
+                    folder.rmdir()
+    _is_ours(folder, shapes, about, False)  # unless other results were begun there at the same moment
+
+
+def _make_zeros(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    """Make an npy file of zeros; one that another process has just made, and may be filling, stays."""
+    header = _header(dtype, shape)
+    path.touch()
+    with path.open("r+b") as file:
+        if file.read(len(header)) not in (b"", header):
+            file.truncate(0)  # for other results, by a run that was killed
+        file.seek(0)
+        file.write(header)
+        file.truncate(len(header) + _numbers(dtype, shape))
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether a folder is empty, but for the files of results that are not described yet."""
+    names, partial = _names(folder)
+    return not names or (bool(partial) and names <= {_RECORDS, _MATRIX, *partial})
+
+
+def _names(folder: Path) -> tuple[set[str], set[str]]:
+    """Names of all that is in a folder, and those of descriptions that runs are at, or were when they were killed."""
+    names = {path.name for path in folder.iterdir()}
+    return names, {name for name in names if is_partial(name, _ABOUT)}
 
 
 def _is_ours(folder: Path, shapes: _Shapes, about: dict[str, Any], overwrite: bool) -> bool:
@@ -171,7 +188,7 @@ def _is_ours(folder: Path, shapes: _Shapes, about: dict[str, Any], overwrite: bo
     ExportExistsError, ExportError
         if it holds something else, or is damaged
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and _is_free(folder)):
         return False
     there = _about(folder)
     if there is None:
@@ -185,7 +202,8 @@ def _is_ours(folder: Path, shapes: _Shapes, about: dict[str, Any], overwrite: bo
         raise ExportExistsError("\n".join([what, *told, "Choose another output, or pass overwrite=True."]))
     if not overwrite:
         raise ExportError(f"{damage}; results cannot be continued there. Choose another output, or pass overwrite=True to begin anew.")
-    others = sorted({path.name for path in folder.iterdir()} - {_RECORDS, _MATRIX, _ABOUT})
+    names, partial = _names(folder)
+    others = sorted(names - partial - {_RECORDS, _MATRIX, _ABOUT})
     if others:
         raise ExportExistsError(f"{folder} also holds {', '.join(others[:3])}, which overwrite=True would remove; choose another output.")
     return False

@@ -135,7 +135,7 @@ class Templates:
     def about(self) -> dict[str, Any]:
         """What tells these templates from others, as plain values.
 
-        ``sketch`` holds sums over groups of templates, with random signs, of what each is: its product with fixed random numbers in
+        ``sketch`` holds sums over groups of templates, with random weights, of what each is: its product with fixed random numbers in
         units of its norm, that norm, pose and prior. They are the same but for rounding where templates are made again elsewhere.
         """
         grid = {name: getattr(self.grid, name) for name in ("radius_max", "dist_radii", "n_inplanes")}
@@ -148,10 +148,11 @@ class Templates:
             products.append(torch.stack([(values.real @ pattern) / norm, (values.imag @ pattern) / norm, norm.log()]))
         shares = torch.as_tensor(self.log_weights, device="cpu").exp()[:, None] * len(self)
         features = torch.cat([torch.stack(products).cpu(), self.rotvecs, shares], dim=1)
-        signed = features * torch.randn(len(self), 1, dtype=torch.float64, device="cpu", generator=numbers).sign()
+        weights = torch.randn(features.shape, dtype=torch.float64, device="cpu", generator=numbers)
+        weighted = features * (weights + weights.sign())  # all differ, as templates may change places, and none is near zero
         groups = min(len(self), _SKETCHED)
-        sketch = torch.zeros(groups, signed.shape[1], dtype=torch.float64, device="cpu").index_add_(
-            0, torch.arange(len(self), device="cpu") % groups, signed
+        sketch = torch.zeros(groups, weighted.shape[1], dtype=torch.float64, device="cpu").index_add_(
+            0, torch.arange(len(self), device="cpu") % groups, weighted
         )
         return grid | {"count": len(self), "box_A": self.box_A, "sketch": sketch.tolist()}
 

@@ -40,6 +40,7 @@ class PolarGrid:
         for name in ("radius_max", "dist_radii"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ArgumentError(f"{name}={getattr(self, name)!r} must be positive and finite (units of 1 / half box).")
+            object.__setattr__(self, name, float(getattr(self, name)))
         if not 1 <= self.n_inplanes < math.inf or self.n_inplanes != int(self.n_inplanes):
             raise ArgumentError(f"n_inplanes={self.n_inplanes!r} must be a positive integer; CryoLike's default is twice the box.")
         object.__setattr__(self, "n_inplanes", int(self.n_inplanes))
