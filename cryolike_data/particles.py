@@ -204,7 +204,9 @@ _COLUMNS = ("row", "uid", "file", "slice", "box", "pixel_size", "pose", "shift_A
 
 
 def choose_rows(selection: Selection, particles: Particles) -> np.ndarray:
-    """The same as ``resolve_rows`` for choosing among particles, where zeros and ones for all of them are meant as a mask.
+    """The same as ``resolve_rows`` for choosing among particles, where zeros and ones for all of them may be meant as a mask.
+
+    They are by a function, and as numbers of 8 bits, in which masks are kept; any other array or list is one of row numbers.
 
     Raises
     ------
@@ -212,12 +214,12 @@ def choose_rows(selection: Selection, particles: Particles) -> np.ndarray:
         for these, which are row numbers; and see ``resolve_rows``
     """
     n = len(particles)
-    if callable(selection):
+    if by_function := callable(selection):
         selection = selection(particles)
     if isinstance(selection, slice):
         return resolve_rows(selection, n)
     numbers = _as_array(selection)
-    if n > 2 and numbers.shape == (n,) and numbers.dtype.kind in "iuf":
+    if n > 2 and numbers.shape == (n,) and numbers.dtype.kind in "iuf" and (by_function or numbers.dtype.itemsize == 1):
         low, high = numbers.min(), numbers.max()
         # Minus one and minus two are zero and one inverted bit by bit. Nobody means the same two rows again and again.
         if 0 <= low <= high <= 1 or -2 <= low <= high <= -1:

@@ -110,24 +110,29 @@ def test_a_list_array_or_mask_gives_a_batch(ds: IndexedDataset, images: np.ndarr
     assert batch.index.tolist() == rows
 
 
-@pytest.mark.parametrize(
-    "mask", [np.int8([1, 1, 0, 1, 1]), np.uint8([0, 1, 0, 0, 0]), ~np.int64([1, 1, 0, 1, 1]), np.ones(5), [1, 0, 0, 0, 0]]
-)
-def test_zeros_and_ones_for_all_particles_are_not_taken_for_rows(tmp_path: Path, mask: Any) -> None:
+MASKS = [np.int8([1, 1, 0, 1, 1]), np.uint8([0, 1, 0, 0, 0]), ~np.int8([1, 1, 0, 1, 1])]
+
+
+@pytest.mark.parametrize("mask", [*MASKS, ~np.int64([1, 1, 0, 1, 1]), np.ones(5), [1, 0, 0, 0, 0]], ids=str)
+def test_zeros_and_ones_of_a_function_for_all_particles_are_not_taken_for_rows(tmp_path: Path, mask: Any) -> None:
+    ds = IndexedDataset(write_particles(tmp_path, 5)[0])
+    for choose in (ds.select, ds.particles.where, ds.read):
+        with pytest.raises(RowIndexError, match="row numbers and no condition"):
+            choose(lambda particles: mask)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_masks_that_were_kept_as_numbers_of_8_bits_are_not_taken_for_rows(tmp_path: Path, mask: np.ndarray) -> None:
     cs, _ = write_particles(tmp_path, 5)
     ds = IndexedDataset(cs)
-    as_tensor = torch.as_tensor(mask)
-    for choose in (
-        lambda: ds.select(mask),
-        lambda: ds.select(as_tensor),
-        lambda: ds.select(lambda particles: mask),
-        lambda: IndexedDataset(cs, select=mask),
-        lambda: ds.particles.where(lambda particles: mask),
-    ):
-        with pytest.raises(RowIndexError, match="row numbers and no condition"):
-            choose()
+    for choose in (ds.select, ds.particles.where, lambda chosen: IndexedDataset(cs, select=chosen)):
+        for kept in (mask, torch.as_tensor(mask)):
+            with pytest.raises(RowIndexError, match="row numbers and no condition"):
+                choose(kept)
     assert len(ds.select([0, 1])) == 2
-    assert len(ds.read([1, 0, 0, 1, 1])) == 5  # a batch may hold particles again
+    for rows in ([1, 0, 0, 1, 1], np.zeros(5, np.int64)):  # any other array or list is one of rows, which may come again
+        assert ds.select(rows).particles.row.tolist() == list(rows)
+        assert len(ds.read(rows)) == 5
 
 
 @pytest.mark.parametrize(
