@@ -11,12 +11,15 @@ import torch
 from .errors import ArgumentError
 
 
-def integer(name: str, value: SupportsIndex) -> int:
-    """An integer of Python; those of NumPy overflow, and go into no JSON."""
+def integer(name: str, value: SupportsIndex, *, least: int | None = None) -> int:
+    """An integer of Python, no smaller than ``least``; those of NumPy overflow, and go into no JSON."""
     try:
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError as error:
         raise ArgumentError(f"{name} is a whole number, not {value!r}") from error
+    if least is not None and number < least:
+        raise ArgumentError(f"{name} is at least {least}, not {number}")
+    return number
 
 
 def device_of(device: torch.device | str) -> torch.device:

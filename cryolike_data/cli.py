@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from . import __version__
+from .arguments import integer
 from .cli_export import add_arguments, export_command
 from .cli_source import add_source, open_source
 from .collate import Collate
@@ -145,8 +146,7 @@ def _info(options: argparse.Namespace) -> None:
 def _show(options: argparse.Namespace) -> None:
     from .plots import montage, require_picture_name
 
-    if options.count < 1:
-        raise ArgumentError(f"--count is at least 1, not {options.count}")
+    integer("--count", options.count, least=1)
     require_picture_name(options.out)
     dataset = open_source(options)
     rows = np.unique(np.linspace(0, len(dataset) - 1, options.count).round().astype(int))
@@ -171,8 +171,7 @@ def _bench(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from .demo import LEAST_PARTICLES, write_project
 
-    if options.particles < LEAST_PARTICLES:
-        raise ArgumentError(f"--particles is at least {LEAST_PARTICLES}, not {options.particles}")
+    integer("--particles", options.particles, least=LEAST_PARTICLES)
     project = write_project(options.out, n_particles=options.particles, box=options.box, seed=options.seed, overwrite=options.overwrite)
     print(
         f"Wrote {project.folder}. Look at it with:\n  cryolike-data info {project.indexed}\n  cryolike-data info {project.folder} --job 4"

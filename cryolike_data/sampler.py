@@ -61,14 +61,12 @@ class ParticleSampler(Sampler[list[int]]):
         world_size: int | None = None,
         lookahead: int = 4,
     ) -> None:
-        batch_size, seed = integer("batch_size", batch_size), integer("seed", seed)
-        if batch_size < 1 or lookahead < 0:
-            raise ArgumentError(f"batch_size is at least 1 and lookahead at least 0, not {batch_size} and {lookahead}")
+        batch_size, seed = integer("batch_size", batch_size, least=1), integer("seed", seed)
         if not (isinstance(shuffle, bool) or shuffle == "blocks"):
             raise ArgumentError(f'shuffle is True, False or "blocks", not {shuffle!r}')
         self.rank, self.world_size = place_among_ranks(rank, world_size)
         self.dataset, self.batch_size, self.shuffle, self.seed, self.drop_last = dataset, batch_size, shuffle, seed, drop_last
-        self.lookahead = lookahead
+        self.lookahead = integer("lookahead", lookahead, least=0)
         self.epoch = 0
         self._start = self._position = 0
         self._begun = (0, 0)  # epoch and first position of the iteration that began last
@@ -186,7 +184,7 @@ def place_among_ranks(rank: int | None, world_size: int | None) -> tuple[int, in
         return int(distributed.get_rank()), int(distributed.get_world_size())
     if (rank is None) != (world_size is None):
         raise ArgumentError(f"rank={rank} and world_size={world_size}: pass both, or neither to take them from torch.distributed")
-    rank, world_size = 0 if rank is None else rank, 1 if world_size is None else world_size
+    rank, world_size = integer("rank", 0 if rank is None else rank), integer("world_size", 1 if world_size is None else world_size)
     if not 0 <= rank < world_size:
         raise ArgumentError(f"rank {rank} is not one of {world_size} ranks (0 to {world_size - 1})")
     return rank, world_size

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .arguments import integer
 from .errors import ArgumentError
 from .order import mix, permute
 from .particles import Particles
@@ -58,8 +59,8 @@ def choose(
         if a condition cannot be understood, a column is not known, or nothing is left
     """
     for name, number in (("every", every), ("limit", limit)):
-        if number is not None and number < 1:
-            raise ArgumentError(f"{name} is at least 1, not {number}")
+        if number is not None:
+            integer(name, number, least=1)
     kept = np.ones(len(particles), bool)
     for condition in (part for text in where for part in _AND.split(text)):
         kept &= _holds(condition, column)

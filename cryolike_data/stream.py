@@ -82,9 +82,7 @@ def stream(
         raise ArgumentError(f"sampler is over another data set than the one to be read, whose rows are other particles; {_SELECT}")
     elif batch_size is not None or shuffle is not False or seed != 0:
         raise ArgumentError("batch_size, shuffle and seed are the sampler's; pass either them or sampler")
-    prefetch = integer("prefetch", prefetch)
-    if prefetch < 1:
-        raise ArgumentError(f"prefetch is at least 1, not {prefetch}")
+    prefetch = integer("prefetch", prefetch, least=1)
     if polar is None and (unit_power or ctf_terms):
         raise ArgumentError("unit_power and ctf_terms are for polar transforms; pass polar=PolarGrid.of_box(...) too")
     place = None if device is None else device_here(device)

@@ -103,9 +103,7 @@ def plan_mrc(
     star: bool = True,
 ) -> ExportPlan:
     """A plan to write MRC stacks, see ``export_mrc``; what cannot be exported is found out here."""
-    batch_size = integer("batch_size", batch_size)
-    if batch_size < 1:
-        raise ArgumentError(f"batch_size is at least 1, not {batch_size}")
+    batch_size = integer("batch_size", batch_size, least=1)
     pixels = Pixels.of(dataset, downsample=downsample, dtype=dtype, contrast=contrast)
     if dtype is None and pixels.dtype not in _MODES:  # 8-bit pixels without a sign
         pixels = Pixels.of(dataset, downsample=downsample, dtype="float32", contrast=contrast)

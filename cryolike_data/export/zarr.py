@@ -130,7 +130,7 @@ class ZarrFormat:
         kept = np.finfo(pixels.dtype).nmant if np.dtype(pixels.dtype).kind == "f" else 0
         if keep_bits is not None and not 1 <= keep_bits <= kept:
             raise ArgumentError(f"keep_bits is from 1 to {kept}, the bits of a {pixels.dtype} mantissa, not {keep_bits}")
-        chunk, shard = _sizes(max(1, len(dataset)), pixels.image_bytes, integer("shard_bytes", shard_bytes))
+        chunk, shard = _sizes(max(1, len(dataset)), pixels.image_bytes, integer("shard_bytes", shard_bytes, least=1))
         return cls(pixels, len(dataset), chunk, shard, compression, keep_bits)
 
     def settings(self) -> dict[str, Any]:
@@ -281,8 +281,6 @@ def plan_zarr(dataset: ParticleDataset, store: str | os.PathLike[str], **setting
 
 def _sizes(n: int, image_bytes: int, shard_bytes: int) -> tuple[int, int]:
     """Images per inner chunk and per shard; a shard holds whole chunks, and never more of them than there are images."""
-    if shard_bytes < 1:
-        raise ArgumentError(f"shard_bytes is a positive number of bytes, not {shard_bytes}")
     chunk = max(1, min(max(_CHUNK_BYTES // image_bytes, _CHUNK_IMAGES), shard_bytes // image_bytes))
     # Evened out over the images, because the last chunk is stored at full size.
     chunk = -(-n // -(-n // chunk))

@@ -101,9 +101,7 @@ def stream_likelihood(
             "The likelihood takes a data set, such as IndexedDataset(...), and Templates, such as Templates.from_volume(...), "
             f"and not a {type(dataset).__name__} and a {type(templates).__name__}."
         )
-    batch_size = integer("batch_size", batch_size)
-    if batch_size < 1:
-        raise ArgumentError(f"batch_size is at least 1, not {batch_size}")
+    batch_size = integer("batch_size", batch_size, least=1)
     if dtype not in (torch.float32, torch.float64):
         raise ArgumentError(f"dtype is torch.float32 or torch.float64, not {dtype}")
     if normalize not in ("max", "std"):
