@@ -10,6 +10,9 @@ import torch
 
 from .errors import ArgumentError
 
+#: By how much numbers that are the same may differ, as a share of one: rounding in single precision, and the digits that people type.
+SAME = 1e-5
+
 
 def integer(name: str, value: SupportsIndex, *, least: int | None = None) -> int:
     """An integer of Python, no smaller than ``least``; those of NumPy overflow, and go into no JSON."""
@@ -48,7 +51,7 @@ def square_pixel_size(value: Any) -> float:
         sizes.ndim != 1
         or len(sizes) not in (1, 2)
         or not (np.isfinite(sizes) & (sizes > 0)).all()
-        or not np.allclose(sizes, sizes[0], rtol=1e-5)
+        or not np.allclose(sizes, sizes[0], rtol=SAME)
     ):
         raise ArgumentError(f"pixel_size is a positive number of angstrom (or two equal ones), not {value!r}")
     return float(sizes[0])

@@ -12,14 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import device_here
+from .arguments import SAME, device_here
 from .columns import Columns, concatenate, concatenate_tensors, rows_of
 from .ctf import Ctf
 from .errors import ArgumentError, MixedParticlesError, RowIndexError
 from .particles import resolve_rows
-
-#: By how much pixel sizes that are the same may differ, as a share of one: as much as within a data set.
-_SAME_SIZE = 1e-5
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -251,7 +248,7 @@ def single_row(key: Any, n: int) -> int | None:
 def _concatenate(parts: list[ParticleBatch]) -> ParticleBatch:
     kinds = list(dict.fromkeys((tuple(p.images.shape[1:]), p.columns.names, p.pixel_size) for p in parts))
     *first, pixel_size = kinds[0]
-    if any([*kind[:2]] != first or not math.isclose(kind[2], pixel_size, rel_tol=_SAME_SIZE) for kind in kinds):
+    if any([*kind[:2]] != first or not math.isclose(kind[2], pixel_size, rel_tol=SAME) for kind in kinds):
         told = "\n".join(f"  {shape[-1]} px, {size} A/pixel, columns {', '.join(names)}" for shape, names, size in sorted(kinds))
         raise MixedParticlesError(f"These data sets cannot share a batch:\n{told}\nUse one DataLoader for each kind.")
     if len({type(part) for part in parts}) > 1:

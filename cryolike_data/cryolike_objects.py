@@ -14,16 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .descriptor import ImageDescriptor
+from .descriptor import PIXEL_SIZE_TOLERANCE, ImageDescriptor
 from .errors import ArgumentError, MissingDependencyError, TableError
 from .polar_batch import PolarBatch
 
 if TYPE_CHECKING:
     from cryolike.microscopy import CTF
     from cryolike.stacks import Images
-
-# The descriptor tells pixel sizes to the digits a user typed, a table to those of float32 or of a refined magnification.
-_PIXEL_SIZE_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +139,7 @@ def _check_grids(batch: PolarBatch, descriptor: ImageDescriptor) -> None:
         "box (pixels)": (descriptor.n_pixels, batch.box),
     }
     differing = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-    if not math.isclose(descriptor.pixel_size, batch.pixel_size, rel_tol=_PIXEL_SIZE_TOLERANCE):
+    if not math.isclose(descriptor.pixel_size, batch.pixel_size, rel_tol=PIXEL_SIZE_TOLERANCE):
         differing["pixel size (angstrom)"] = (descriptor.pixel_size, batch.pixel_size)
     if differing:
         told = "\n".join(f"  {name}: {mine!r} in the descriptor, {its!r} in the batch" for name, (mine, its) in differing.items())

@@ -25,6 +25,9 @@ from .transforms.polar_grid import PolarGrid
 Precision = Literal["single", "double"]
 AtomShape = Literal["gaussian", "hard-sphere"]
 
+#: A descriptor tells pixel sizes to the digits a user typed, a table to those of float32 or of a refined magnification.
+PIXEL_SIZE_TOLERANCE = 1e-3
+
 _KEYS = (
     "n_pixels",
     "pixel_size",
@@ -216,7 +219,7 @@ class ImageDescriptor:
         return torch.complex64 if self.precision == "single" else torch.complex128
 
     def _describes(self, box: int, pixel_size: float) -> bool:
-        return self.n_pixels == box and math.isclose(self.pixel_size, pixel_size, rel_tol=1e-3)
+        return self.n_pixels == box and math.isclose(self.pixel_size, pixel_size, rel_tol=PIXEL_SIZE_TOLERANCE)
 
 
 def read_npz_without_pickles(path: str | os.PathLike[str]) -> dict[str, NDArray[Any] | None]:

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar, overload
 import numpy as np
 import torch
 
+from .arguments import SAME
 from .ctf import Ctf
 from .errors import ArgumentError, MixedParticlesError, RowIndexError
 from .later import Later, take_rows_of
@@ -161,7 +162,7 @@ class Particles:
             if np.ndim(value):
                 among = f"lambda p: np.isin(p.{'' if name in columns else 'ctf.'}{name}, {value!r})"
                 raise ArgumentError(f"{name}= takes one value to compare with, not {value!r}; for several write where({among}).")
-            mask &= np.isclose(column, value, rtol=1e-5) if column.dtype.kind == "f" else column == value
+            mask &= np.isclose(column, value, rtol=SAME) if column.dtype.kind == "f" else column == value
         return self[mask]
 
     def one_value(self, name: str, remedy: str = "select={}") -> Any:
@@ -177,7 +178,7 @@ class Particles:
             usable = ", ".join(known for known, of_all in self.columns().items() if of_all.ndim == 1)
             raise ArgumentError(f"There is no column {name!r} with one number for each particle; there are {usable}.")
         short, first, seen = name.removeprefix("ctf/"), column[0], once(column)
-        if (seen == first).all() or (column.dtype.kind == "f" and np.allclose(seen, first, rtol=1e-5, atol=0)):
+        if (seen == first).all() or (column.dtype.kind == "f" and np.allclose(seen, first, rtol=SAME, atol=0)):
             return first
         values, counts = np.unique(column, return_counts=True)
         where = f"p.ctf.{short}" if name.startswith("ctf/") else f"p.{short}"

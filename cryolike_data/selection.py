@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .arguments import integer
+from .arguments import SAME, integer
 from .errors import ArgumentError
 from .order import mix, permute
 from .particles import Particles
@@ -104,6 +104,6 @@ def _holds(condition: str, column: Callable[[str], np.ndarray]) -> np.ndarray:
         raise ArgumentError(f"{name} holds numbers, and {text!r} is none.") from error
     if values.dtype.kind == "f" and sign in ("==", "=", "!="):
         # float32 1.3 is not the number 1.3.
-        close: np.ndarray = np.isclose(values, number, rtol=1e-5)
+        close: np.ndarray = np.isclose(values, number, rtol=SAME)
         return ~close if sign == "!=" else close
     return np.asarray(_COMPARE[sign](values, number))
