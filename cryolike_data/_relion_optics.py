@@ -10,15 +10,14 @@ from typing import Any, Self
 
 import numpy as np
 
-from .ctf import Ctf
+from .ctf import MICROSCOPE, Ctf
 
 log = logging.getLogger(__name__)
 
 # RELION tells trefoil and tetrafoil by Zernike polynomials; how those of CryoSPARC translate is confirmed by nothing at hand.
 _LEFT_OUT = ("beam_shift_A", "trefoil_A", "tetrafoil_A")
-_KNOWN = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast")
 #: What a group has in common, and how many numbers each of it is.
-_SHARED = {"exposure_group": 1} | dict.fromkeys(_KNOWN, 1) | {"tilt_A": 2, "anisomag": 4}
+_SHARED = {"exposure_group": 1} | dict.fromkeys(MICROSCOPE, 1) | {"tilt_A": 2, "anisomag": 4}
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class OpticsGroups:
         dtypes: dict[str, np.dtype[Any]] = {}
         left_out: dict[str, None] = {}
         for ctf in parts:
-            ctf.require(*_KNOWN)
+            ctf.require(*MICROSCOPE)
             left_out |= dict.fromkeys(name for name in _LEFT_OUT if (value := getattr(ctf, name)) is not None and value.any())
             dtypes |= {name: value.dtype for name, value in ctf.items()}
             shared = _shared(ctf)
@@ -85,7 +84,7 @@ class OpticsGroups:
 
 def _shared(ctf: Ctf[np.ndarray]) -> np.ndarray:
     """(N, numbers) float64, what a group has in common, for each particle."""
-    n = len(ctf.require(*_KNOWN)[0])
+    n = len(ctf.require(*MICROSCOPE)[0])
     absent = {"exposure_group": np.ones(n)}
     values = {name: getattr(ctf, name) for name in _SHARED}
     columns = [
@@ -115,7 +114,7 @@ def _columns(groups: np.ndarray, dtypes: dict[str, np.dtype[Any]]) -> dict[str, 
     of = {name: part.astype(dtypes.get(name, np.float64)) for name, part in _by_name(groups).items()}
     names = np.array(list(_group_names(of["exposure_group"][:, 0].astype(np.int64).tolist())), object)
     columns = {"rlnOpticsGroupName": names, "rlnOpticsGroup": np.arange(1, len(groups) + 1)}
-    columns |= zip(("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast"), (of[name][:, 0] for name in _KNOWN), strict=True)
+    columns |= zip(("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast"), (of[name][:, 0] for name in MICROSCOPE), strict=True)
     tilt_mrad = _beam_tilt_mrad(of["tilt_A"], of["spherical_aberration_mm"])
     if tilt_mrad.any():
         columns |= zip(("rlnBeamTiltX", "rlnBeamTiltY"), tilt_mrad.T, strict=True)

@@ -25,7 +25,10 @@ NumberT = TypeVar("NumberT", float, NDArray[np.float64], Tensor)
 #: The higher-order terms that ``ctf_values`` can apply.
 CtfTerm = Literal["bfactor", "beam_tilt", "trefoil", "tetrafoil", "anisomag"]
 
-_OPTICS = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast", "defocus_u", "defocus_v", "astigmatism_angle_rad")
+#: What the particles of an exposure group share, and what each has of its own: all that a CTF takes.
+MICROSCOPE = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast")
+DEFOCUS = ("defocus_u", "defocus_v", "astigmatism_angle_rad")
+_OPTICS = MICROSCOPE + DEFOCUS
 _TERM_FIELD: dict[CtfTerm, str] = {
     "bfactor": "bfactor_A2",
     "beam_tilt": "tilt_A",

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ._relion_optics import OpticsGroups
-from .ctf import Ctf
+from .ctf import DEFOCUS, Ctf
 from .errors import ExportError, MissingDependencyError, TableError
 from .files import Writable
 from .particles import Particles
@@ -49,7 +49,7 @@ def star_optics(parts: Iterable[Particles]) -> OpticsGroups:
 
 def _optics_of(particles: Particles) -> Ctf[np.ndarray]:
     ctf = Ctf[np.ndarray]() if particles.ctf is None else particles.ctf
-    ctf.require("defocus_u", "defocus_v", "astigmatism_angle_rad")
+    ctf.require(*DEFOCUS)
     return ctf
 
 
@@ -94,7 +94,7 @@ def particle_block(particles: Particles, groups: OpticsGroups, *, image_names: S
             "bytes that are no UTF-8 do not reach its readers as they are. Choose an output path and file names without them."
         )
     ctf = _optics_of(particles)
-    u, v, axis = ctf.require("defocus_u", "defocus_v", "astigmatism_angle_rad")
+    u, v, axis = ctf.require(*DEFOCUS)
     found: dict[str, np.ndarray | None] = {
         "rlnImageName": np.array(image_names, object),
         "rlnOpticsGroup": groups.numbers(ctf),

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from ..ctf import DEFOCUS, MICROSCOPE
 from ..errors import MixedParticlesError, TableError
 from ..particles import STRETCH_ROWS, Particles
 
-_SHARED_OPTICS = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast")
 #: CryoLike reads an array of no elements as None; unlike None itself it needs no pickle.
 _NONE = np.empty(0)
 
@@ -26,7 +26,7 @@ def require_optics(particles: Particles, stack: int) -> None:
     """
     first = 0
     for part in particles.stretches(max(1, STRETCH_ROWS // stack) * stack):
-        shared = _required(part)[-len(_SHARED_OPTICS) :]
+        shared = _required(part)[-len(MICROSCOPE) :]
         if any((column != column[0]).any() for column in shared):
             _require_alike(part, stack, first)
         first += len(part)
@@ -51,11 +51,11 @@ def _required(particles: Particles) -> list[np.ndarray]:
         raise TableError(
             "CryoLike needs the optics of each particle and the table has no ctf/* columns; pass the file that has as passthrough=."
         )
-    return particles.ctf.require("defocus_u", "defocus_v", "astigmatism_angle_rad", *_SHARED_OPTICS)
+    return particles.ctf.require(*DEFOCUS, *MICROSCOPE)
 
 
 def _shared_optics(particles: Particles) -> list[np.float64]:
-    return [np.float64(particles.one_value(f"ctf/{name}", "dataset.select({})")) for name in _SHARED_OPTICS]
+    return [np.float64(particles.one_value(f"ctf/{name}", "dataset.select({})")) for name in MICROSCOPE]
 
 
 def stack_optics(particles: Particles) -> dict[str, Any]:
