@@ -20,8 +20,8 @@ _HUGE_PAGE = 1 << 21
 _LEARNED_BYTES = 31 << 20
 
 
-def own_array(shape: tuple[int, ...], dtype: Any, *, huge_pages: bool = False) -> np.ndarray:
-    """An array in memory of its own, filled with zeros.
+def own_array(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array in memory of its own, filled with zeros; a large one in a handful of large pages in place of thousands.
 
     Of memory that is used for a short time the allocator keeps what lies below something that stays, and of many threads for each:
     with columns and buffers of images that adds up.
@@ -29,12 +29,11 @@ def own_array(shape: tuple[int, ...], dtype: Any, *, huge_pages: bool = False) -
     Parameters
     ----------
     shape, dtype : of the array, which is writable
-    huge_pages : ask for a handful of large pages in place of thousands; for what is written again and again
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size < _OWN_PAGES or not hasattr(mmap, "MAP_ANONYMOUS"):
         return np.zeros(shape, dtype)
-    huge_pages = huge_pages and size >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE")
+    huge_pages = size >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE")
     # With a whole number of large pages the system lets them start where one can, and none is taken apart.
     whole = -(-size // _HUGE_PAGE) * _HUGE_PAGE
     room = whole if huge_pages and whole - size < size // 8 else size
@@ -65,7 +64,7 @@ def kept_tensor(use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     kept = _OF_THREAD.kept.get(use)
     if kept is None or len(kept) < size:
-        kept = _OF_THREAD.kept[use] = own_array((size,), np.uint8, huge_pages=True)
+        kept = _OF_THREAD.kept[use] = own_array((size,), np.uint8)
     return torch.from_numpy(kept[:size]).view(dtype).view(shape)
 
 

@@ -70,10 +70,9 @@ def test_so_is_a_system_without_such_a_call(tmp_path: Path, monkeypatch: pytest.
     assert room_of(tmp_path, ROOM).st_blocks == 0
 
 
-@pytest.mark.parametrize("huge_pages", [False, True])
 @pytest.mark.parametrize("shape", [(0,), (3, 5), (100_000,), (1_000_000,), (3, 524_288)])
-def test_an_array_of_its_own_is_zero_and_writable(shape: tuple[int, ...], huge_pages: bool) -> None:
-    array = own_array(shape, np.float32, huge_pages=huge_pages)
+def test_an_array_of_its_own_is_zero_and_writable(shape: tuple[int, ...]) -> None:
+    array = own_array(shape, np.float32)
     assert array.shape == shape
     assert not array.any()
     array[...] = 1

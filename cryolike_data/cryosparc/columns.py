@@ -73,7 +73,7 @@ def image_numbers(table: Table, *, base: int = 0) -> np.ndarray:
             f"blob/idx of {table.origin('blob/idx')} holds {numbers[first]} in row {first} ({broken.sum()} rows have no whole number). "
             "Export or save the table again."
         )
-    found = own_array(numbers.shape, np.int64, huge_pages=True)
+    found = own_array(numbers.shape, np.int64)
     np.subtract(numbers, base, out=found, dtype=np.int64, casting="unsafe")
     return found
 

@@ -103,7 +103,7 @@ class RowsOnDisk:
     def blocks(self, start: int, stop: int, rows: int) -> Iterator[np.ndarray]:
         """These rows, so many at a time, in one buffer: reading them into the cache takes less than mapping their pages."""
         size = self.dtype.itemsize
-        buffer = own_array((min(rows, stop - start),), self.dtype, huge_pages=True)
+        buffer = own_array((min(rows, stop - start),), self.dtype)
         with self._opened() as file:
             file.seek(self.start + start * size)
             for first in range(start, stop, rows):
@@ -190,8 +190,8 @@ def copy_columns(source: Rows, names: Collection[str], *, kinds_of: Collection[s
     """
     layout = _as_words(source.dtype, names)
     step = min(BLOCK_ROWS, -(-_BLOCK_BYTES // source.dtype.itemsize))
-    copied = {name: own_array((len(source),), layout[name], huge_pages=True) for name in names}
-    numbers = own_array((len(source) if kinds_of else 0,), np.int32, huge_pages=True)
+    copied = {name: own_array((len(source),), layout[name]) for name in names}
+    numbers = own_array((len(source) if kinds_of else 0,), np.int32)
 
     def copy(start: int, stop: int) -> tuple[dict[bytes, int], np.ndarray]:
         numbering = Numbering(source.dtype, kinds_of, min(step, stop - start)) if kinds_of else None
