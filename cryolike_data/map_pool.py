@@ -17,7 +17,7 @@ from .file_size import CHECK_EVERY, file_size
 from .mrc import Check, StackHeader, map_stack, require_size
 
 #: Maps kept open at once. Each costs a file descriptor, of which 1024 is a common limit for a process; where that is reached, fewer are.
-MAX_OPEN_MAPS = 256
+_MAX_OPEN_MAPS = 256
 _NO_MORE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
@@ -39,7 +39,7 @@ class MapPool:
     """
 
     def __init__(
-        self, paths: Sequence[str], headers: Sequence[StackHeader], *, max_open: int = MAX_OPEN_MAPS, check: Check | None = None
+        self, paths: Sequence[str], headers: Sequence[StackHeader], *, max_open: int = _MAX_OPEN_MAPS, check: Check | None = None
     ) -> None:
         self._paths, self._headers, self._max_open, self._check = paths, headers, max_open, check
         kinds = {dtype.newbyteorder("=") for dtype in {header.dtype for header in headers}}

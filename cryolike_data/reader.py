@@ -106,7 +106,7 @@ def wait_for_end(thread: threading.Thread, process: int) -> bool:
     return True
 
 
-def rows_of(steps: Steps) -> np.ndarray:
+def all_rows(steps: Steps) -> np.ndarray:
     """The rows of several batches, one after the other."""
     return steps[0][1] if len(steps) == 1 else np.concatenate([rows for _, rows in steps])
 
@@ -216,7 +216,7 @@ class Reader:
             self._error, self._finished = error, True
 
     def _fill(self, steps: Steps) -> None:
-        rows = rows_of(steps)
+        rows = all_rows(steps)
         images = self._ring.lend(len(rows))
         try:
             self._dataset.reading(rows, images)()

@@ -87,7 +87,7 @@ def read_index(path: str | os.PathLike[str], n_chunks: int, *, at_start: bool = 
     return offsets, lengths
 
 
-def whole_file(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
+def single_chunk(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
     """The same as ``read_index`` for a chunk that is a file of its own, without an index."""
     try:
         return np.zeros(1, np.int64), np.full(1, os.stat(path).st_size, np.int64)

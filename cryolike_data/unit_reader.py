@@ -15,15 +15,15 @@ from torch import Tensor
 
 from .batch import ParticleBatch
 from .dataset import ParticleDataset
-from .reader import READERS, Steps, end_idle_threads, limit_threads, rows_of, start_reading, wait_for_end, warn_one_by_one
+from .reader import READERS, Steps, all_rows, end_idle_threads, limit_threads, start_reading, wait_for_end, warn_one_by_one
 from .ring import BufferRing, outside_inference_mode
 from .sampler import ParticleSampler
 
 #: Small batches go together, up to so many bytes: to start a copy and transforms takes Python about as long as the bus needs for these.
 #: Not more, because a cache of the CPU should hold all units that are under way.
-UNIT_BYTES = 32 << 20
+_UNIT_BYTES = 32 << 20
 #: Units that are ready to be read, being read, and waiting to be taken, at least.
-UNITS = 3
+_UNITS = 3
 
 #: Batches as one, and before it for each of them the position in the epoch after it and how many particles it has.
 Unit = tuple[list[tuple[int, int]], ParticleBatch]
@@ -65,8 +65,8 @@ class UnitReader:
     def __init__(self, dataset: ParticleDataset, sampler: ParticleSampler, ahead: int, ring: BufferRing) -> None:
         self._dataset, self._ring = dataset, ring
         self._lending, self._drawing = threading.Lock(), threading.Lock()
-        self._together = max(1, min(UNIT_BYTES // (sampler.batch_size * dataset.image_bytes), 1 + ahead))
-        self._most = max(UNITS, -(-ahead // self._together))
+        self._together = max(1, min(_UNIT_BYTES // (sampler.batch_size * dataset.image_bytes), 1 + ahead))
+        self._most = max(_UNITS, -(-ahead // self._together))
         self._steps = sampler.steps()
         self._under_way = 0
         self._to_copy: SimpleQueue[_Read | None] = SimpleQueue()
@@ -140,7 +140,7 @@ class UnitReader:
         self._copied.put(None)
 
     def _prepared(self, steps: Steps) -> _Read:
-        rows = rows_of(steps)
+        rows = all_rows(steps)
         images = self._lend(len(rows))
         copy = None
         try:

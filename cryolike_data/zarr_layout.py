@@ -15,7 +15,7 @@ import numpy as np
 from .errors import StackError
 from .mrc import Check, StackHeader
 from .read_each import read_each
-from .shard import REMEDY, read_index, whole_file
+from .shard import REMEDY, read_index, single_chunk
 from .stacks import Stacks
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _plain(codecs: Sequence[Codec], dtype: np.dtype[Any]) -> np.dtype[Any] | Non
 def _chunk_offsets(layout: Layout, file: tuple[str, int]) -> np.ndarray:
     """Where the first so many chunks of a file start, all of which have to be there."""
     path, needed = file
-    found = whole_file(path) if layout.index is None else read_index(path, layout.per_file, at_start=layout.index == "start")
+    found = single_chunk(path) if layout.index is None else read_index(path, layout.per_file, at_start=layout.index == "start")
     offsets, lengths = (values[:needed] for values in found)
     absent = int((offsets < 0).sum())
     if absent:

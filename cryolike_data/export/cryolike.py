@@ -24,7 +24,7 @@ from ..errors import ArgumentError
 from ..memory import kept_tensor
 from ..transforms import Downsample, Normalize, PolarTransform, normalize_polar
 from ..transforms.finufft_plan import require_finufft
-from .cryolike_optics import require_optics, stack_optics
+from .cryolike_optics import require_stack_optics, stack_optics
 from .folder import FolderFormat
 from .pixels import Contrast, Pixels, warn_of_dark_particles
 from .place import Output, Place, WrittenFile
@@ -135,7 +135,7 @@ def plan_cryolike(
     if n_stacks_max != -1:
         dataset = dataset.select(slice(0, n_stacks_max * batch_size))
     plan = make_plan(dataset, folder, CryoLikeFormat(pixels, grid, batch_size, fourier, plots))
-    require_optics(dataset.particles, batch_size)
+    require_stack_optics(dataset.particles, batch_size)
     warn_of_dark_particles(dataset, pixels, "The cross-correlation of CryoLike")
     if plots:
         from ..plots import require_matplotlib

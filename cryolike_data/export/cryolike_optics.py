@@ -14,7 +14,7 @@ from ..particles import STRETCH_ROWS, Particles
 _NONE = np.empty(0)
 
 
-def require_optics(particles: Particles, stack: int) -> None:
+def require_stack_optics(particles: Particles, stack: int) -> None:
     """Find out whether CryoLike can have the optics of particles in stacks of so many.
 
     Raises
