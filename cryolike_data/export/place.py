@@ -102,7 +102,10 @@ class Place(Protocol):
         """
 
     def write(self, name: str, content: bytes) -> WrittenFile:
-        """Write a whole file."""
+        """Write a file of a single piece."""
+        with self.create(name) as file:
+            file.write(np.frombuffer(content, np.uint8))
+        return file.written
 
     def read(self, name: str) -> bytes | None:
         """The content of a file, or None if there is none."""
@@ -130,7 +133,7 @@ def open_place(target: str) -> Place:
     return StorePlace(target) if is_url(target) else LocalPlace(Path(target))
 
 
-class LocalPlace:
+class LocalPlace(Place):
     """A folder. Files are written below ``.export`` in it and renamed into their place."""
 
     def __init__(self, root: Path) -> None:
@@ -163,10 +166,6 @@ class LocalPlace:
                 os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
-
-    def write(self, name: str, content: bytes) -> WrittenFile:
-        """See ``Place``."""
-        return write_whole(self, name, content)
 
     def read(self, name: str) -> bytes | None:
         """See ``Place``."""
@@ -243,13 +242,6 @@ class _LocalOutput:
         """See ``Output``."""
         head = ((self._head_bytes, self._head_crc),) if self._head_bytes else ()
         return WrittenFile(self._name, (*head, (self._size, self._crc)))
-
-
-def write_whole(place: Place, name: str, content: bytes) -> WrittenFile:
-    """Write a file of a single piece."""
-    with place.create(name) as file:
-        file.write(np.frombuffer(content, np.uint8))
-    return file.written
 
 
 def _write_all(descriptor: int, flat: np.ndarray, target: Path) -> None:

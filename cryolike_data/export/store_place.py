@@ -11,10 +11,10 @@ import numpy as np
 from ..checksum import crc32c
 from ..errors import ExportError
 from ..zarr_store import open_store
-from .place import Output, Place, WrittenFile, write_whole
+from .place import Output, Place, WrittenFile
 
 
-class StorePlace:
+class StorePlace(Place):
     """A store of zarr at a URL, in which an object appears as a whole."""
 
     def __init__(self, url: str) -> None:
@@ -36,10 +36,6 @@ class StorePlace:
             self.before_placing(self, output)
         buffer = default_buffer_prototype().buffer.from_bytes(bytes(output.content))
         self._wait(self._store.set(name, buffer), name)
-
-    def write(self, name: str, content: bytes) -> WrittenFile:
-        """See ``Place``."""
-        return write_whole(self, name, content)
 
     def read(self, name: str) -> bytes | None:
         """See ``Place``."""
