@@ -14,6 +14,7 @@ from .descriptor import ImageDescriptor
 from .export import ExportReport, finish, plan_export, run, unit_range
 from .export.plans import ExportFormat
 from .transforms import Downsample
+from .transforms.downsample import resized
 from .zarr_dataset import ZarrDataset
 
 #: Options that say what is written, by the formats that know them and their names there.
@@ -96,8 +97,7 @@ def _settings(options: argparse.Namespace, kind: str, dataset: ParticleDataset, 
     if given.pop("no_star", False):
         given["star"] = False
     if kind == "cryolike" and given["descriptor"] is None:
-        box = dataset.box if downsample is None else downsample.output_box(dataset.box)
-        given["descriptor"] = ImageDescriptor.from_individual_values(n_pixels=box, pixel_size=dataset.pixel_size * dataset.box / box)
+        given["descriptor"] = ImageDescriptor.from_individual_values(*resized(downsample, dataset.box, dataset.pixel_size))
     return {name: value for name, value in given.items() if value is not None}
 
 

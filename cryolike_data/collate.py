@@ -13,7 +13,7 @@ from .arguments import device_of
 from .batch import Particle, ParticleBatch, merge_particles
 from .errors import ArgumentError
 from .transforms import Downsample, Normalize
-from .transforms.downsample import moved_centre_A
+from .transforms.downsample import moved_centre_A, resized
 from .transforms.normalize import NormalizeMethod
 
 
@@ -73,7 +73,7 @@ class Collate:
 
     def output_pixel_size(self, batch: ParticleBatch) -> float:
         """Pixel size after downsampling, angstrom."""
-        return batch.pixel_size if self.downsample is None else self.downsample.output_pixel_size(batch.pixel_size, batch.box)
+        return resized(self.downsample, batch.box, batch.pixel_size)[1]
 
     def _process(self, batch: ParticleBatch) -> ParticleBatch:
         pixel_size = self.output_pixel_size(batch)

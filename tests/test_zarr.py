@@ -331,6 +331,16 @@ def test_downsampled_images_are_means_and_the_pixel_size_follows(particles, demo
     assert ZarrDataset(store).box == 8
 
 
+@pytest.mark.parametrize("downsample", [None, Downsample(box=360)], ids=str)
+def test_the_pixel_size_of_images_that_keep_their_size_stays_to_the_last_digit(tmp_path, downsample):
+    assert 0.83 * 360 / 360 != 0.83
+    write_stack(tmp_path / "stack.mrc", numbered_images(1, 360))
+    blob = {"blob__path": ["stack.mrc"], "blob__idx": np.zeros(1, "u4"), "blob__psize_A": np.full(1, 0.83, "f4")}
+    dataset = IndexedDataset(write_table(tmp_path / "particles.cs", **blob, **ctf_columns(1)))
+    assert ZarrDataset(export_zarr(dataset, tmp_path / "a.zarr", downsample=downsample)).pixel_size == 0.83
+    assert Collate(downsample=downsample)(dataset[[0]]).pixel_size == 0.83
+
+
 def test_downsampling_of_integers_gives_float32(tmp_path):
     images = numbered_images(5, 8, dtype="i1")
     store = export_zarr(write_particles(tmp_path, images), tmp_path / "a.zarr", downsample=Downsample(2, method="mean"))

@@ -19,7 +19,7 @@ from ..memory import kept_tensor
 from ..particles import Particles
 from ..repeated import once
 from ..transforms import Downsample
-from ..transforms.downsample import computing_dtype, moved_centre_A
+from ..transforms.downsample import computing_dtype, moved_centre_A, resized
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +96,7 @@ class Pixels:
             raise ArgumentError(f"dtype is one of {', '.join(_DTYPES)}, or None for that of the files, not {dtype!r}")
         if downsample is not None and not isinstance(downsample, Downsample):
             raise ArgumentError(f"downsample is a Downsample, such as Downsample(box=128), not {downsample!r}")
-        box = dataset.box if downsample is None else downsample.output_box(dataset.box)
-        pixel_size = dataset.pixel_size * dataset.box / box
+        box, pixel_size = resized(downsample, dataset.box, dataset.pixel_size)
         as_stored = downsample is None and name == stored and not turned
         return cls(box, pixel_size, name, dataset.box, dataset.pixel_size, downsample, as_stored, turned)
 

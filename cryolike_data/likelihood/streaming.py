@@ -24,7 +24,7 @@ from ..progress import Progress
 from ..sampler import ParticleSampler, place_among_ranks
 from ..stream import ParticleStream
 from ..transforms import Downsample
-from ..transforms.downsample import moved_centre_A
+from ..transforms.downsample import moved_centre_A, resized
 from ..transforms.polar_grid import require_within_nyquist
 from .integrated import begin_comparison
 from .records import Results
@@ -127,11 +127,10 @@ def stream_likelihood(
         device=chosen.device,
     )
     # What does not fit is found out before anything is written.
-    one = dataset.describe([0])
-    box = one.box if downsample is None else downsample.output_box(one.box)
-    require_fit(chosen.grid, box, collate.output_pixel_size(one), chosen, memory_bytes)
+    box, pixel_size = resized(downsample, dataset.box, dataset.pixel_size)
+    require_fit(chosen.grid, box, pixel_size, chosen, memory_bytes)
     require_within_nyquist(chosen.grid, box)
-    require_optics(one.ctf, collate.ctf_terms)
+    require_optics(dataset.describe([0]).ctf, collate.ctf_terms)
     folder = None if output is None else Path(output).expanduser().resolve()
     settings = {
         "batch_size": batch_size,

@@ -84,7 +84,8 @@ class Downsample:
 
     def output_pixel_size(self, pixel_size: float, box: int) -> float:
         """Pixel size of the result, in the unit of ``pixel_size``, for images of ``box`` pixels; the field of view stays the same."""
-        return pixel_size * box / self.output_box(box)
+        new = self.output_box(box)
+        return pixel_size if new == box else pixel_size * box / new
 
     def centre_offset(self, box: int) -> float:
         """How far the centre of the new images (pixel D // 2) lies beyond that of the old ones (D0 // 2), along x and along y.
@@ -112,6 +113,11 @@ class Downsample:
     def __repr__(self) -> str:
         size = f"factor={self.factor}" if self.factor is not None else f"box={self.box}"
         return f"Downsample({size}, method={self.method!r})"
+
+
+def resized(downsample: Downsample | None, box: int, pixel_size: float) -> tuple[int, float]:
+    """Box and pixel size of images of this box and pixel size after downsampling; the same where there is none."""
+    return (box, pixel_size) if downsample is None else (downsample.output_box(box), downsample.output_pixel_size(pixel_size, box))
 
 
 def moved_centre_A(downsample: Downsample | None, box: int, pixel_size: float) -> float:
