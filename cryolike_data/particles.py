@@ -134,7 +134,8 @@ class Particles:
     def columns(self) -> dict[str, np.ndarray]:
         """Every per-particle column that is present; optics are named ``ctf/...``."""
         optics = [] if self.ctf is None else self.ctf.items()
-        return dict(self._plain_columns()) | {f"ctf/{name}": column for name, column in optics}
+        plain = {name: column for name in _COLUMNS if (column := getattr(self, name)) is not None}
+        return plain | {f"ctf/{name}": column for name, column in optics}
 
     def where(self, condition: Selection = None, /, **equal: Any) -> Particles:
         """The rows that fulfil a condition and hold the given values.
@@ -188,9 +189,6 @@ class Particles:
         ]
         more = [f"  ... and {len(values) - 12} more"] if len(values) > 12 else []
         raise MixedParticlesError("\n".join([f"The particles differ in {short}; take one group at a time:", *shown, *more]))
-
-    def _plain_columns(self) -> list[tuple[str, np.ndarray]]:
-        return [(name, getattr(self, name)) for name in _COLUMNS if getattr(self, name) is not None]
 
     def __repr__(self) -> str:
         optics = "without CTF" if self.ctf is None else "with CTF"

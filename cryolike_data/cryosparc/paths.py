@@ -154,7 +154,7 @@ class _Folders:
             if self._asked[folder] > _FEW:
                 self._files[folder] = _list_files(folder)
         listed = self._files.get(folder)
-        return {name for name in names if name and _is_file(folder + name)} if listed is None else listed
+        return {name for name in names if name and os.path.isfile(folder + name)} if listed is None else listed
 
 
 def _list_files(folder: str) -> set[str] | None:
@@ -169,14 +169,7 @@ def _list_files(folder: str) -> set[str] | None:
     try:
         return {entry.name for entry in entries if entry.is_file()}
     except OSError:  # a link among them cannot be followed
-        return {entry.name for entry in entries if _is_file(entry.path)}
-
-
-def _is_file(place: str) -> bool:
-    try:
-        return os.path.isfile(place)
-    except (OSError, ValueError):
-        return False
+        return {entry.name for entry in entries if os.path.isfile(entry.path)}
 
 
 def _explain(name: str, rows: int, places: Sequence[Path], folder: Path | None) -> str:
