@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ..ctf import DEFOCUS, MICROSCOPE
-from ..errors import MixedParticlesError, TableError
+from ..ctf import MICROSCOPE, require_optics
+from ..errors import MixedParticlesError
 from ..particles import STRETCH_ROWS, Particles
 
 #: CryoLike reads an array of no elements as None; unlike None itself it needs no pickle.
@@ -26,7 +26,7 @@ def require_stack_optics(particles: Particles, stack: int) -> None:
     """
     first = 0
     for part in particles.stretches(max(1, STRETCH_ROWS // stack) * stack):
-        shared = _required(part)[-len(MICROSCOPE) :]
+        shared = require_optics(part.ctf)[: len(MICROSCOPE)]
         if any((column != column[0]).any() for column in shared):
             _require_alike(part, stack, first)
         first += len(part)
@@ -46,21 +46,13 @@ def _require_alike(part: Particles, stack: int, first: int) -> None:
             ) from error
 
 
-def _required(particles: Particles) -> list[np.ndarray]:
-    if particles.ctf is None:
-        raise TableError(
-            "CryoLike needs the optics of each particle and the table has no ctf/* columns; pass the file that has as passthrough=."
-        )
-    return particles.ctf.require(*DEFOCUS, *MICROSCOPE)
-
-
 def _shared_optics(particles: Particles) -> list[np.float64]:
     return [np.float64(particles.one_value(f"ctf/{name}", "dataset.select({})")) for name in MICROSCOPE]
 
 
 def stack_optics(particles: Particles) -> dict[str, Any]:
     """The optics of one stack under CryoLike's names, dtypes and units."""
-    u, v, angle, *_ = _required(particles)
+    *_, u, v, angle = require_optics(particles.ctf)
     voltage, aberration, contrast = _shared_optics(particles)
     phase_shift = None if particles.ctf is None else particles.ctf.phase_shift_rad
     # CryoLike takes |U - V|: with U < V its astigmatism would be turned by 90 degrees. Swapped and turned, the CTF is the same.
