@@ -81,10 +81,9 @@ def export_zarr(
     ExportError
         if another run is at work there, the disk is too small, or a file cannot be written
     """
-    layout = ZarrFormat.of(
-        dataset, downsample=downsample, dtype=dtype, shard_bytes=shard_bytes, compression=compression, keep_bits=keep_bits
+    plan = plan_zarr(
+        dataset, store, downsample=downsample, dtype=dtype, shard_bytes=shard_bytes, compression=compression, keep_bits=keep_bits
     )
-    plan = make_plan(dataset, store, layout)
     run(plan, overwrite=overwrite, executor=executor, progress=progress)
     return plan.target if is_url(store) else Path(plan.target)
 
