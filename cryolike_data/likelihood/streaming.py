@@ -132,6 +132,7 @@ def stream_likelihood(
     require_within_nyquist(chosen.grid, box)
     require_optics(dataset.describe([0]).ctf, collate.ctf_terms)
     folder = None if output is None else Path(output).expanduser().resolve()
+    offset_A = moved_centre_A(downsample, dataset.box, dataset.pixel_size)
     settings = {
         "batch_size": batch_size,
         "downsample": repr(downsample),
@@ -140,7 +141,7 @@ def stream_likelihood(
         "ctf_terms": list(collate.ctf_terms),
         "dtype": str(dtype).removeprefix("torch."),
         "by_template": by_template,
-    } | ({"shift_offset_A": offset_A} if (offset_A := moved_centre_A(downsample, dataset.box, dataset.pixel_size)) else {})
+    } | ({"shift_offset_A": offset_A} if offset_A else {})
     about = {} if folder is None else _about(dataset, chosen, tried) | {"settings": settings}
     unknown = 0
     with closing(Results(folder, len(dataset), len(templates) if by_template else 0, about, overwrite=overwrite)) as results:
@@ -150,9 +151,10 @@ def stream_likelihood(
         with Progress(name, sum(map(len, mine)), show=progress) as bar:
             bar.skip(sum(map(len, mine)) - sum(map(len, left)))
             bar.start()
-            for rows, uid, found in _compared(dataset, left, batch_size, collate, chosen, tried, by_template, memory_bytes):
+            for rows, found in _compared(dataset, left, batch_size, collate, chosen, tried, by_template, memory_bytes):
                 unknown += int(found.log_likelihood.isnan().sum())
-                results.write(rows, dataset.particles.row[rows.start : rows.stop], uid, found)
+                row, uid = (column[rows.start : rows.stop] for column in (dataset.particles.row, dataset.particles.uid))
+                results.write(rows, row, uid, replace(found, shift_A=found.shift_A - offset_A))
                 bar.advance(len(rows))
         if unknown:
             log.warning("%d of %d images are constant or not finite; their results are NaN.", unknown, sum(map(len, left)))
@@ -168,19 +170,17 @@ def _compared(
     displacements_A: torch.Tensor,
     by_template: bool,
     memory_bytes: int | None,
-) -> Iterator[tuple[range, np.ndarray, ImageLikelihood]]:
-    """The rows of each batch, their uid and what is found about them; all batches are of one size, but for the last one of the data set."""
+) -> Iterator[tuple[range, ImageLikelihood]]:
+    """The rows of each batch and what is found about them; all batches are of one size, but for the last one of the data set."""
     rows = np.concatenate([np.asarray(each) for each in batches]) if batches else np.empty(0, np.int64)
-    offset_A = moved_centre_A(collate.downsample, dataset.box, dataset.pixel_size)
     part = dataset if len(rows) == len(dataset) else dataset.select(rows)
     sampler = ParticleSampler(part, batch_size, shuffle=False, rank=0, world_size=1)
     with ParticleStream(part, sampler, collate, templates.device, _PREFETCH) as stream:
         begun: deque[tuple[range, Callable[[], ImageLikelihood]]] = deque()
 
-        def finished() -> tuple[range, np.ndarray, ImageLikelihood]:
+        def finished() -> tuple[range, ImageLikelihood]:
             each, finish = begun.popleft()
-            found = finish()
-            return each, dataset.particles.uid[each.start : each.stop], replace(found, shift_A=found.shift_A - offset_A)
+            return each, finish()
 
         for each, batch in zip(batches, stream, strict=True):
             assert isinstance(batch, PolarBatch)
