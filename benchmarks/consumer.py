@@ -15,7 +15,7 @@ from cryolike_data import IndexedDataset
 from cryolike_data.stream import stream
 
 from .data import Project
-from .measure import Bound, Figure, Settings, in_turn, rate_figure
+from .measure import Bound, Figure, Settings, in_turn, per_second, rate_figure
 from .reading import bare_copy, drain
 
 NAIVE_BOUNDS = {0: 2.5, 2: 8.0}
@@ -56,13 +56,10 @@ def naive(settings: Settings) -> Iterator[Figure]:
         loader = DataLoader(images, _BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
 
         def floor(loader: DataLoader[torch.Tensor] = loader) -> float:
-            start = time.perf_counter()
-            count = sum(len(batch) for batch in loader)
-            return count / (time.perf_counter() - start)
+            return per_second(lambda: sum(len(batch) for batch in loader))
 
         def ours() -> float:
-            start = time.perf_counter()
-            return drain(batches) / project.image_bytes / (time.perf_counter() - start)
+            return per_second(lambda: drain(batches) / project.image_bytes)
 
         rates = in_turn([floor, ours, bare], settings.repetitions)
         yield rate_figure("naive", f"{project.label}, {workers} workers", rates, "img/s", bound=("at least", bound))

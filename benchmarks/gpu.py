@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from cryolike_data import Downsample, IndexedDataset, ParticleDataset
 from cryolike_data.stream import stream
 
 from .data import Project
-from .measure import Figure, Settings, in_turn, rate_figure
+from .measure import Figure, Settings, in_turn, per_second, rate_figure
 
 COPY_BOUND, FLOAT16_BOUND = 0.90, 1.8
 _BATCH = 256
@@ -58,25 +58,16 @@ def _copied(dataset: ParticleDataset, device: torch.device) -> float:
     sources = [torch.ones(shape, dtype=dataset.dtype, pin_memory=device.type == "cuda") for _ in range(2)]
     targets = [torch.empty(shape, dtype=dataset.dtype, device=device) for _ in range(2)]
     steps = -(-len(dataset) // _BATCH)
-    _wait(device)
-    start = time.perf_counter()
-    for step in range(steps):
-        targets[step % 2].copy_(sources[step % 2], non_blocking=True)
-    _wait(device)
-    return steps * _BATCH / (time.perf_counter() - start)
+
+    def work() -> int:
+        for step in range(steps):
+            targets[step % 2].copy_(sources[step % 2], non_blocking=True)
+        return steps * _BATCH
+
+    return per_second(work, device)
 
 
 def _streamed(dataset: ParticleDataset, device: torch.device) -> float:
     """Images a second through ``stream``, downsampled on the device."""
-    _wait(device)
-    start = time.perf_counter()
-    count = 0
-    for batch in stream(dataset, batch_size=_BATCH, shuffle=True, downsample=Downsample(box=64), device=device):
-        count += len(batch.images)
-    _wait(device)
-    return count / (time.perf_counter() - start)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    options: dict[str, Any] = {"batch_size": _BATCH, "shuffle": True, "downsample": Downsample(box=64), "device": device}
+    return per_second(lambda: sum(len(batch.images) for batch in stream(dataset, **options)), device)

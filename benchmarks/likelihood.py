@@ -17,7 +17,7 @@ from cryolike_data.stream import stream
 from cryolike_data.transforms import to_polar
 
 from .data import Project
-from .measure import Bound, Figure, Rounds, Settings, in_turn, rate_figure
+from .measure import Bound, Figure, Rounds, Settings, in_turn, per_second, rate_figure, seconds_of
 
 POLAR_BOUND: Bound = ("at least", 5.0)
 STREAM_BOUND: Bound = ("at least", 0.90)
@@ -51,9 +51,7 @@ def _polar(settings: Settings) -> Iterator[Figure]:
     images, grid = torch.randn(128, 128, 128, generator=torch.Generator().manual_seed(0)), PolarGrid.of_box(128)
 
     def ours(dtype: torch.dtype) -> float:
-        start = time.perf_counter()
-        to_polar(images, grid, eps=1e-6, dtype=dtype)
-        return len(images) / (time.perf_counter() - start)
+        return len(images) / seconds_of(lambda: to_polar(images, grid, eps=1e-6, dtype=dtype))
 
     peer = partial(one_finufft_call_per_image, images[:24].numpy(), grid, 1e-6)
     rates = in_turn([peer, partial(ours, torch.complex64), partial(ours, torch.complex128)], settings.repetitions)
@@ -122,14 +120,14 @@ def _alone(batches: list[PolarBatch], references: Templates, device: torch.devic
             integrated_log_likelihood(batch, references, _DISPLACEMENTS_A)
         return sum(map(len, batches))
 
-    return _rate(work, device)
+    return per_second(work, device)
 
 
 def _streamed(dataset: ParticleDataset, references: Templates, device: torch.device) -> float:
     def work() -> int:
         return len(stream_likelihood(dataset, references, _DISPLACEMENTS_A, batch_size=_BATCH[device.type], progress=False))
 
-    return _rate(work, device)
+    return per_second(work, device)
 
 
 def _operations_per_second(grid: PolarGrid, device: torch.device) -> float:
@@ -154,15 +152,4 @@ def _best(work: Callable[[], Tensor], amount: int, device: torch.device) -> floa
         work()
         return amount
 
-    return max(_rate(once, device) for _ in range(3))
-
-
-def _rate(work: Callable[[], int], device: torch.device) -> float:
-    """What the work returns, a second."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    done = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return done / (time.perf_counter() - start)
+    return max(per_second(once, device) for _ in range(3))

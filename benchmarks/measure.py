@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 from .machine import others_seconds
 
@@ -137,11 +138,18 @@ def rate_figure(
     return Figure(name, case, floor_text, our_text, rates.ratio(ours, floor), bound, rates.note)
 
 
-def gigabytes_per_second(work: Callable[[], int]) -> float:
-    """Rate at which work goes that returns how many bytes it moved."""
+def per_second(work: Callable[[], float], device: torch.device | None = None) -> float:
+    """Rate at which work goes that returns how much it did; on a GPU, until it is done there."""
+    _wait_for(device)
     start = time.perf_counter()
-    moved = work()
-    return moved / (time.perf_counter() - start) / 1e9
+    done = work()
+    _wait_for(device)
+    return done / (time.perf_counter() - start)
+
+
+def gigabytes_per_second(work: Callable[[], int]) -> float:
+    """The same of work that returns how many bytes it moved."""
+    return per_second(work) / 1e9
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -151,6 +159,11 @@ def seconds_of(work: Callable[[], object]) -> float:
     taken = time.perf_counter() - start
     del result
     return taken
+
+
+def _wait_for(device: torch.device | None) -> None:
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _digits(value: float) -> str:
