@@ -166,7 +166,7 @@ class ParticleSampler(Sampler[list[int]]):
     def _batches(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
         """(position after the step, rows) of each step; the order is worked out for many steps at a time."""
         n, epoch, stride = self._n, self.epoch, self._stride
-        own = self.rank * self.batch_size + np.arange(self.batch_size)
+        own = self.rank * self.batch_size + np.arange(min(self.batch_size, n))  # a larger batch is never full
         per_draw = max(1, _DRAWN // self.batch_size)
         left = (n - start) % stride
         for first in range(start, n - left, per_draw * stride):

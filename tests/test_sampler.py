@@ -274,6 +274,18 @@ def test_the_first_batch_of_a_hundred_million_particles_takes_little_memory() ->
     assert peak < 8 << 20
 
 
+def test_a_batch_size_far_beyond_the_data_set_takes_little_memory() -> None:
+    sampler = ParticleSampler(Rows(30), 10**8)
+    tracemalloc.start()
+    try:
+        (rows,) = sampler
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert sorted(rows) == list(range(30))
+    assert peak < 8 << 20
+
+
 @pytest.mark.parametrize(
     "options",
     [
