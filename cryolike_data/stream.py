@@ -132,6 +132,7 @@ class ParticleStream:
         self._resume = None
         state = self._state = sampler.next_state()
         self.sampler.set_epoch(state["epoch"])
+        begun = self.sampler.next_state()
         left = len(sampler)
         ring = self._ring = self._ring or self._new_ring()
         reader: Reader | UnitReader
@@ -147,12 +148,12 @@ class ParticleStream:
             for position, batch in batches:
                 state["position"] = position
                 left -= 1
-                if not left and self._state is state:
-                    self.sampler.set_epoch(state["epoch"] + 1)  # a loop that knows this batch to be the last asks for no more
+                if not left:
+                    self._move_on(state, begun)  # a loop that knows this batch to be the last asks for no more
                 yield batch
             if not reader.closed:
+                self._move_on(state, begun)
                 if self._state is state:
-                    self.sampler.set_epoch(state["epoch"] + 1)
                     self._state = None
             elif self._reader not in (None, reader):
                 raise IterationError("another iteration over this stream has begun, which ended this one; make a stream for each")
@@ -191,6 +192,11 @@ class ParticleStream:
         last, self._reader = self._reader, reader
         if last is not None:
             last.close()
+
+    def _move_on(self, state: dict[str, int], begun: dict[str, int]) -> None:
+        """Let the next epoch follow an iteration, unless another state, or from the sampler another epoch, was asked for meanwhile."""
+        if self._state is state and self.sampler.next_state() == begun:
+            self.sampler.set_epoch(begun["epoch"] + 1)
 
     def _resumed(self) -> ParticleSampler:
         """The sampler where the next iteration starts."""

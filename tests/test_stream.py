@@ -952,6 +952,20 @@ def test_set_epoch_of_the_sampler_chooses_the_epoch(ds: IndexedDataset) -> None:
     assert rows_of(list(loader)) == loader.sampler.rows(np.arange(N), 6).tolist()
 
 
+@pytest.mark.parametrize("when", [1, -1])
+def test_an_epoch_or_state_that_is_asked_of_the_sampler_in_the_loop_is_for_the_next_loop(ds: IndexedDataset, when: int) -> None:
+    loader = stream(ds, batch_size=7, shuffle=True)
+    state = {"seed": 0, "epoch": 6, "position": 21}
+    for ask, first in ((lambda sampler: sampler.set_epoch(6), 0), (lambda sampler: sampler.load_state_dict(state), 21)):
+        chosen = range(len(loader))[when]
+        for k, _ in enumerate(loader):
+            if k == chosen:
+                ask(loader.sampler)
+        assert loader.state_dict() == {"seed": 0, "epoch": 6, "position": first}
+        assert rows_of(list(loader)) == loader.sampler.rows(np.arange(first, N), 6).tolist()
+        assert loader.sampler.epoch == 7
+
+
 def test_two_streams_over_one_data_set_do_not_disturb_each_other(ds: IndexedDataset) -> None:
     one, other = stream(ds, batch_size=5, shuffle=True, seed=1), stream(ds, batch_size=5, shuffle=True, seed=2)
     for left, right in zip(one, other, strict=True):
