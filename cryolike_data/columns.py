@@ -68,7 +68,8 @@ class Columns:
         for names in groups.values():
             flat = [self.tensors[name][:, None].flatten(1) for name in names]
             together = torch.cat(flat, dim=1).to(device, non_blocking=non_blocking)
-            there = together.split([part.shape[1] for part in flat], dim=1)  # type: ignore[no-untyped-call]
+            # Not as views, which would be part of what is computed in place from each other.
+            there = torch.unsafe_split_with_sizes(together, [part.shape[1] for part in flat], dim=1)
             moved |= {name: part.reshape(self.tensors[name].shape) for name, part in zip(names, there, strict=True)}
         return Columns({name: moved[name] for name in self.names})
 

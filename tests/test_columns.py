@@ -82,6 +82,16 @@ def test_moving_takes_one_transfer_for_each_dtype(monkeypatch: pytest.MonkeyPatc
     assert sorted(map(str, transfers)) == ["torch.float32", "torch.float64", "torch.int64"]
 
 
+def test_columns_that_were_moved_together_are_nothing_to_each_other_for_autograd() -> None:
+    moved = Columns(some_columns()).to("cpu").tensors
+    gain = torch.nn.Parameter(torch.ones(3))
+    loss = (moved["ctf/defocus_u"] * gain).sum()
+    moved["ctf/tilt_A"].add_(gain[:, None])
+    assert not moved["ctf/defocus_u"].requires_grad
+    loss.backward()
+    assert torch.equal(gain.grad, some_columns()["ctf/defocus_u"])
+
+
 def test_a_pickle_holds_the_values_and_not_what_makes_them() -> None:
     columns = Columns(lambda: some_columns())  # a lambda cannot be pickled
     again = pickle.loads(pickle.dumps(columns))
