@@ -6,7 +6,7 @@ import copy
 from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -180,6 +180,10 @@ class ParticleStream:
         """Let the next iteration go on from a state, whatever epoch the sampler is set to until then."""
         self.sampler.load_state_dict(state)
         self._resume = self._state = self.sampler.state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has a reader and buffers of its own: with these it would end the iteration of the stream that it was made of.
+        return self.__dict__ | {"_reader": None, "_ring": None, "_copying": deque(), "_state": copy.copy(self._state)}
 
     def __enter__(self) -> Self:
         return self

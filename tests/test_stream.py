@@ -5,11 +5,14 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import pickle
 import sys
 import threading
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
+from copy import copy as shallow_copy
+from copy import deepcopy
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -993,6 +996,19 @@ def test_two_consumers_in_threads_of_their_own_stream_one_data_set(ds: IndexedDa
     for thread in threads:
         thread.join()
     assert errors == []
+
+
+@pytest.mark.parametrize("copied", [shallow_copy, deepcopy, lambda loader: pickle.loads(pickle.dumps(loader))])
+def test_a_copy_of_a_stream_at_work_streams_by_itself(ds: IndexedDataset, copied: Callable[[ParticleStream], ParticleStream]) -> None:
+    loader = stream(ds, batch_size=7, shuffle=True)
+    seen: list[int] = []
+    for batch in loader:
+        seen.extend(batch.index.tolist())
+        if len(seen) == 14:
+            another = copied(loader)
+            assert rows_of(list(another)) == loader.sampler.rows(np.arange(N), 0).tolist()
+    assert seen == loader.sampler.rows(np.arange(N), 0).tolist()
+    assert rows_of(list(copied(loader))) == loader.sampler.rows(np.arange(N), 1).tolist()
 
 
 def test_a_selection_streams(ds: IndexedDataset) -> None:
