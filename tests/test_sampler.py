@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import run_python, same_batch, write_particles
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler, SubsetRandomSampler
 
 from cryolike_data import IndexedDataset
 from cryolike_data.errors import ArgumentError, CryolikeDataError
@@ -308,6 +308,12 @@ def test_a_batch_size_far_beyond_the_data_set_takes_little_memory() -> None:
 def test_arguments_that_cannot_be_meant_are_errors(options: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError):
         ParticleSampler(Rows(10), **({"batch_size": 2} | options))
+
+
+@pytest.mark.parametrize("sampler", [SubsetRandomSampler([7, 9]), DistributedSampler(Rows(30), num_replicas=2, rank=1)])
+def test_another_sampler_in_the_place_of_the_data_set_is_an_error(sampler: Any) -> None:
+    with pytest.raises(ArgumentError, match=type(sampler).__name__):
+        ParticleSampler(sampler, 4)
 
 
 @pytest.mark.parametrize("position", [-1, 21])
