@@ -231,6 +231,8 @@ def _magnified(k: Tensor, angle: Tensor, anisomag: list[Tensor]) -> tuple[Tensor
     kx, ky = k * torch.cos(angle), k * torch.sin(angle)
     xx, xy, yx, yy = anisomag
     kx, ky = kx + (xx * kx + xy * ky), ky + (yx * kx + yy * ky)
+    # Zero frequency stays where it is, and its direction has no gradient but NaN.
+    kx, ky = (torch.where(k == 0, 0, part) for part in (kx, ky))
     return torch.hypot(kx, ky), torch.atan2(ky, kx)
 
 

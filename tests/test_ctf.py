@@ -337,6 +337,17 @@ def test_anisotropic_magnification_acts_row_by_row_on_x_and_y_and_on_every_term(
     torch.testing.assert_close(values, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("term", TERM_FIELDS)
+def test_every_term_has_a_gradient_also_on_a_grid_with_zero_frequency(term):
+    column = torch.tensor(EXAMPLE[term], dtype=torch.float64, requires_grad=True)
+
+    def values(column):
+        return ctf_values(replace(optics(), **{TERM_FIELDS[term]: column}), *half_plane(6, 4.0), terms=(term,))
+
+    scale = 1e-6 * float(column.detach().abs().max())
+    assert torch.autograd.gradcheck(values, column, eps=scale, atol=1e-8, rtol=1e-5)
+
+
 @pytest.mark.parametrize("terms", [("coma",), ("bfactor", "shift"), "bfactor"])
 def test_unknown_terms_are_refused_and_the_known_ones_listed(terms):
     with pytest.raises(ArgumentError, match="bfactor, beam_tilt, trefoil, tetrafoil, anisomag"):
