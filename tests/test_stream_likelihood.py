@@ -187,6 +187,13 @@ def test_the_matrix_of_particles_by_templates_is_written_where_it_is_asked_for(d
     assert sorted(os.listdir(out)) == ["by_template.npy", *FILES]
 
 
+def test_poses_priors_and_displacements_may_be_learned_elsewhere(ds, templates):
+    given = (ROTVECS, templates.log_weights.tolist(), DISPLACEMENTS)
+    poses, priors, displacements = (torch.tensor(values, dtype=torch.float64, requires_grad=True) for values in given)
+    of_them = Templates(templates.fourier.clone().requires_grad_(), GRID, templates.box_A, poses, priors)
+    np.testing.assert_array_equal(run(ds, of_them, displacements=displacements), run(ds, templates))
+
+
 @pytest.mark.parametrize("rows", [np.arange(3, 20, 2), np.random.default_rng(1).permutation(N)], ids=["some", "shuffled"])
 def test_a_selection_has_its_records_in_its_own_order_with_the_rows_of_the_table(ds, templates, out, rows):
     whole, chosen = run(ds, templates, dtype=torch.float64), run(ds.select(rows), templates, out, dtype=torch.float64)

@@ -223,7 +223,7 @@ def require_even(grid: PolarGrid) -> None:
 
 
 def _on_cpu(values: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """Numbers of any kind as a tensor."""
+    """Numbers of any kind as a tensor that needs no gradient."""
     if isinstance(values, np.ndarray):  # of which torch refuses those in another byte order, and those that run backwards
         values = values.astype(values.dtype.newbyteorder("="))
-    return torch.as_tensor(values, dtype=dtype, device="cpu")
+    return torch.as_tensor(values, dtype=dtype, device="cpu").detach()
