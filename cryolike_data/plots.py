@@ -37,7 +37,7 @@ def montage(images: Tensor, *, columns: int = 8, titles: list[str] | None = None
         raise ArgumentError(f"{len(titles)} titles do not fit {len(images)} images.")
     columns = max(1, min(columns, len(images)))
     figure, axes = _panels(len(images), columns, 1.5)
-    for axis, image, title in zip(axes, images.float().cpu().numpy(), titles or [""] * len(images), strict=True):
+    for axis, image, title in zip(axes, images.detach().float().cpu().numpy(), titles or [""] * len(images), strict=True):
         low, high = np.percentile(image, (1, 99))
         axis.imshow(image, cmap="gray", vmin=low, vmax=high, origin="lower")
         axis.set_title(title, fontsize=7)

@@ -87,6 +87,12 @@ def test_a_montage_takes_any_pixel_type(dtype):
     assert len(montage(torch.arange(32).reshape(2, 4, 4).to(dtype)).axes) == 2
 
 
+def test_a_montage_takes_what_a_model_has_made():
+    made = torch.from_numpy(numbered_images(2, 8)).float().requires_grad_() * 2
+    shown = [np.asarray(axis.images[0].get_array()) for axis in montage(made).figure.axes]
+    np.testing.assert_array_equal(shown, made.detach().numpy())
+
+
 def test_a_montage_of_nothing_is_refused():
     with pytest.raises(CryolikeDataError, match="image"):
         montage(torch.zeros(0, 8, 8))
