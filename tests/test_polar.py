@@ -122,6 +122,15 @@ def test_an_image_of_zeros_has_a_transform_of_zeros_and_leaves_the_others_alone(
     torch.testing.assert_close(transforms, to_polar_exact(images, grid), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize(("dtype", "peak"), [(torch.complex64, 1e-40), (torch.complex128, 1e-310)])
+def test_an_image_too_faint_to_be_divided_by_leaves_the_others_alone(dtype, peak):
+    images, grid = noise(4, 12, 12, dtype=torch.float64), PolarGrid(3.0, 0.25, 12)
+    images[1] *= peak
+    images = images.to(dtype.to_real())
+    transforms = to_polar(images, grid, dtype=dtype)
+    torch.testing.assert_close(transforms.to(torch.complex128), to_polar_exact(images, grid), rtol=0, atol=1e-4)
+
+
 def test_what_was_transformed_before_does_not_change_a_bit():
     images, grid = noise(8, 12, 12), PolarGrid(3.0, 0.25, 12)
     used, fresh = (PolarTransform(grid, 12, eps=1e-6, n_trans=4, dtype=torch.complex64) for _ in range(2))

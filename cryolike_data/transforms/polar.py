@@ -84,17 +84,19 @@ class PolarTransform:
     def __call__(self, images: Tensor) -> Tensor:
         """(B, n_shells, n_inplanes) complex on the device of the images, for any number of (B, box, box) real images.
 
-        An image with a NaN or an infinity gives NaN, and leaves the others alone.
+        An image with a NaN or an infinity gives NaN, one with nothing but numbers too small to be divided by gives zeros; both leave
+        the others alone.
         """
         _check_batch(images, self.box)
         pixels = images.detach().to(self.device)
         pixels = pixels if pixels.dtype in (torch.float32, torch.float64) else pixels.to(self.dtype.to_real())
         # Pairing images of very different scale would leave the fainter one with the error of the brighter one.
         scale = pixels.abs().amax((-2, -1), keepdim=True).to(self.dtype.to_real())
-        usable = scale.isfinite() & (scale > 0)
+        inverse = scale.reciprocal()
+        usable = inverse.isfinite() & (inverse > 0)
         if pixels.is_cuda or not bool(usable.all()):  # to look would be to wait for a GPU
             pixels = torch.where(usable, pixels, 0)
-        inverse = torch.where(usable, scale.reciprocal(), 0)
+        inverse = torch.where(usable, inverse, 0)
         scale = scale * (4 * math.pi / self.box)
         result = torch.empty(len(images), self.grid.n_shells, self.grid.n_inplanes, dtype=self.dtype, device=self.device)
         step = self.n_trans * (2 if self._paired else 1)
