@@ -322,6 +322,15 @@ def test_a_function_is_mapped_over_every_tensor(batch: PolarBatch) -> None:
     same_polar_batch(turned, batch[torch.arange(N - 1, -1, -1)])
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_a_compiled_step_may_ask_the_grid_for_its_points_and_weights(batch: PolarBatch) -> None:
+    def power(of: PolarBatch) -> torch.Tensor:
+        weights, radii = torch.as_tensor(of.grid.integration_weights), torch.as_tensor(of.grid.radii)[:, None]
+        return (of.fourier.abs().square() * weights * radii).sum((1, 2))
+
+    torch.testing.assert_close(torch.compile(power, backend="eager")(batch), power(batch))
+
+
 def test_a_batch_pickles(batch: PolarBatch) -> None:
     same_polar_batch(pickle.loads(pickle.dumps(batch)), batch)
 

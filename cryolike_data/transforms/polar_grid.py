@@ -107,6 +107,4 @@ def _jacobi_rule(count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     beside = np.sqrt(k[1:] * (k[1:] + 1)) / (2 * k[1:] + 1)
     nodes, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1))
     weights = 2 * vectors[0] ** 2
-    for array in (nodes, weights):
-        array.setflags(write=False)  # shared by every grid with this many shells
     return nodes, weights
