@@ -18,6 +18,7 @@ import torch
 from scipy.spatial.transform import Rotation
 from support import (
     contents,
+    ctf_columns,
     disk_of,
     no_file_larger_than,
     numbered_images,
@@ -232,6 +233,20 @@ def test_a_constant_image_has_nan_in_its_record(tmp_path, templates, caplog):
         found = run(IndexedDataset(path), templates)
     assert np.flatnonzero(np.isnan(found["log_likelihood"])).tolist() == [0]
     assert "1 of 23 images are constant or not finite" in caplog.text
+
+
+@pytest.mark.parametrize(("column", "value"), [("df1_A", np.nan), ("accel_kv", 0), ("amp_contrast", 7)])
+def test_optics_without_a_ctf_give_nan_and_the_warning_names_them(tmp_path, templates, caplog, column, value):
+    good = IndexedDataset(write_particles(tmp_path / "good", N, box=BOX)[0])
+    optics = ctf_columns(N)[f"ctf__{column}"]
+    optics[7] = value
+    bad = IndexedDataset(write_particles(tmp_path / "bad", N, box=BOX, **{f"ctf__{column}": optics})[0])
+    with caplog.at_level(logging.WARNING):
+        found = run(bad, templates)["log_likelihood"]
+    assert "1 of 23 images" in caplog.text
+    assert "optics" in caplog.text
+    np.testing.assert_array_equal(np.isnan(found), np.arange(N) == 7)
+    np.testing.assert_allclose(np.delete(found, 7), np.delete(run(good, templates)["log_likelihood"], 7), atol=0.05)
 
 
 # --- ranks

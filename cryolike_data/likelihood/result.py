@@ -14,8 +14,8 @@ from ..rotations import rotation_matrices, rotation_vectors
 class ImageLikelihood:
     """What ``integrated_log_likelihood`` finds about each of B images; float64 tensors on the CPU but for ``template`` (int64).
 
-    An image that is zero everywhere, which is what normalisation makes of a constant one, or has a pixel that is not finite has NaN in
-    place of every number.
+    An image that is zero everywhere, which is what normalisation makes of a constant one, has a pixel that is not finite, or optics that
+    give no finite CTF (an amplitude contrast in percent does not) has NaN in place of every number.
 
     Attributes
     ----------

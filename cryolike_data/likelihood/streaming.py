@@ -157,7 +157,12 @@ def stream_likelihood(
                 results.write(rows, row, uid, replace(found, shift_A=found.shift_A - offset_A))
                 bar.advance(len(rows))
         if unknown:
-            log.warning("%d of %d images are constant or not finite; their results are NaN.", unknown, sum(map(len, left)))
+            log.warning(
+                "%d of %d images are constant or not finite; their results are NaN. So are those of optics that give no finite CTF, "
+                "as an amplitude contrast over 1 does.",
+                unknown,
+                sum(map(len, left)),
+            )
         return results.records()
 
 
