@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class Later:
-    """Columns that are read, all of them together, when the first of them is asked for.
+    """Columns that are read, all of them together, when the first of them is asked for; they cannot be written to.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class Later:
 
     def __getitem__(self, name: str) -> Any:
         if self._columns is None:
-            self._columns = _not_compiled(self._read)(self._rows)
+            self._columns = _for_reading(_not_compiled(self._read)(self._rows))
             _WAITING.discard(self)
         return self._columns.get(name)
 
@@ -47,7 +47,7 @@ class Later:
         """The same columns of some rows, read only when they are asked for themselves."""
         taken = Later(self._read, rows if self._rows is None else self._rows[rows], by_rows=self.by_rows)
         if self._columns is not None:
-            taken._columns = {name: take_rows_of(column, rows) for name, column in self._columns.items()}
+            taken._columns = _for_reading({name: take_rows_of(column, rows) for name, column in self._columns.items()})
             _WAITING.discard(taken)
         return taken
 
@@ -57,6 +57,15 @@ class Later:
 
     def __reduce__(self) -> tuple[Callable[..., Later], tuple[Any, ...]]:
         return partial(Later, by_rows=self.by_rows), (self._read, self._rows)
+
+
+def _for_reading(columns: dict[str, Any]) -> dict[str, Any]:
+    """The same columns, none of which can be written to: other processes read them again, and would know nothing of it."""
+    for column in columns.values():
+        for values in [values for _, values in column.items()] if isinstance(column, Ctf) else [column]:
+            if values is not None:
+                values.flags.writeable = False
+    return columns
 
 
 def _not_compiled(read: Callable[..., Any]) -> Callable[..., Any]:

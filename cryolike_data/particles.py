@@ -52,7 +52,8 @@ class _Column(Generic[ValueT]):
 class Particles:
     """A table of N particles. Every selection keeps all columns in step.
 
-    Where particles come from a table, all that does not say where images lie is read from it when it is first asked for.
+    Where particles come from a table, all that does not say where images lie is read from it when it is first asked for, and is
+    there for reading only: ``dataclasses.replace(particles, pose=...)`` makes a table with other columns.
 
     Attributes
     ----------

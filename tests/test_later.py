@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 from collections.abc import Callable
@@ -96,6 +97,17 @@ def test_pickles_are_small_until_columns_are_loaded_and_load_for_themselves(tmp_
     assert len(before) < 25 * 3000
     np.testing.assert_array_equal(pickle.loads(before).particles.uid, uids(3000))
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(ds.select([5, 1]))).particles.uid, uids(3000)[[5, 1]])
+
+
+@pytest.mark.parametrize("taken", [lambda p: p, lambda p: p[3:9], lambda p: (p.uid, p[[5, 1]])[1]], ids=["all", "before", "after"])
+def test_columns_that_another_process_reads_again_cannot_be_written_to(cs: Path, taken: Callable[[Particles], Particles]) -> None:
+    particles = taken(IndexedDataset(cs).particles)
+    for column in (particles.uid, particles.row, particles.pose, particles.half_set, particles.ctf.defocus_u, particles.ctf.voltage_kv):
+        with pytest.raises(ValueError, match="read-only"):
+            column[:] = 7
+    mine = dataclasses.replace(particles, pose=np.full((len(particles), 3), 7.0, np.float32))
+    assert (pickle.loads(pickle.dumps(mine)).pose == 7).all()
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(mine)).uid, particles.uid)
 
 
 def replace(path: Path) -> None:
