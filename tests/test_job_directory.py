@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -90,6 +91,27 @@ def test_an_empty_restack_folder_gives_way_to_downsampled_images(tmp_path: Path)
     job, images = write_job(tmp_path, 4, COUNTS, kind="downsample")
     (job / "restack").mkdir()
     same_images(JobDirectoryDataset(tmp_path, 4), images)
+
+
+def test_downsampled_images_do_not_stand_in_for_restacked_ones_that_are_out_of_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, _ = write_job(tmp_path, 4, COUNTS, kind="downsample")
+    (job / "restack").symlink_to("/old/disk/J4/restack")
+    with pytest.raises(MissingStackError, match="link to /old/disk/J4/restack"):
+        JobDirectoryDataset(tmp_path, 4)
+    (job / "restack").unlink()
+    (job / "restack").mkdir()
+    listed = os.listdir
+
+    def refuse(folder: str | Path) -> list[str]:
+        if str(folder).endswith("restack"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(MissingStackError, match=r"restack cannot be listed: Permission denied"):
+        JobDirectoryDataset(tmp_path, 4)
 
 
 def test_other_files_among_the_stacks_are_ignored(tmp_path: Path) -> None:

@@ -152,9 +152,9 @@ def _find_stacks(job: Path) -> _Stacks:
     looked = []
     for kind, (word, _) in _KINDS.items():
         by_number: dict[int, Path] = {}
-        for path in sorted((job / kind).glob(f"batch_*_{word}.mrc*")):
+        for path in _listed(job / kind):
             match = _BATCH.match(path.name)
-            if match is None:
+            if match is None or match[2] != word:
                 continue
             twin = by_number.setdefault(int(match[1]), path)
             if twin is not path:
@@ -164,6 +164,18 @@ def _find_stacks(job: Path) -> _Stacks:
             return _Stacks(job / kind, by_number, n)
         looked.append(f"{job / kind}/batch_*_{word}.mrc")
     raise MissingStackError(f"There are no stacks in {job}: looked for {' and '.join(looked)}.")
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What is in a folder, by name; nothing where there is none. One that is out of reach is an error: another does not stand in for it."""
+    try:
+        return sorted(folder / name for name in os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        if folder.is_symlink():
+            raise MissingStackError(f"{folder} is a link to {os.readlink(folder)}, which is no folder.") from None
+        return []
+    except OSError as error:
+        raise MissingStackError(f"{folder} cannot be listed: {error.strerror}.") from error
 
 
 def _find_record(job: Path, stacks: _Stacks, passthrough: Table, *, needed: bool) -> Table | None:
