@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from types import TracebackType
@@ -30,7 +31,9 @@ class Progress:
 
     def __init__(self, name: str, total: int, *, show: bool | None) -> None:
         self._name, self._total = name, total
-        self._bar = tqdm(total=total, unit="image", desc=name, disable=None if show is None else not show)
+        hidden = None if show is None else not show
+        # Where the error stream was closed, as for a daemon, tqdm finds that out only when it writes.
+        self._bar = tqdm(total=total, unit="image", desc=name, disable=sys.stderr is None or hidden)
         self._log = self._bar.disable and show is None
         self._done = self._skipped = self._bytes = 0
         self._began = self._told = time.monotonic()

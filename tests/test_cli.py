@@ -28,7 +28,7 @@ from support import (
     write_table,
 )
 
-from cryolike_data import ImageDescriptor, IndexedDataset
+from cryolike_data import ImageDescriptor, IndexedDataset, ZarrDataset
 from cryolike_data.cli import main
 from cryolike_data.demo import DemoProject
 from cryolike_data.export.cryolike import CryoLikeFormat
@@ -630,6 +630,12 @@ def test_who_reads_the_output_may_have_enough(one_group, reader):
     pipe = f"{sys.executable} -c '{code}' info {one_group} | {reader}"
     ran = subprocess.run(["bash", "-c", pipe], capture_output=True, text=True, check=True)
     assert ran.stderr == ""
+
+
+def test_an_export_needs_no_streams_to_write_to(one_group, tmp_path):
+    code = "import sys; from cryolike_data.cli import main; sys.exit(main(sys.argv[1:]))"
+    subprocess.run(["bash", "-c", f"{sys.executable} -c '{code}' export {one_group} {tmp_path}/a.zarr >&- 2>&-"], check=True)
+    assert len(ZarrDataset(tmp_path / "a.zarr")) == len(IndexedDataset(one_group))
 
 
 def test_names_that_a_terminal_cannot_show_are_shown_in_part(one_group, tmp_path):
