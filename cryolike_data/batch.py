@@ -150,9 +150,21 @@ class Particle:
     """One particle of a data set or batch. It reads nothing until a property is asked for.
 
     A list of particles collates through one batched read, which is how a plain ``DataLoader`` stays fast.
+
+    Attributes
+    ----------
+    uid, ctf, pose, shift_A, shift : as in ``ParticleBatch``, without the first axis
+    pixel_size, box : of the image, angstrom and pixels
     """
 
     __slots__ = ("row", "source")
+    uid: Tensor
+    ctf: Ctf[Tensor] | None
+    pose: Tensor | None
+    shift_A: Tensor | None
+    shift: Tensor | None
+    pixel_size: float
+    box: int
 
     def __init__(self, source: Any, row: int) -> None:
         self.source = source
@@ -175,12 +187,15 @@ class Particle:
         return int(self.batch.index[0]) if isinstance(self.source, ParticleBatch) else self.row
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("uid", "ctf", "pose", "shift_A", "shift", "pixel_size", "box"):
+        if name in Particle.__annotations__:
             value = getattr(self.source.describe([self.row]), name)
             if isinstance(value, Tensor):
                 return value[0]
             return value.map(lambda tensor: tensor[0]) if isinstance(value, Ctf) else value
         raise AttributeError(f"a Particle has no {name!r}")
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *Particle.__annotations__]
 
     def __reduce__(self) -> tuple[type[Particle], tuple[ParticleBatch, int]]:
         # Another process gets the particle itself, not the data set that it comes from.

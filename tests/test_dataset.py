@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import pydoc
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,12 @@ def test_a_particle_reads_nothing_until_asked(tmp_path: Path) -> None:
     (tmp_path / "J1/extract/stack_0.mrc").unlink()
     (tmp_path / "J1/extract/stack_1.mrc").unlink()
     assert repr(ds[2]) == "Particle(2 of the 7 in an IndexedDataset, 8 px of 1.5 A)"
+
+
+def test_a_particle_lists_what_may_be_asked_of_it(ds: IndexedDataset) -> None:
+    known = {"uid", "ctf", "pose", "shift_A", "shift", "pixel_size", "box", "image", "index", "batch"}
+    assert known <= set(dir(ds[0]))
+    assert all(name in pydoc.render_doc(Particle, renderer=pydoc.plaintext) for name in known)
 
 
 def test_a_particle_has_no_other_attributes(ds: IndexedDataset) -> None:
