@@ -54,7 +54,7 @@ class ParticleDataset(Dataset[Particle]):
             unknown = np.isnan(self.particles.pixel_size).sum()
             raise TableError(
                 f"The pixel size of {unknown} of {len(self)} particles is not known: neither blob/psize_A of their table nor the headers "
-                "of their stacks say it. Pass pixel_size= in angstrom, or leave them out with select=."
+                "of their stacks that were read say it. Pass pixel_size= in angstrom, or leave them out with select=."
             )
         self.source = source
         self._located: Images | None = None

@@ -270,8 +270,9 @@ def open_stacks(
     if needed is not None and not check_headers and len(names):
         first = read_header(names[0], mode0=mode0)
         counts = needed.tolist()
-        of_count = {count: replace(first, nz=count, n_complete=count) for count in set(counts)}
-        alike = [of_count[count] for count in counts]
+        # A header that was not read says nothing of the pixel size.
+        of_count = {count: replace(first, nz=count, n_complete=count, pixel_size=None) for count in set(counts)}
+        alike = [replace(of_count[counts[0]], pixel_size=first.pixel_size), *(of_count[count] for count in counts[1:])]
         return Stacks(names, alike, check=partial(require_alike, mode0=mode0, index_hint=index_hint), headers_read=False)
 
     def amiss(number: int, header: StackHeader) -> str:

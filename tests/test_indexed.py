@@ -572,6 +572,19 @@ def test_unchecked_headers_are_checked_when_a_stack_is_first_read(tmp_path: Path
             ds.read(np.flatnonzero(ds.particles.file == 1))
 
 
+def test_a_pixel_size_is_not_taken_from_headers_that_are_not_read(tmp_path: Path) -> None:
+    cs, images = write_particles(tmp_path, N, stacks=2, blob__psize_A=None)
+    for number, size in enumerate((1.7, 2.5)):
+        stack = tmp_path / f"J1/extract/stack_{number}.mrc"
+        write_stack(stack, numbered_images(N, 8), pixel_size=size)
+    with pytest.raises(TableError, match=r"The pixel size of 3 of 6 particles is not known(.|\n)*Pass pixel_size="):
+        IndexedDataset(cs, check_headers=False)
+    assert IndexedDataset(cs, check_headers=False, pixel_size=2).pixel_size == 2
+    with_one_stack, _ = write_particles(tmp_path / "one", N, stacks=1, blob__psize_A=None)
+    write_stack(tmp_path / "one/J1/extract/stack_0.mrc", images, pixel_size=1.7)
+    assert IndexedDataset(with_one_stack, check_headers=False).pixel_size == pytest.approx(1.7)
+
+
 def test_an_unchecked_stack_that_is_gone_is_an_error_for_who_reads_and_nobody_else(tmp_path: Path) -> None:
     cs, images = write_particles(tmp_path, N, stacks=2)
     ds = IndexedDataset(cs, check_headers=False)

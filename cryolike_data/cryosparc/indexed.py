@@ -40,7 +40,8 @@ class IndexedDataset(ParticleDataset):
     select : which rows to take: a mask, row numbers, a slice, or a function of the particles
     mode0 : how to read 8-bit pixels, see ``cryolike_data.mrc.read_header``
     check_headers : read the header of every stack now. False reads the first one only and expects the others to be laid out
-        alike, which is checked when each is first read: for many thousands of stacks on a slow file system.
+        alike, which is checked when each is first read: for many thousands of stacks on a slow file system. The pixel size
+        then comes from the table or ``pixel_size``.
 
     Raises
     ------
