@@ -11,7 +11,7 @@ import numpy as np
 
 from .cryosparc import IndexedDataset, JobDirectoryDataset
 from .cryosparc.columns import CTF_FIELDS
-from .cryosparc.job_directory import read_passthrough
+from .cryosparc.job_directory import read_passthrough, without_blob
 from .cryosparc.join import load_table
 from .cryosparc.table import Table
 from .dataset import ParticleDataset
@@ -104,9 +104,9 @@ def _selection(options: argparse.Namespace) -> Selection:
 
 
 def _table(options: argparse.Namespace) -> Table | None:
-    """The table whose rows the particles are; a store has none."""
+    """The table whose rows the particles are, as far as a data set goes by it; a store has none."""
     if not isinstance(options.file, Path):
         return None
     if options.job is not None:
-        return read_passthrough(options.file.absolute() / f"J{options.job}", options.job)
+        return without_blob(read_passthrough(options.file.absolute() / f"J{options.job}", options.job))
     return load_table(options.file, passthrough=options.passthrough) if options.file.is_file() else None

@@ -24,6 +24,7 @@ from support import (
     run_python,
     stored_images,
     uids,
+    write_job,
     write_stack,
     write_table,
 )
@@ -572,6 +573,16 @@ def test_export_of_real_particles_at_box_128(shared, tmp_path):
     images = zarr.open_group(tmp_path / "a.zarr", mode="r")["images"]
     assert images.shape == (7, 128, 128)
     assert images.attrs["pixel_size_A"] == pytest.approx(3.275, rel=1e-5)
+
+
+def test_particles_of_a_job_are_not_chosen_by_where_an_earlier_job_had_them(tmp_path, capsys):
+    earlier = {"blob__path": ["J2/extract/a.mrc"] * 7, "blob__idx": np.arange(7, dtype="u4"), "blob__psize_A": np.full(7, 9, "f4")}
+    write_job(tmp_path, 4, [3, 4], **earlier)
+    for condition in ("blob/idx < 3", "blob/psize_A == 9"):
+        assert run("info", tmp_path, "--job", 4, "--where", condition) == 1
+        assert re.search(r"There is no column 'blob/(idx|psize_A)' to choose by; .* pixel_size, .* slice", capsys.readouterr().err)
+    assert run("info", tmp_path, "--job", 4, "--where", "slice < 3 and pixel_size == 1.7") == 0
+    assert "6 particles in 2 files" in out(capsys)
 
 
 # The second form is one that obstore knows too, whose stores in memory nobody finds again.

@@ -147,6 +147,11 @@ def read_passthrough(job: Path, number: int) -> Table:
     return read_table(path)
 
 
+def without_blob(table: Table) -> Table:
+    """The table without ``blob/*``, which in a passthrough table may be those of an earlier job."""
+    return take_slots(table, [slot for slot in table.slots if slot != "blob"])
+
+
 def _find_stacks(job: Path) -> _Stacks:
     """``restack/`` before ``downsample/``; numbers with any zero padding, from 0 to the first gap."""
     looked = []
@@ -232,7 +237,7 @@ def _pair_in_sequence(table: Table, stacks: _Stacks, record: Table | None, mode0
     elif "blob" in table.slots:
         # A passthrough may carry the blob of an earlier job, whose pixel size and box are not those of these stacks.
         log.warning("blob/* of %s names other stacks than those in %s and is not used.", table.path, stacks.folder)
-        table = _without_blob(table)
+        table = without_blob(table)
     return table, pool, file, image
 
 
@@ -240,7 +245,7 @@ def _check_sequence(table: Table, record: Table, stacks: _Stacks, file: np.ndarr
     """The table with the record's columns beside it, after making sure that the record does not contradict the sequence."""
     rows = np.arange(len(table)) if record.path == table.path else _record_rows(table, record)
     if rows is None:
-        return _without_blob(table)
+        return without_blob(table)
     names, number = unique_paths(record["blob/path"])
     numbers = np.array([-1 if (found := stacks.number(name)) is None else found for name in names])
     agrees = (rows >= 0) & (numbers[number[rows]] == file) & (record["blob/idx"][rows] == image)
@@ -271,7 +276,7 @@ def _pair_by_uid(
             'that names such a table. Copy it there, or use pairing="sequence" if you know that row k is image k.'
         )
     if record.path != table.path:
-        table = join_tables(_without_blob(table), record, unmatched=unmatched)
+        table = join_tables(without_blob(table), record, unmatched=unmatched)
     names, file = unique_paths(table["blob/path"])
     # By number, whatever the zero padding; a name that is none of this job's stacks is looked for as in an indexed file.
     here = [stacks.by_number.get(-1 if (number := stacks.number(name)) is None else number) for name in names]
@@ -279,7 +284,3 @@ def _pair_by_uid(
     found = resolve_paths([names[k] for k in elsewhere], lambda: np.bincount(file)[elsewhere].tolist(), table=record.path)
     paths = [str(path) if path is not None else found[elsewhere.index(k)] for k, path in enumerate(here)]
     return table, open_stacks(paths, mode0=mode0), file, image_numbers(table), names
-
-
-def _without_blob(table: Table) -> Table:
-    return take_slots(table, [slot for slot in table.slots if slot != "blob"])
