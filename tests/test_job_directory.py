@@ -420,6 +420,16 @@ def test_pairing_by_uid_without_a_record_says_what_is_needed(tmp_path: Path) -> 
         JobDirectoryDataset(tmp_path, 4, pairing="uid")
 
 
+def test_a_stack_of_the_record_that_is_missing_belongs_into_the_job(tmp_path: Path) -> None:
+    job, _ = write_job(tmp_path, 4, COUNTS)
+    write_record(job, MIXED)
+    next((job / "restack").glob("batch_*1_restacked.mrc")).unlink()
+    with pytest.raises(MissingStackError) as caught:
+        JobDirectoryDataset(tmp_path, 4, pairing="uid")
+    assert str(caught.value).endswith(f"have to lie in {job / 'restack'}.")
+    assert "folder=" not in str(caught.value)
+
+
 def test_pairing_by_uid_does_not_need_as_many_rows_as_images(tmp_path: Path) -> None:
     job, images = write_job(tmp_path, 4, COUNTS, uid=uids(N, seed=4)[:5], **ctf_columns(5))
     write_record(job, MIXED)

@@ -281,6 +281,11 @@ def _pair_by_uid(
     # By number, whatever the zero padding; a name that is none of this job's stacks is looked for as in an indexed file.
     here = [stacks.by_number.get(-1 if (number := stacks.number(name)) is None else number) for name in names]
     elsewhere = [k for k, path in enumerate(here) if path is None]
-    found = resolve_paths([names[k] for k in elsewhere], lambda: np.bincount(file)[elsewhere].tolist(), table=record.path)
+    found = resolve_paths(
+        [names[k] for k in elsewhere],
+        lambda: np.bincount(file)[elsewhere].tolist(),
+        table=record.path,
+        remedy=f"Those of this job have to lie in {stacks.folder}.",
+    )
     paths = [str(path) if path is not None else found[elsewhere.index(k)] for k, path in enumerate(here)]
     return table, open_stacks(paths, mode0=mode0), file, image_numbers(table), names

@@ -37,14 +37,20 @@ def decode(values: Sequence[bytes | str]) -> list[str]:
 
 
 def resolve_paths(
-    names: Sequence[str], count_rows: Callable[[], Sequence[int]], *, table: Path, folder: str | os.PathLike[str] | None = None
+    names: Sequence[str],
+    count_rows: Callable[[], Sequence[int]],
+    *,
+    table: Path,
+    folder: str | os.PathLike[str] | None = None,
+    remedy: str = 'If the stacks lie together in one folder, pass folder="that/folder".',
 ) -> list[str]:
     """The absolute path of the file that each ``blob/path`` stands for.
 
     With ``folder`` every stack lies directly in it, by file name. Without, a path is tried as it is (absolute, or from the
     working directory), then from the folder of the table and each folder above it (the project directory is the parent of
     the job folder); a leading ``>`` says "from the folder of the table" and tries that first. Each place is also tried with
-    ``.mrc`` and ``.mrcs`` swapped, after all places have been tried without.
+    ``.mrc`` and ``.mrcs`` swapped, after all places have been tried without. ``remedy`` says what to do where a file is missing and no
+    ``folder`` was given.
 
     Raises
     ------
@@ -62,7 +68,10 @@ def resolve_paths(
     if "" in found:
         missing = [(name, rows) for name, rows, path in zip(names, count_rows(), found, strict=True) if not path]
         problems = [_explain(name, rows, [Path(place) for place in places(name)], folder) for name, rows in missing]
-        raise MissingStackError(_all_problems(problems, len(names), table, folder))
+        if folder is not None:
+            remedy = "Each stack has to lie directly in that folder, under the file name in blob/path."
+        told = f"{len(problems)} of {len(names)} stacks named by {table} were not found."
+        raise MissingStackError("\n".join([told, *problems, remedy]))
     _refuse_collisions(names, found, table, folder)
     return found
 
@@ -190,15 +199,6 @@ def _explain(name: str, rows: int, places: Sequence[Path], folder: Path | None) 
     depth = 1 if folder is not None or Path(name).is_absolute() else len(Path(name.removeprefix(">")).parts)
     looked = ", ".join(str(place.parents[min(depth, len(place.parents)) - 1]) for place in places[:3])
     return f"  {shown} ({rows} rows) looked in: {looked}{', and the folders above' if len(places) > 3 else ''}"
-
-
-def _all_problems(problems: list[str], total: int, table: Path, folder: Path | None) -> str:
-    remedy = (
-        "Each stack has to lie directly in that folder, under the file name in blob/path."
-        if folder is not None
-        else 'If the stacks lie together in one folder, pass folder="that/folder".'
-    )
-    return "\n".join([f"{len(problems)} of {total} stacks named by {table} were not found.", *problems, remedy])
 
 
 @dataclass(frozen=True)
