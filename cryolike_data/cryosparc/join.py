@@ -115,11 +115,15 @@ def take_slots(table: Table, slots: Collection[str]) -> Table:
 
 def match_uids(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """For each uid of ``left`` the row of ``right`` that has it, or -1; both hold each uid once."""
-    order = np.argsort(right)
-    place = np.searchsorted(right, left, sorter=order)
-    rows = order[np.minimum(place, len(right) - 1)] if len(right) else np.zeros(len(left), np.int64)
-    found = right[rows] == left if len(right) else np.zeros(len(left), bool)
-    return np.where(found, rows, -1)
+    # In order, because looking up one after the other all over the memory takes ten times as long as sorting.
+    of_left, of_right = np.argsort(left), np.argsort(right)
+    sought, there = left[of_left], right[of_right]
+    place = np.searchsorted(there, sought)
+    inside = place < len(there)
+    inside[inside] = there[place[inside]] == sought[inside]
+    rows = np.full(len(left), -1)
+    rows[of_left[inside]] = of_right[place[inside]]
+    return rows
 
 
 @dataclass(frozen=True)
