@@ -32,6 +32,7 @@ from .transforms import Downsample
 _AS_OPTIONS = (
     (r"(?<![\w/])overwrite=True", "--overwrite"),
     (r'(?<![\w/])folder="([^"]*)"', r"--folder \1"),
+    (r"(?<![\w/])folder=(?= )", "--folder"),
     (r"(?<![\w/])index_base=", "--index-base "),
     (r"(?<![\w/])passthrough=", "--passthrough"),
     (r'(?<![\w/])pairing="(\w+)"', r"--pairing \1"),
@@ -39,6 +40,7 @@ _AS_OPTIONS = (
     (r"(?<![\w/])(factor|box)=(\d)", r"--\1 \2"),
     (r"(?<![\w/])(factor|box)=(?=[ .])", r"--\1"),
     (r"(?<![\w/])dataset\.select\(lambda p: np\.isclose\(p\.ctf\.(\w+), ([^)]*)\)\)", r"--where 'ctf/\1 == \2'"),
+    (r"(?<![\w/])select=(?=[. ])", "--where"),
     (r"(?<![\w/])select=lambda p: np\.isclose\(p\.(\w+), ([^)]*)\)", r"--where '\1 == \2'"),
 )
 

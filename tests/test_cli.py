@@ -605,7 +605,13 @@ def test_a_store_at_a_url_has_no_job(capsys):
 
 
 def test_remedies_are_options(one_group, demo, tmp_path, capsys):
+    table = np.load(one_group)
+    columns = {name.replace("/", "__"): table[name] for name in table.dtype.names}
+    unknown_size = write_table(one_group.with_name("unknown.cs"), **columns | {"blob__psize_A": np.zeros(10, "f4")})
+    one_name = write_table(one_group.with_name("names.cs"), **columns | {"blob__path": ["stacks/a.mrc", "b/a.mrc"] * 5})
     wrong = {
+        ("info", unknown_size): "or leave them out with --where.",
+        ("info", one_name, "--folder", one_group.parent / "stacks"): "and leave --folder out",
         ("demo", demo.folder): "pass --overwrite",
         ("demo", tmp_path / "p", "--particles", 5): "--particles is at least 10",
         ("export", demo.indexed, tmp_path / "out"): "--where 'ctf/voltage_kv == 200.0'",
