@@ -472,6 +472,35 @@ def test_changed_inputs_make_another_plan(copied, tmp_path, kind, change, there)
     assert contents(tmp_path / "out") == before
 
 
+SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    *((kind, {"dtype": "float16"}) for kind in ("zarr", "mrc")),
+    *((kind, {"downsample": Downsample(box=8)}) for kind in ("zarr", "mrc")),
+    ("zarr", {"shard_bytes": 6 * BOX * BOX * 4}),
+    ("zarr", {"compression": "zstd"}),
+    ("zarr", {"keep_bits": 7}),
+    ("mrc", {"batch_size": 6}),
+    ("mrc", {"star": False}),
+]
+
+
+@pytest.mark.parametrize(("kind", "change"), SETTINGS, ids=str)
+def test_another_setting_makes_another_plan(dataset, tmp_path, undisturbed, kind, change):
+    run(plan_of(kind, dataset, tmp_path / "out"))
+    with pytest.raises(ExportExistsError, match=r"settings\.\w+ is .* there and .* here"):
+        run(plan_of(kind, dataset, tmp_path / "out", **change))
+    assert contents(tmp_path / "out") == undisturbed[kind]
+
+
+@pytest.mark.parametrize("kind", ["zarr", "mrc"])
+def test_another_way_to_downsample_makes_another_plan(dataset, tmp_path, kind):
+    run(plan_of(kind, dataset, tmp_path / "out", downsample=Downsample(box=8)))
+    before = contents(tmp_path / "out")
+    for method in ("mean", "max"):
+        with pytest.raises(ExportExistsError, match=rf"settings\.downsample\.method is 'fourier' there and '{method}' here"):
+            run(plan_of(kind, dataset, tmp_path / "out", downsample=Downsample(box=8, method=method)))
+    assert contents(tmp_path / "out") == before
+
+
 @pytest.mark.parametrize("other", [[], ["f4"]], ids=["8 bits alone", "beside others"])
 @pytest.mark.parametrize("there", ["finished", "stopped"])
 def test_8_bits_with_and_without_a_sign_are_other_inputs(tmp_path, other, there):
