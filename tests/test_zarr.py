@@ -219,6 +219,17 @@ def test_images_read_in_several_steps_fill_a_shard_in_order(particles, demo, tab
     np.testing.assert_array_equal(images_of(store)[:], expected)
 
 
+@pytest.mark.parametrize("compression", [None, "zstd"])
+@pytest.mark.parametrize("piece_bytes", [1, 3 * 8 * 8 * 4])
+def test_images_that_are_read_into_the_same_memory_stay_apart(tmp_path, monkeypatch, compression, piece_bytes):
+    monkeypatch.setattr("cryolike_data.export.pixels._PIECE_BYTES", piece_bytes)
+    images = numbered_images(20, 8)
+    write_particles(tmp_path, images)
+    write_stack(tmp_path / "stack.mrc", images, order=">")  # images that have to be copied
+    store = export_zarr(IndexedDataset(tmp_path / "particles.cs"), tmp_path / "a.zarr", compression=compression)
+    np.testing.assert_array_equal(images_of(store)[:], images)
+
+
 @pytest.mark.parametrize("shard_bytes", [0, -1])
 def test_a_shard_size_that_makes_no_sense_is_refused(particles, tmp_path, shard_bytes):
     with pytest.raises(ArgumentError, match="shard_bytes"):
