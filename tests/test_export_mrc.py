@@ -108,6 +108,16 @@ def test_unsigned_bytes_which_mrc_has_no_mode_for_become_float32(tmp_path: Path)
     np.testing.assert_array_equal(exported(tmp_path / "out"), images)
 
 
+@pytest.mark.parametrize("contrast", ["stored", "positive"])
+def test_double_precision_which_mrc_has_no_mode_for_becomes_float32(tmp_path: Path, contrast: Any) -> None:
+    cs, images = write_particles(tmp_path / "source", N, box=BOX, blob__sign=np.full(N, -1, "f4"))
+    store = export_zarr(IndexedDataset(cs), tmp_path / "a.zarr", dtype="float64")
+    export_mrc(ZarrDataset(store), tmp_path / "out", contrast=contrast)
+    assert_valid(tmp_path / "out/particles/stack_000000.mrcs")
+    assert exported(tmp_path / "out").dtype == np.float32
+    np.testing.assert_array_equal(exported(tmp_path / "out"), images if contrast == "stored" else -images)
+
+
 def test_foreign_byte_order_becomes_little_endian(tmp_path: Path) -> None:
     images = numbered_images(N, BOX)
     export_mrc(dataset_of(tmp_path / "source", images, order=">"), tmp_path / "out")
