@@ -693,6 +693,26 @@ def test_records_that_are_damaged_are_an_error_that_says_so_and_may_be_replaced(
     assert bytes_of(out) == undisturbed
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda matrix: os.truncate(matrix, 500)], ids=["lost", "cut short"])
+def test_a_matrix_that_is_damaged_is_an_error_that_says_so_and_may_be_replaced(ds, templates, out, damage):
+    run(ds, templates, out, by_template=True)
+    whole = contents(out)
+    damage(out / "by_template.npy")
+    with pytest.raises(ExportError, match=r"by_template\.npy (cannot be read|is cut short).*; results cannot be continued there"):
+        run(ds, templates, out, by_template=True)
+    run(ds, templates, out, by_template=True, overwrite=True)
+    assert contents(out) == whole
+
+
+def test_nothing_is_kept_of_other_results_that_were_never_described(ds, templates, out, tmp_path):
+    run(ds, templates, tmp_path / "whole", by_template=True)
+    run(ds.select(range(N)[::-2]), templates, out, by_template=True)
+    (out / "likelihood.json").rename(out / ".likelihood.json.0123abcd.partial")  # as if the run had been killed before
+    run(ds, templates, out, by_template=True)
+    (out / ".likelihood.json.0123abcd.partial").unlink()
+    assert contents(out) == contents(tmp_path / "whole")
+
+
 def test_files_of_somebody_else_beside_results_are_not_replaced_with_them(ds, templates, out):
     run(ds, templates, out)
     (out / "notes.txt").write_text("notes")
