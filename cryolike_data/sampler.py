@@ -62,7 +62,7 @@ class ParticleSampler(Sampler[list[int]]):
         lookahead: int = 4,
     ) -> None:
         if isinstance(dataset, Sampler):
-            raise ArgumentError(f"dataset is what is sampled, not a {type(dataset).__name__}; for some of its rows pass dataset.select(rows)")
+            raise ArgumentError(f"dataset is what is sampled, not a {type(dataset).__name__}; for some rows pass dataset.select(rows)")
         batch_size, seed = integer("batch_size", batch_size, least=1), integer("seed", seed)
         if not (isinstance(shuffle, bool) or shuffle == "blocks"):
             raise ArgumentError(f'shuffle is True, False or "blocks", not {shuffle!r}')
