@@ -53,8 +53,8 @@ class ParticleDataset(Dataset[Particle]):
         if np.isnan(once(self.particles.pixel_size)).any():
             unknown = np.isnan(self.particles.pixel_size).sum()
             raise TableError(
-                f"The pixel size of {unknown} of {len(self)} particles is not known: neither blob/psize_A of their table nor the headers "
-                "of their stacks that were read say it. Pass pixel_size= in angstrom, or leave them out with select=."
+                f"The pixel size of {unknown} of {len(self)} particles is not known: neither blob/psize_A of their table nor the stack "
+                "headers that were read say it. Pass pixel_size= in angstrom, or leave them out with select=."
             )
         self.source = source
         self._located: Images | None = None
