@@ -394,6 +394,13 @@ def test_a_pickle_is_a_few_kilobytes_besides_the_columns(tmp_path: Path) -> None
     assert columns < 110 * n
 
 
+def test_a_pixel_size_that_is_given_adds_nothing_to_a_pickle(tmp_path: Path) -> None:
+    cs, _ = write_particles(tmp_path, 3000, box=4, stacks=1)
+    ds = IndexedDataset(cs, pixel_size=1.7)
+    assert len(pickle.dumps(ds)) < len(pickle.dumps(IndexedDataset(cs))) + 100
+    assert pickle.loads(pickle.dumps(ds)).particles.pixel_size.tolist() == [1.7] * 3000
+
+
 def test_a_small_selection_pickles_small(tmp_path: Path) -> None:
     cs, _ = write_particles(tmp_path, 3000, box=4, stacks=1)
     ds = IndexedDataset(cs)

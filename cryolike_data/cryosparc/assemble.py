@@ -129,7 +129,7 @@ def _pixel_sizes(table: Table, pool: Stacks, file: np.ndarray, argument: Any) ->
         given = square_pixel_size(argument)
         if stated is not None and not np.allclose(others := once(stated)[known], given, rtol=1e-3):
             log.warning("pixel_size=%g is used; %s says %s in blob/psize_A.", given, table.path, shortest(others[0]))
-        return np.full(len(table), given)
+        return repeat(np.array([given]), len(table))
     if stated is not None and known.all():
         return one_value_once(stated)
     of_header = np.array([np.nan if header.pixel_size is None else header.pixel_size for header in pool.headers], np.float32)
