@@ -11,8 +11,6 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from .cryosparc import IndexedDataset, JobDirectoryDataset
 from .cryosparc.job_directory import Pairing
 from .dataset import ParticleDataset
@@ -173,5 +171,5 @@ def _convert(
 
 
 def _given_pixel_size(value: Any) -> Any:
-    """CryoLike's defaults (None, -1) mean that no pixel size is given."""
-    return None if value is None or (np.isscalar(value) and float(np.real(value)) < 0) else value
+    """CryoLike's default of -1 means that no pixel size is given, as None does."""
+    return None if isinstance(value, Real) and value < 0 else value

@@ -343,6 +343,13 @@ def test_a_scalar_pixel_size_is_that_of_the_images_as_read(demo, table, tmp_path
     assert (metadata["n_pixels"] * metadata["pixel_size"]).tolist() == [BOX * PIXEL_SIZE, BOX * PIXEL_SIZE]
 
 
+@pytest.mark.parametrize("pixel_size", ["", "two", 0, 1j], ids=repr)
+def test_a_pixel_size_that_is_none_is_an_error_that_names_it(demo, table, tmp_path, pixel_size):
+    np.save(tmp_path / "group.npy", table)
+    with pytest.raises(ArgumentError, match="pixel_size is a positive number"):
+        convert(GRID, tmp_path / "group.npy", demo.folder / "J1/extract", folder_output=tmp_path, pixel_size=pixel_size, flag_plots=False)
+
+
 def test_the_descriptor_beside_the_stacks_is_that_of_their_grid(particles, tmp_path):
     export_cryolike(particles, tmp_path, descriptor=GRID, downsample=Downsample(factor=2))
     metadata = load_cryolike_stack(tmp_path)[2]
