@@ -145,7 +145,8 @@ class ParticleDataset(Dataset[Particle]):
         elif out.shape != shape or out.dtype != dtype or not out.is_cpu or not out.is_contiguous() or out.requires_grad:
             given = f"{out.dtype} {tuple(out.shape)} on {out.device}{', which needs a gradient' if out.requires_grad else ''}"
             raise ArgumentError(f"out has to be a contiguous {dtype} CPU tensor of shape {shape}, not {given}")
-        (self._located or self._images()).read_into(rows, out)
+        if len(rows):
+            self.reading(rows, out)()
         return out
 
     def reading(self, rows: np.ndarray, out: Tensor) -> Callable[[], object]:

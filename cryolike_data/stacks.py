@@ -32,11 +32,11 @@ _STRETCH = 1 << 16
 class Images(Protocol):
     """The images of a table's rows, wherever they lie."""
 
-    def read_into(self, rows: np.ndarray, out: Tensor) -> None:
-        """Copy the images of these rows (int64, none negative) into ``out``, (B, H, W) contiguous."""
-
     def reading(self, rows: np.ndarray, out: Tensor) -> Callable[[], object]:
-        """What is left to be called to do the same, once all that can be found out before is."""
+        """What copies the images of these rows (at least one, int64, none negative) into ``out``, (B, H, W) contiguous, when called.
+
+        All that can be found out before is.
+        """
 
     def view(self, rows: np.ndarray) -> Tensor | None:
         """The images of these rows without a copy, for reading only; None if they do not lie one after the other in memory."""
@@ -158,19 +158,15 @@ class StackImages:
         self._files = np.empty(0, np.int64)
         self._seen_until = -np.inf
 
-    def read_into(self, rows: np.ndarray, out: Tensor) -> None:
-        """Copy the images of these rows into ``out``, (B, H, W) contiguous, in the dtype of the stacks.
+    def reading(self, rows: np.ndarray, out: Tensor) -> Callable[[], object]:
+        """What copies the images of these rows (at least one) into ``out``, (B, H, W) contiguous, in the dtype of the stacks, when called.
 
         Raises
         ------
         StackError
-            if a file cannot be opened any more, is truncated, or has shrunk (for what remains possible then, see ``Arena``)
+            here or when that is called, if a file cannot be opened any more, is truncated, or has shrunk (for what remains possible
+            then, see ``Arena``)
         """
-        if len(rows):
-            self.reading(rows, out)()
-
-    def reading(self, rows: np.ndarray, out: Tensor) -> Callable[[], object]:
-        """What is left to be called to do the same of these rows (at least one); what is wrong with a file may be found out before."""
         found = self._found(rows)
         if found is None:
             return partial(self._stacks.read_from_pool, self._file[rows], self._image[rows], out.numpy())
@@ -180,7 +176,7 @@ class StackImages:
     def view(self, rows: np.ndarray) -> Tensor | None:
         """The images of these rows (at least one) where the arena has them, for reading only; None if not one after the other there.
 
-        A file that shrinks is noticed as by ``read_into``, when the view is made and not when it is used.
+        A file that shrinks is noticed as by ``reading``, when the view is made and not when it is used.
         """
         found = self._found(rows)
         return None if found is None else found[0].view(found[1])

@@ -106,13 +106,9 @@ class ZarrRows:
     def __init__(self, store: ZarrImages, image: np.ndarray) -> None:
         self._store, self._image = store, image
 
-    def read_into(self, rows: np.ndarray, out: Tensor) -> None:
-        """Copy the images of these rows into ``out``, (B, H, W) contiguous."""
-        self._store.read_into(self._image[rows], out.numpy())
-
     def reading(self, rows: np.ndarray, out: Tensor) -> Callable[[], None]:
-        """All of it."""
-        return partial(self.read_into, rows, out)
+        """What copies the images of these rows into ``out``, (B, H, W) contiguous, when called: nothing is done before."""
+        return partial(self._store.read_into, self._image[rows], out.numpy())
 
     def view(self, rows: np.ndarray) -> None:
         """No image lies in memory as it is."""

@@ -265,7 +265,7 @@ def run_python(code: str, *arguments: object, timeout: float = 60) -> subprocess
 
 def read_images(stacks: Any, file: np.ndarray, image: np.ndarray, out: np.ndarray) -> None:
     """Image ``image[k]`` of file ``file[k]`` of some stacks into ``out[k]``, in one call."""
-    stacks.locate(file, image).read_into(np.arange(len(file)), torch.from_numpy(out))
+    stacks.locate(file, image).reading(np.arange(len(file)), torch.from_numpy(out))()
 
 
 #: Arguments of ``plan_export`` by format that make units of five images of 16 px float32.

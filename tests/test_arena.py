@@ -74,7 +74,7 @@ def test_images_go_to_any_place_of_a_buffer(tmp_path: Path, box: int, before: in
     paths, (images,) = written(tmp_path, [3], box)
     buffer = torch.full((before + images.size + 2,), 7.0)
     located = open_stacks(paths).locate(np.zeros(3, np.int64), np.arange(3))
-    located.read_into(np.array([2, 0, 1]), buffer[before:-2].view(images.shape))
+    located.reading(np.array([2, 0, 1]), buffer[before:-2].view(images.shape))()
     np.testing.assert_array_equal(buffer[before:-2].view(images.shape), images[[2, 0, 1]])
     assert (buffer[:before] == 7).all()
     assert (buffer[-2:] == 7).all()
@@ -316,13 +316,13 @@ def test_looking_at_one_file_does_not_put_off_the_look_at_another(tmp_path: Path
     now = [100.0]
     monkeypatch.setattr(arena_module.time, "monotonic", lambda: now[0])
     images = open_stacks(paths).locate(np.repeat([0, 1], 2), np.tile([0, 1], 2))
-    images.read_into(np.arange(2), torch.empty(2, 8, 8))
+    images.reading(np.arange(2), torch.empty(2, 8, 8))()
     now[0] += 0.9
-    images.read_into(np.arange(4), torch.empty(4, 8, 8))
+    images.reading(np.arange(4), torch.empty(4, 8, 8))()
     paths[0].unlink()
     now[0] += 0.2
     with pytest.raises(StackError, match=r"0\.mrc is gone"):
-        images.read_into(np.arange(2), torch.empty(2, 8, 8))
+        images.reading(np.arange(2), torch.empty(2, 8, 8))()
 
 
 SHRUNK = """
