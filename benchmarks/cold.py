@@ -37,7 +37,7 @@ def cold(settings: Settings) -> Iterator[Figure]:
         dataset = _opened_cold(project, paths, settings, rows)
         return gigabytes_per_second(lambda: drain(stream(dataset, batch_size=_BATCH, shuffle=True)))
 
-    rates = in_turn([floor, ours], 5)
+    rates = in_turn([floor, ours])
     yield rate_figure("cold", f"{project.label}, {wanted / 1e9:.1f} GB", rates, "GB/s", bound=("at least", SPEED_BOUND))
 
 

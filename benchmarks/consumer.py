@@ -61,7 +61,7 @@ def naive(settings: Settings) -> Iterator[Figure]:
         def ours() -> float:
             return per_second(lambda: drain(batches) / project.image_bytes)
 
-        rates = in_turn([floor, ours, bare], settings.repetitions)
+        rates = in_turn([floor, ours, bare])
         yield rate_figure("naive", f"{project.label}, {workers} workers", rates, "img/s", bound=("at least", bound))
         yield rate_figure("naive", f"{project.label}, {workers} workers, bare copy", rates, "img/s", ours=2)
         del loader, floor
@@ -84,7 +84,7 @@ def consumer(settings: Settings) -> Iterator[Figure]:
     def beside() -> float:
         return batches / sum(_spin(steps) for _ in stream(epoch, batch_size=_BATCH, shuffle=True))
 
-    rates = in_turn([alone, beside], settings.repetitions)
+    rates = in_turn([alone, beside])
     yield rate_figure("consumer", f"{project.label}, 20 ms of Python a batch", rates, "loops/s", bound=CONSUMER_BOUND)
 
 

@@ -22,7 +22,7 @@ def downsample(settings: Settings) -> Iterator[Figure]:
         images = torch.randn((batch, box, box), generator=torch.Generator().manual_seed(0))
         crop = Downsample(box=box // 2)
         calls = max(2, round(settings.seconds / min(_seconds(crop, images, 1) for _ in range(3))))
-        rates = in_turn([partial(_rate, _pool, images, calls), partial(_rate, crop, images, calls)], settings.repetitions)
+        rates = in_turn([partial(_rate, _pool, images, calls), partial(_rate, crop, images, calls)])
         yield rate_figure("downsample", f"{box} to {box // 2} px, {batch} images", rates, "img/s", bound=("at least", BOUND))
 
 

@@ -27,7 +27,7 @@ from cryolike_data import (
 from .data import Project
 from .likelihood import one_finufft_call_per_image
 from .machine import anonymous_bytes
-from .measure import Bound, Figure, Rounds, Settings, in_turn, rate_figure
+from .measure import ROUNDS, Bound, Figure, Rounds, Settings, in_turn, rate_figure
 
 PLAIN_BOUND: Bound = ("at least", 0.80)
 PARTS_BOUND: Bound = ("at least", 0.80)
@@ -85,7 +85,7 @@ def _downsampled(settings: Settings, out: Path) -> Iterator[Figure]:
 
     writing = partial(_plain, out, _FILE_BYTES, small, of=len(dataset))
     ours = partial(_rate, dataset, out, partial(_to_zarr, downsample=crop, shard_bytes=64 << 20))
-    rates = in_turn([reading, cropping, writing, ours], settings.repetitions)
+    rates = in_turn([reading, cropping, writing, ours])
     slowest = np.column_stack([rates.values[:, :3].min(axis=1), rates.values[:, 3]])
     yield rate_figure(
         "export", f"Zarr, {project.label}, to 128px / slowest part", Rounds(slowest, rates.disturbed), "img/s", bound=PARTS_BOUND
@@ -108,7 +108,7 @@ def _fourier(settings: Settings, out: Path) -> Iterator[Figure]:
     polar = grid.polar_grid
     one_by_one = partial(one_finufft_call_per_image, dataset.read(np.arange(24)).numpy(), polar, grid.eps)
     transform = 8 * polar.n_shells * polar.n_inplanes
-    rates = in_turn([one_by_one, partial(_rate, dataset, out, _to_cryolike, more=transform)], settings.repetitions)
+    rates = in_turn([one_by_one, partial(_rate, dataset, out, _to_cryolike, more=transform)])
     yield rate_figure("export", f"CryoLike, {project.box}px / finufft per image", rates, "img/s", bound=FOURIER_BOUND)
 
 
@@ -128,15 +128,13 @@ def _reading(settings: Settings, out: Path) -> Iterator[Figure]:
             particles.read(batch, buffer)
         return len(batches) * _BATCH * dataset.image_bytes / (time.perf_counter() - start) / 1e9
 
-    rates = in_turn([partial(rate, dataset), partial(rate, store)], settings.repetitions)
+    rates = in_turn([partial(rate, dataset), partial(rate, store)])
     yield rate_figure("export", f"reading our Zarr, {project.label} / MRC", rates, "GB/s", bound=READING_BOUND)
 
 
 def _memory(settings: Settings, out: Path) -> Iterator[Figure]:
     for name in _WRITERS:
-        few, many = (
-            float(np.median([_peak_of(name, images, settings, out) for _ in range(settings.repetitions)])) for images in (20_000, 200_000)
-        )
+        few, many = (float(np.median([_peak_of(name, images, settings, out) for _ in range(ROUNDS)])) for images in (20_000, 200_000))
         told = f"{few / 1e6:.0f} MB", f"{many / 1e6:.0f} MB"
         yield Figure("export", f"peak memory, 200,000 / 20,000 images, {name}", *told, many / few, GROWTH_BOUND)
         yield Figure("export", f"peak memory, 200,000 images / 1 GB, {name}", "1000 MB", told[1], many / _ALLOWED, MEMORY_BOUND)
@@ -172,7 +170,7 @@ def _sizes(settings: Settings, out: Path) -> Iterator[Figure]:
         )
 
 
-def _dataset(settings: Settings, project: Project, images: int | None = None) -> tuple[IndexedDataset, Project]:
+def _dataset(settings: Settings, project: Project, images: int | None = None) -> tuple[ParticleDataset, Project]:
     """The images, all of them in the page cache."""
     sized = Project(settings.count(project.images), project.stacks, box=project.box)
     dataset = IndexedDataset(sized.make(settings.data))

@@ -32,14 +32,7 @@ def on_device(settings: Settings, device: torch.device) -> Iterator[Figure]:
     """The figures, on any device (on a CPU they mean nothing)."""
     single, half = (Project(settings.count(20_000), 20, pixels=kind) for kind in ("float32", "float16"))
     epochs = [_epoch(project, settings) for project in (single, half)]
-    rates = in_turn(
-        [
-            lambda: _copied(epochs[0], device),
-            lambda: _streamed(epochs[0], device),
-            lambda: _streamed(epochs[1], device),
-        ],
-        settings.repetitions,
-    )
+    rates = in_turn([lambda: _copied(epochs[0], device), lambda: _streamed(epochs[0], device), lambda: _streamed(epochs[1], device)])
     case = f"{single.label} to 64px / pinned copy"
     yield rate_figure("gpu", case, rates, "GB/s", bound=("at least", COPY_BOUND), scale=single.image_bytes / 1e9)
     case = "float16 files / float32 files, to 64px"

@@ -28,7 +28,7 @@ _BATCH = {"cpu": 128, "cuda": 512}
 
 def likelihood(settings: Settings) -> Iterator[Figure]:
     """All figures of Fourier space and likelihood."""
-    yield from _polar(settings)
+    yield from _polar()
     yield from on_device(settings, torch.device("cpu"), images=256, step_deg=10)
     if torch.cuda.is_available():
         yield from on_device(settings, torch.device("cuda"), images=8192, step_deg=5)
@@ -47,14 +47,14 @@ def one_finufft_call_per_image(images: np.ndarray, grid: PolarGrid, eps: float) 
     return len(images) / (time.perf_counter() - start)
 
 
-def _polar(settings: Settings) -> Iterator[Figure]:
+def _polar() -> Iterator[Figure]:
     images, grid = torch.randn(128, 128, 128, generator=torch.Generator().manual_seed(0)), PolarGrid.of_box(128)
 
     def ours(dtype: torch.dtype) -> float:
         return len(images) / seconds_of(lambda: to_polar(images, grid, eps=1e-6, dtype=dtype))
 
     peer = partial(one_finufft_call_per_image, images[:24].numpy(), grid, 1e-6)
-    rates = in_turn([peer, partial(ours, torch.complex64), partial(ours, torch.complex128)], settings.repetitions)
+    rates = in_turn([peer, partial(ours, torch.complex64), partial(ours, torch.complex128)])
     case = "128px, 129 x 256, {} / finufft per image"
     yield rate_figure("likelihood", f"to_polar {case.format('complex64')}", rates, "img/s", bound=POLAR_BOUND)
     yield rate_figure("likelihood", f"to_polar {case.format('complex128')}", rates, "img/s", ours=2)
@@ -68,15 +68,15 @@ def on_device(settings: Settings, device: torch.device, *, images: int, step_deg
     grid = PolarGrid.of_box(dataset.box)
     references = _templates(grid, len(viewing_directions(step_deg)[0]), dataset.box * dataset.pixel_size, device)
     batches = list(_batches(dataset, grid, device))
-    rates = in_turn([partial(_alone, batches, references, device), partial(_streamed, dataset, references, device)], settings.repetitions)
+    rates = in_turn([partial(_alone, batches, references, device), partial(_streamed, dataset, references, device)])
     where = "on a GPU: " if device.type == "cuda" else ""
     size = f"{len(references)} templates, {len(_DISPLACEMENTS_A)} displacements"
     case = f"{where}stream_likelihood, {size} / likelihood alone"
     yield rate_figure("likelihood", case, rates, "img/s", bound=STREAM_BOUND)
-    yield _beside_the_machine(settings, batches, references, device, where)
+    yield _beside_the_machine(batches, references, device, where)
 
 
-def _beside_the_machine(settings: Settings, batches: list[PolarBatch], references: Templates, device: torch.device, where: str) -> Figure:
+def _beside_the_machine(batches: list[PolarBatch], references: Templates, device: torch.device, where: str) -> Figure:
     """The likelihood alone, beside the larger of the times that its arithmetic and its memory traffic take at the rates of the machine.
 
     For each image, template and displacement: the products over shells of the spectra of image and mask at each angular frequency,
@@ -89,8 +89,7 @@ def _beside_the_machine(settings: Settings, batches: list[PolarBatch], reference
     operations = count * 2 * 8 * grid.n_shells * frequencies
     moved = count * 2 * 2 * (8 * frequencies + 4 * grid.n_inplanes)
     rounds = in_turn(
-        [partial(_operations_per_second, grid, device), partial(_bytes_per_second, device), partial(_alone, batches, references, device)],
-        settings.repetitions,
+        [partial(_operations_per_second, grid, device), partial(_bytes_per_second, device), partial(_alone, batches, references, device)]
     )
     arithmetic, traffic = operations / rounds.values[:, 0], moved / rounds.values[:, 1]
     images = sum(map(len, batches))

@@ -15,6 +15,8 @@ from .machine import others_seconds
 
 #: Cores that others may have used in a round that counts, and rounds that are taken at most for one that counts.
 QUIET, MOST_ROUNDS = 0.06, 2
+#: Rounds of floor and ours in turn.
+ROUNDS = 5
 
 Bound = tuple[Literal["at least", "at most"], float]
 
@@ -25,11 +27,6 @@ class Settings:
 
     data: Path
     quick: bool = False
-
-    @property
-    def repetitions(self) -> int:
-        """Rounds of floor and ours in turn."""
-        return 5
 
     @property
     def seconds(self) -> float:
@@ -106,7 +103,7 @@ class Rounds:
         return float(np.median(self.values[:, ours] / self.values[:, floor]))
 
 
-def in_turn(actions: Sequence[Callable[[], float]], repetitions: int) -> Rounds:
+def in_turn(actions: Sequence[Callable[[], float]], wanted: int = ROUNDS) -> Rounds:
     """Call all actions one after the other, again and again, every other time backwards: none always comes first.
 
     A round in which other processes had much of the machine is taken again, up to twice as many in all. Which rounds count is
@@ -115,7 +112,7 @@ def in_turn(actions: Sequence[Callable[[], float]], repetitions: int) -> Rounds:
     for action in actions:
         action()  # nothing is new to the rounds that count
     rounds: list[tuple[float, list[float]]] = []
-    while len(rounds) < repetitions * MOST_ROUNDS and sum(others <= QUIET for others, _ in rounds) < repetitions:
+    while len(rounds) < wanted * MOST_ROUNDS and sum(others <= QUIET for others, _ in rounds) < wanted:
         before = others_seconds()
         start = time.perf_counter()
         results = [0.0] * len(actions)
@@ -125,7 +122,7 @@ def in_turn(actions: Sequence[Callable[[], float]], repetitions: int) -> Rounds:
         # The clocks of the system tick in hundredths of a second: below that nothing can be told apart.
         rounds.append((max(others, QUIET), results))
     rounds.sort(key=lambda taken: taken[0])  # a stable sort, so that the first quiet ones come first
-    kept = rounds[:repetitions]
+    kept = rounds[:wanted]
     return Rounds(np.array([results for _, results in kept]), sum(others > QUIET for others, _ in kept))
 
 

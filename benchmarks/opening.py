@@ -26,7 +26,7 @@ def opening(settings: Settings) -> Iterator[Figure]:
             partial(_with_columns, table),
             partial(IndexedDataset, table),
         ]
-        seconds = in_turn([partial(seconds_of, action) for action in actions], settings.repetitions)
+        seconds = in_turn([partial(seconds_of, action) for action in actions])
         floor, *ours = (f"{value:.3f} s" for value in seconds.middle)
         case = f"{project.images:,} rows, {project.stacks:,} stacks, {'shuffled' if shuffled else 'in order'}"
         yield Figure("open", case, floor, ours[0], seconds.ratio(1, 0), ("at most", BOUND), seconds.note)

@@ -30,7 +30,7 @@ def read(settings: Settings) -> Iterator[Figure]:
         wanted = [part.numpy() for part in rows]
 
         actions = [_rate(_gather, images, rows, [buffer]), _rate(_read, dataset, wanted, buffer)]
-        rates = in_turn(actions, settings.repetitions)
+        rates = in_turn(actions)
         if ahead:
             yield rate_figure("read", f"{project.label}, after a look-ahead", rates, "GB/s")
         else:
@@ -50,7 +50,7 @@ def streaming(settings: Settings) -> Iterator[Figure]:
         batches = stream(epoch, batch_size=batch, shuffle=True)
         drain(batches)
         actions = [_rate(_gather, images, rows, buffers[:1]), _rate(drain, batches), _rate(_gather, images, rows, buffers)]
-        rates = in_turn(actions, settings.repetitions)
+        rates = in_turn(actions)
         yield rate_figure("stream", project.label, rates, "GB/s", bound=("at least", STREAM_BOUND))
         yield rate_figure("stream", f"{project.label}, floor in 2 buffers", rates, "GB/s", floor=2)
 
