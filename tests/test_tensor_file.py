@@ -26,7 +26,7 @@ def tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def written(numbers: Tensor) -> bytes:
     """A file of a tensor."""
     before, after = around_tensor(tuple(numbers.shape), numbers.dtype)
-    return before.tobytes() + numbers.numpy().tobytes() + after.tobytes()
+    return before + numbers.numpy().tobytes() + after
 
 
 def same(one: Tensor, other: Tensor) -> None:
@@ -79,7 +79,7 @@ def test_another_process_writes_the_same_bytes() -> None:
         import torch
         from cryolike_data.export.tensor_file import around_tensor
 
-        sys.stdout.write(" ".join(part.tobytes().hex() for part in around_tensor((5, 8, 8), torch.float32)))
+        sys.stdout.write(" ".join(part.hex() for part in around_tensor((5, 8, 8), torch.float32)))
     """
     ran = run_python(code)
     assert ran.returncode == 0, ran.stderr

@@ -27,7 +27,7 @@ from ..transforms import Downsample
 from ..transforms.downsample import cache_sized_groups
 from .folder import FolderFormat
 from .pixels import Contrast, Pixels, warn_of_dark_particles
-from .place import OutputStream, Place, WrittenFile
+from .place import Place, WrittenFile
 from .plan import Advance, ExportPlan, make_plan
 from .run import run
 from .state import UnitRecord
@@ -172,7 +172,7 @@ class MrcFormat(FolderFormat):
             for part, stack, image in self._placed(dataset)
         )
         with place.create("particles.cs") as file:
-            save_table(tables, len(dataset), OutputStream(file))
+            save_table(tables, len(dataset), file)
         files = [file.written]
         if self.star:
             groups = star_optics(dataset.particles.stretches())
@@ -180,7 +180,7 @@ class MrcFormat(FolderFormat):
                 particle_block(part, groups, image_names=_image_names(names, stack, image)) for part, stack, image in self._placed(dataset)
             )
             with place.create("particles.star") as file:
-                write_star({"optics": optics_block(groups, box=box, pixel_size=pixel_size), "particles": pieces}, OutputStream(file))
+                write_star({"optics": optics_block(groups, box=box, pixel_size=pixel_size), "particles": pieces}, file)
             files.append(file.written)
         return files
 

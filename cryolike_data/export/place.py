@@ -57,7 +57,7 @@ class WrittenFile:
 class Output(Protocol):
     """A file that is being written."""
 
-    def write(self, piece: np.ndarray) -> None:
+    def write(self, piece: np.ndarray | bytes) -> None:
         """Add a piece, which may be changed as soon as this returns."""
 
     def write_head(self, content: bytes) -> None:
@@ -66,23 +66,6 @@ class Output(Protocol):
     @property
     def written(self) -> WrittenFile:
         """What was written."""
-
-
-@dataclass(frozen=True)
-class OutputStream:
-    """An output for what writes bytes to a file.
-
-    Attributes
-    ----------
-    output : where they go
-    """
-
-    output: Output
-
-    def write(self, data: bytes) -> int:
-        """Add bytes."""
-        self.output.write(np.frombuffer(data, np.uint8))
-        return len(data)
 
 
 class Place(Protocol):
@@ -104,7 +87,7 @@ class Place(Protocol):
     def write(self, name: str, content: bytes) -> WrittenFile:
         """Write a file of a single piece."""
         with self.create(name) as file:
-            file.write(np.frombuffer(content, np.uint8))
+            file.write(content)
         return file.written
 
     def read(self, name: str) -> bytes | None:
@@ -224,9 +207,9 @@ class _LocalOutput:
         if head_bytes:
             os.lseek(descriptor, head_bytes, os.SEEK_SET)
 
-    def write(self, piece: np.ndarray) -> None:
+    def write(self, piece: np.ndarray | bytes) -> None:
         """See ``Output``."""
-        flat = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+        flat = bytes_of(piece)
         # Right before it is written, while it is in the cache.
         self._crc, self._size = crc32c(flat, self._crc), self._size + len(flat)
         _write_all(self._descriptor, flat, self._target)
@@ -234,7 +217,7 @@ class _LocalOutput:
     def write_head(self, content: bytes) -> None:
         """See ``Output``."""
         os.lseek(self._descriptor, 0, os.SEEK_SET)
-        _write_all(self._descriptor, np.frombuffer(content, np.uint8), self._target)
+        _write_all(self._descriptor, bytes_of(content), self._target)
         self._head_crc = crc32c(content)
 
     @property
@@ -242,6 +225,11 @@ class _LocalOutput:
         """See ``Output``."""
         head = ((self._head_bytes, self._head_crc),) if self._head_bytes else ()
         return WrittenFile(self._name, (*head, (self._size, self._crc)))
+
+
+def bytes_of(piece: np.ndarray | bytes) -> np.ndarray:
+    """A piece of a file, byte by byte."""
+    return np.frombuffer(piece, np.uint8) if isinstance(piece, bytes) else np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
 
 
 def _write_all(descriptor: int, flat: np.ndarray, target: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from ..checksum import crc32c
 from ..errors import ExportError
 from ..zarr_store import open_store
-from .place import Output, Place, WrittenFile
+from .place import Output, Place, WrittenFile, bytes_of
 
 
 class StorePlace(Place):
@@ -97,9 +97,9 @@ class _StoreOutput:
         self._name, self._head_bytes = name, head_bytes
         self.content = bytearray(head_bytes)
 
-    def write(self, piece: np.ndarray) -> None:
+    def write(self, piece: np.ndarray | bytes) -> None:
         """See ``Output``."""
-        self.content += np.ascontiguousarray(piece).tobytes()
+        self.content += bytes_of(piece).data
 
     def write_head(self, content: bytes) -> None:
         """See ``Output``."""

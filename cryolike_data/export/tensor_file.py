@@ -6,12 +6,11 @@ import io
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 
 
 @lru_cache(maxsize=8)
-def around_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
+def around_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
     """What stands before and after the numbers of a contiguous tensor in a file that ``torch.load(weights_only=True)`` reads.
 
     The checksum that the ZIP archive has for the numbers is left out, as ``torch.serialization.set_crc32_options(False)`` does:
@@ -20,17 +19,13 @@ def around_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[np.ndarra
     Parameters
     ----------
     shape, dtype : of the tensor
-
-    Returns
-    -------
-    two arrays of bytes
     """
     file = _FileWithHole()
     with torch.serialization.skip_data():
         torch.save(torch.empty(shape, dtype=dtype, device="cpu"), file)  # type: ignore[arg-type]
     before = file.stretch(0)
     after = file.stretch(len(before) + torch.Size(shape).numel() * dtype.itemsize)
-    return np.frombuffer(before, np.uint8), np.frombuffer(after, np.uint8)
+    return before, after
 
 
 class _FileWithHole(io.RawIOBase):

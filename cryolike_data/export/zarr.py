@@ -228,24 +228,22 @@ class ZarrFormat:
             yield pixels
             advance(len(pixels), pixels.nbytes)
 
-    def _packed(self, images: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
+    def _packed(self, images: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray | bytes]:
         """A shard of uncompressed chunks: images one after the other, the last chunk filled up with zeros, and the index."""
         yield from images
         chunks = -(-count // self.chunk)
         if missing := chunks * self.chunk - count:
             yield np.zeros(missing * self.pixels.image_bytes, np.uint8)
         length = self.chunk * self.pixels.image_bytes
-        used = np.arange(self.unit_images // self.chunk) < chunks
-        absent = np.uint64(2**64 - 1)
-        offsets = np.where(used, np.arange(len(used), dtype=np.uint64) * np.uint64(length), absent)
-        yield np.frombuffer(index_bytes(offsets, np.where(used, np.uint64(length), absent)), np.uint8)
+        places = np.arange(self.unit_images // self.chunk)
+        yield index_bytes(np.where(places < chunks, places * length, -1), np.where(places < chunks, length, -1))
 
-    def _encoded(self, images: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
+    def _encoded(self, images: Iterator[np.ndarray], count: int) -> Iterator[bytes]:
         """A shard through the codecs of zarr."""
         pixels = np.concatenate([piece.copy() for piece in images])
         for name, content in encode("images", self._array(count), pixels):
             if name != "images/zarr.json":
-                yield np.frombuffer(content, np.uint8)
+                yield content
 
     def _array(self, count: int) -> dict[str, Any]:
         """How zarr makes the array of so many images."""
