@@ -67,7 +67,9 @@ class ParticleSampler(Sampler[list[int]]):
         if not (isinstance(shuffle, bool) or shuffle == "blocks"):
             raise ArgumentError(f'shuffle is True, False or "blocks", not {shuffle!r}')
         self.rank, self.world_size = place_among_ranks(rank, world_size)
-        self.dataset, self.batch_size, self.shuffle, self.seed, self.drop_last = dataset, batch_size, shuffle, seed, drop_last
+        self.dataset, self.batch_size, self.shuffle, self.seed = dataset, batch_size, shuffle, seed
+        # Lightning makes a sampler that shows a batch_size and a drop_last anew, with these alone: other particles, in another order.
+        self._drop_last = drop_last
         self.lookahead = integer("lookahead", lookahead, least=0)
         self.epoch = 0
         self._start = self._position = 0
@@ -147,7 +149,7 @@ class ParticleSampler(Sampler[list[int]]):
 
     def left_after(self, position: int) -> int:
         """Batches that this rank still gets in an epoch after a position in it."""
-        left = 0 if self.drop_last else (self._n - position) % self._stride
+        left = 0 if self._drop_last else (self._n - position) % self._stride
         own = left * (self.rank + 1) // self.world_size - left * self.rank // self.world_size
         return (self._n - position) // self._stride + (own > 0)
 
@@ -175,7 +177,7 @@ class ParticleSampler(Sampler[list[int]]):
             steps = np.arange(first, min(first + per_draw * stride, n - left), stride)
             yield from zip((steps + stride).tolist(), self.rows(steps[:, None] + own, epoch), strict=True)
         first, last = (n - left + left * r // self.world_size for r in (self.rank, self.rank + 1))
-        if last > first and not self.drop_last:
+        if last > first and not self._drop_last:
             yield n, self.rows(np.arange(first, last), epoch)
 
 

@@ -316,6 +316,12 @@ def test_another_sampler_in_the_place_of_the_data_set_is_an_error(sampler: Any) 
         ParticleSampler(sampler, 4)
 
 
+def test_trainers_do_not_take_it_for_a_sampler_that_they_can_make_anew(dataset: IndexedDataset) -> None:
+    # Lightning's test of it, before it predicts and where ranks share an epoch.
+    sampler = DataLoader(dataset, batch_sampler=ParticleSampler(dataset, 4, shuffle=False)).batch_sampler
+    assert not (hasattr(sampler, "batch_size") and hasattr(sampler, "drop_last"))
+
+
 @pytest.mark.parametrize("position", [-1, 21])
 def test_a_position_outside_the_data_set_is_an_error(position: int) -> None:
     sampler = ParticleSampler(Rows(20), 4)
