@@ -122,6 +122,11 @@ class ParticleStream:
         place = "" if self.device is None else f" to {self.device}"
         return f"ParticleStream({self.sampler!r}{place}, {self.prefetch} batches read ahead)"
 
+    @property
+    def batch_sampler(self) -> ParticleSampler:
+        """The sampler, where trainers look for that of a ``DataLoader`` whose samples are batches."""
+        return self.sampler
+
     def __len__(self) -> int:
         """Batches of the next iteration."""
         return len(self._resumed())

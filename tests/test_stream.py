@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from support import mapped_files, open_files, own_threads, run_python, same_batch, wait_until, write_particles
+from torch.utils.data import DataLoader
 
 import cryolike_data.reader as reader_module
 import cryolike_data.ring as ring_module
@@ -98,6 +99,13 @@ def test_the_ranks_of_the_sampler_share_the_epoch(ds: IndexedDataset) -> None:
 def test_the_length_is_the_number_of_batches(ds: IndexedDataset) -> None:
     loader = stream(ds, batch_size=7)
     assert len(loader) == len(list(loader)) == 9
+
+
+def test_trainers_find_the_sampler_as_that_of_a_loader(ds: IndexedDataset) -> None:
+    # Lightning, for one, asks whatever has a dataset and a sampler for its batch_sampler, before it validates.
+    loader = stream(ds, batch_size=7)
+    batches = DataLoader(loader.dataset, batch_sampler=loader.batch_sampler)
+    assert rows_of(list(batches)) == rows_of(list(stream(ds, batch_size=7)))
 
 
 @pytest.mark.parametrize("prefetch", [1, 2, 50, np.int64(2)])
