@@ -176,6 +176,8 @@ def _read_through(files: Sequence[str], size: int) -> None:
 
 def _forget(files: Sequence[str]) -> bool:
     """Ask the system to drop the files from its cache; whether it did, by a sample of them."""
+    if not hasattr(os, "posix_fadvise"):  # as on macOS
+        return False
     for path in files:
         with _opened(path) as descriptor:
             # Only what is on the disk can be dropped.

@@ -75,6 +75,12 @@ def test_rates_are_such_as_a_machine_has(tmp_path: Path) -> None:
     assert "too few" not in sentence
 
 
+def test_a_system_that_forgets_no_files_has_warm_figures_only(demo: DemoProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "posix_fadvise")
+    figures, _ = diagnose(IndexedDataset(demo.indexed), max_bytes=1 << 20)
+    assert [figure.name for figure in figures if "cold" in figure.name] == []
+
+
 def test_no_more_is_read_than_allowed(demo: DemoProject, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = IndexedDataset(demo.indexed)
     longest: list[int] = []
