@@ -20,7 +20,7 @@ _SHOWN = 16
 
 
 def montage(images: Tensor, *, columns: int = 8, titles: list[str] | None = None) -> Figure:
-    """A figure of images side by side, each in grey from its 1st to its 99th percentile.
+    """A figure of images side by side, each in grey from the 1st to the 99th percentile of its pixels that are finite.
 
     Parameters
     ----------
@@ -38,7 +38,8 @@ def montage(images: Tensor, *, columns: int = 8, titles: list[str] | None = None
     columns = max(1, min(columns, len(images)))
     figure, axes = _panels(len(images), columns, 1.5)
     for axis, image, title in zip(axes, images.detach().float().cpu().numpy(), titles or [""] * len(images), strict=True):
-        low, high = np.percentile(image, (1, 99))
+        finite = image[np.isfinite(image)]
+        low, high = np.percentile(finite, (1, 99)) if len(finite) else (0, 1)
         axis.imshow(image, cmap="gray", vmin=low, vmax=high, origin="lower")
         axis.set_title(title, fontsize=7)
         axis.set_axis_off()

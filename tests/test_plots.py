@@ -93,6 +93,19 @@ def test_a_montage_takes_what_a_model_has_made():
     np.testing.assert_array_equal(shown, made.detach().numpy())
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_pixel_that_is_not_finite_leaves_the_grey_of_the_others(value):
+    images = torch.from_numpy(numbered_images(2, 8)).float()
+    images[1] = images[0]
+    images[0, 0, 0] = value
+    broken, whole = (axis.images[0].get_clim() for axis in montage(images).axes)
+    np.testing.assert_allclose(broken, whole, atol=0.05 * float(images[1].max() - images[1].min()))
+
+
+def test_an_image_without_a_finite_pixel_is_drawn_without_a_warning(tmp_path):
+    montage(torch.full((1, 8, 8), np.nan)).savefig(tmp_path / "nothing.png")
+
+
 def test_a_montage_of_nothing_is_refused():
     with pytest.raises(CryolikeDataError, match="image"):
         montage(torch.zeros(0, 8, 8))
