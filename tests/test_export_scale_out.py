@@ -252,6 +252,16 @@ def test_an_address_without_a_scheduler_is_named(dataset, tmp_path, undisturbed,
     assert contents(tmp_path / "out") == undisturbed["zarr"]
 
 
+@pytest.mark.parametrize("address", ["scheduler", "", "tcp://host:port", "nothing://127.0.0.1:1"])
+def test_what_is_no_address_leaves_no_client_to_wait_for(dataset, tmp_path, address):
+    pytest.importorskip("distributed")
+    plan = plan_export(dataset, tmp_path / "a.zarr")
+    before = set(threading.enumerate())
+    with pytest.raises(ExportError, match="There is no scheduler of dask"):
+        run(plan, executor=address)
+    assert [thread.name for thread in threading.enumerate() if thread not in before] == []
+
+
 def test_without_dask_the_error_names_the_extra_before_anything_is_written(dataset, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(MissingDependencyError, match=re.escape('pip install "cryolike-data[distributed]"')):

@@ -72,8 +72,10 @@ def run_on_cluster(plan: ExportPlan, units: list[int], executor: Client | str) -
 
 def _client_of(address: str) -> Client:
     from distributed import Client
+    from distributed.comm import get_address_host
 
     try:
+        get_address_host(address)  # of what is no address a client cannot be made, but is there for a minute, and waited for
         return Client(address, set_as_default=False)  # nothing else in the program is to wait for it, above all if nobody answers
     except (ValueError, OSError) as error:
         raise ExportError(f"There is no scheduler of dask at {address!r}, which is to be such as tcp://host:8786: {error}") from error
