@@ -370,6 +370,12 @@ def test_a_descriptor_that_fits_neither_grid_is_refused_before_anything_is_writt
     assert not (tmp_path / "out").exists()
 
 
+def test_a_descriptor_of_another_kind_is_refused_with_the_remedy(particles, tmp_path):
+    theirs = type("ImageDescriptor", (), {"__module__": "cryolike.metadata.image_descriptor"})()
+    with pytest.raises(ArgumentError, match=r"not a cryolike\.metadata\.image_descriptor\.ImageDescriptor; .* save\(\)"):
+        export_cryolike(particles, tmp_path / "out", descriptor=theirs)
+
+
 def test_the_descriptor_file_of_the_caller_stays_as_it_is(particles, tmp_path):
     GRID.save(tmp_path / "params.npz")
     before = (tmp_path / "params.npz").read_bytes()

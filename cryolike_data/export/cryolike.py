@@ -130,6 +130,12 @@ def plan_cryolike(
     if batch_size < 1 or n_stacks_max < -1:
         raise ArgumentError(f"batch_size is at least 1 and n_stacks_max at least -1 (no limit), not {batch_size} and {n_stacks_max}")
     pixels = Pixels.of(dataset, downsample=downsample, dtype="float32", contrast=contrast)
+    if not isinstance(descriptor, ImageDescriptor | str | os.PathLike):
+        kind = f"{type(descriptor).__module__}.{type(descriptor).__qualname__}"
+        raise ArgumentError(
+            f"descriptor is an ImageDescriptor of this package or the path of a params file, not a {kind}; CryoLike's own writes such a "
+            "file by its save()."
+        )
     given = descriptor if isinstance(descriptor, ImageDescriptor) else ImageDescriptor.load(Path(descriptor).expanduser())
     grid = given.for_images(source_box=dataset.box, source_pixel_size=dataset.pixel_size, box=pixels.box, pixel_size=pixels.pixel_size)
     if n_stacks_max != -1:
