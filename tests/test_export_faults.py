@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from killing import MODES, SETTINGS, UNIT
@@ -14,7 +16,8 @@ from support import EXPORTS, contents, disk_of, no_file_larger_than, run_python,
 
 from cryolike_data import IndexedDataset
 from cryolike_data.errors import ExportError
-from cryolike_data.export import plan_export, run
+from cryolike_data.export import plan_export, run, run_unit
+from cryolike_data.export.pixels import Pixels
 
 N, BOX = 1000, 64
 FORMATS = list(SETTINGS)
@@ -79,6 +82,14 @@ def test_a_file_that_cannot_grow_is_named_and_the_same_call_ends_as_an_undisturb
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_system_that_writes_a_part_of_what_it_is_given_is_given_the_rest(table, undisturbed, tmp_path, kind, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, memoryview(data)[:100_000]))
+    run(plan_export(IndexedDataset(table), tmp_path / "out", format=kind, **SETTINGS[kind]))
+    assert contents(tmp_path / "out") == contents(undisturbed[kind])
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for 6 MB."""
@@ -106,3 +117,22 @@ def test_a_disk_that_fills_up_is_told_and_the_same_call_goes_on_when_there_is_ro
     assert report.kept > 0
     assert report.sealed
     assert contents(small_disk / "out") == contents(undisturbed[kind])
+
+
+@pytest.mark.parametrize("kind", ["zarr", "mrc"])
+def test_a_unit_for_which_there_is_no_room_is_told_before_its_images_are_read(table, small_disk, kind, monkeypatch):
+    dataset = IndexedDataset(table)
+    whole = {"zarr": {"shard_bytes": 1 << 30}, "mrc": {"batch_size": N}}[kind]  # one unit of 16 MB
+    plan, pieces, read = plan_export(dataset, small_disk / "out", format=kind, **whole), Pixels.pieces, []
+    usage = shutil.disk_usage(small_disk)
+
+    def looking(self: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        for piece in pieces(self, *args, **kwargs):
+            read.append(len(piece))
+            yield piece
+
+    monkeypatch.setattr(Pixels, "pieces", looking)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=10**9))
+    with pytest.raises(ExportError, match="cannot be written: No space left on device"):
+        run_unit(plan, 0)
+    assert read == []

@@ -852,6 +852,35 @@ def test_what_is_being_written_stays_while_any_run_is_at_work(dataset, tmp_path,
     assert partial.exists() == kept
 
 
+@pytest.mark.parametrize(("silent", "kept"), [(100, True), (121, False)])
+def test_what_was_written_to_two_minutes_ago_may_be_of_a_unit_that_runs_alone(dataset, tmp_path, silent, kept):
+    plan = plan_of("zarr", dataset, tmp_path / "out")
+    run(plan, units=range(1))
+    partial = tmp_path / "out/.export/partial/0123456789abcdef"
+    partial.write_bytes(b"half a file")
+    os.utime(partial, (time.time() - silent,) * 2)
+    run(plan, units=range(1, 2))
+    assert partial.exists() == kept
+
+
+def test_what_another_run_has_just_removed_is_no_error(dataset, tmp_path, undisturbed, monkeypatch):
+    names = LocalPlace.names
+    monkeypatch.setattr(LocalPlace, "names", lambda self, folder: [*names(self, folder), "gone"])
+    run(plan_of("zarr", dataset, tmp_path / "out"))
+    assert contents(tmp_path / "out") == undisturbed["zarr"]
+
+
+@each_format
+def test_others_may_read_what_the_umask_lets_them(dataset, tmp_path, kind):
+    before = os.umask(0o027)
+    try:
+        run(plan_of(kind, dataset, tmp_path / "out"))
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert modes == {0o640}
+
+
 def test_a_compressed_unit_is_encoded_before_its_file_is_begun(dataset, tmp_path, monkeypatch):
     plan, pieces, begun = plan_of("zarr", dataset, tmp_path / "out", compression="zstd"), Pixels.pieces, []
 

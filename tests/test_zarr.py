@@ -22,7 +22,7 @@ import zarr
 from support import contents, ctf_columns, numbered_images, stored_images, uids, write_stack, write_table
 from torch.utils.data import DataLoader
 
-from cryolike_data import Collate, Downsample, IndexedDataset, ParticleDataset, ZarrDataset, export_zarr
+from cryolike_data import Collate, Downsample, IndexedDataset, ParticleDataset, ZarrDataset, __version__, export_zarr
 from cryolike_data.demo import DemoProject
 from cryolike_data.errors import ArgumentError, CryolikeDataError, ExportError, ExportExistsError, MissingStackError, StackError
 from cryolike_data.export import finish, plan_export, run
@@ -364,6 +364,7 @@ def test_the_attributes_tell_how_the_images_were_made(particles, tmp_path):
     store = export_zarr(particles, tmp_path / "a.zarr", downsample=Downsample(box=20))
     told = zarr.open_group(str(store), mode="r").attrs["cryolike_data"]
     assert told["downsample"] == {"factor": None, "box": 20, "method": "fourier"}
+    assert told["version"] == __version__
     assert told["source"] == {"kind": "IndexedDataset", "box": BOX, "pixel_size_A": 2.0}
 
 
@@ -633,6 +634,15 @@ def test_overwriting_through_a_link_leaves_nothing_else_behind(particles, taken,
     export_zarr(particles, tmp_path / "link.zarr", overwrite=True)
     assert len(ZarrDataset(tmp_path / "link.zarr")) == N
     assert sorted(os.listdir(tmp_path)) == ["link.zarr", "taken.zarr"]
+
+
+def test_overwriting_a_store_whose_images_were_moved_leaves_them_alone(particles, taken, tmp_path):
+    (taken / "images").rename(tmp_path / "elsewhere")
+    (taken / "images").symlink_to(tmp_path / "elsewhere")
+    before = contents(tmp_path / "elsewhere")
+    export_zarr(particles, taken, overwrite=True)
+    assert contents(tmp_path / "elsewhere") == before
+    assert contents(taken) == contents(export_zarr(particles, tmp_path / "fresh.zarr"))
 
 
 def test_overwriting_never_removes_what_lies_beside_an_export_of_another_kind(particles, tmp_path):
