@@ -497,6 +497,17 @@ def test_a_store_of_another_program_is_refused(tmp_path, zarr_format):
         ZarrDataset(tmp_path / "other.zarr")
 
 
+@pytest.mark.parametrize("harm", ["no images", "an attribute of somebody else"])
+def test_what_lacks_a_part_of_a_store_is_refused(store, tmp_path, harm):
+    place = shutil.copytree(store, tmp_path / "other.zarr")
+    if harm == "no images":
+        shutil.rmtree(place / "images")
+    else:
+        zarr.open_group(str(place)).attrs["cryolike_data"] = "mine"
+    with pytest.raises(StackError, match="was not written by cryolike_data"):
+        ZarrDataset(place)
+
+
 def test_an_array_alone_is_refused(tmp_path):
     zarr.create_array(str(tmp_path / "array.zarr"), shape=(3, 4, 4), dtype="f4")
     with pytest.raises(StackError, match=r"array\.zarr"):

@@ -491,9 +491,12 @@ def test_a_column_of_another_length_is_an_error(store: Path) -> None:
         _ = ZarrDataset(store).particles.uid
 
 
-def test_columns_of_a_store_that_took_the_place_of_the_one_opened_are_refused(store: Path) -> None:
-    dataset = ZarrDataset(store)
-    os.utime(store / "zarr.json", ns=(0, 0))
+@pytest.mark.parametrize(("more", "later_ns"), [("", 1), (" ", 0)], ids=["time", "size"])
+def test_columns_of_a_store_that_took_the_place_of_the_one_opened_are_refused(store: Path, more: str, later_ns: int) -> None:
+    dataset, seal = ZarrDataset(store), store / "zarr.json"
+    before = seal.stat().st_mtime_ns
+    seal.write_text(seal.read_text() + more)
+    os.utime(seal, ns=(before + later_ns,) * 2)
     with pytest.raises(StackError, match=r"a\.zarr has changed since it was opened"):
         _ = dataset.particles.uid
 
