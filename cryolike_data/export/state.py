@@ -169,7 +169,7 @@ def at_work_on(place: Place, units: range, *, sealing: bool = False) -> Iterator
     Raises
     ------
     BeingSealedError
-        if another living process seals the export too
+        if another living process seals the export
     ExportError
         if one works on some of the units
     """
@@ -196,7 +196,7 @@ def at_work_on(place: Place, units: range, *, sealing: bool = False) -> Iterator
         make_known()
         others = living_runs(place, ANY_UNITS, apart_from=name)
         if in_the_way := [run for run in others if _have_common(_units_of(run), units)]:
-            only_seal = sealing and all(run.get("sealing") for run in in_the_way)
+            only_seal = all(run.get("sealing") for run in in_the_way)
             what = f"{place} cannot be sealed yet" if sealing else "Another run is at work on this target"
             raise (BeingSealedError if only_seal else ExportError)(
                 f"{what}: {_told(in_the_way[0])}. Wait for it or stop it, then run the same export again."

@@ -219,12 +219,10 @@ class ZarrFormat:
         return sorted(others)
 
     def _images(self, dataset: ParticleDataset, rows: range, notes: Counter[str], advance: Advance) -> Iterator[np.ndarray]:
-        not_finite = 0
         for images in self.pixels.pieces(dataset, rows, notes):
             pixels = images.numpy()
             if self.keep_bits is not None:
-                pixels = rounded(pixels, self.keep_bits, finite=notes[NOT_FINITE] == not_finite)
-                not_finite = notes[NOT_FINITE]
+                pixels = rounded(pixels, self.keep_bits, finite=not notes[NOT_FINITE])
             yield pixels
             advance(len(pixels), pixels.nbytes)
 
