@@ -88,7 +88,7 @@ class Pixels:
                 f"What is exported is a data set, such as IndexedDataset(...), not a {type(dataset).__name__}; "
                 "dataset.select(subset.indices) is a data set of the particles of a Subset."
             )
-        stored = np.dtype(dataset.source.dtype).newbyteorder("=").name
+        stored = dataset.source.dtype.name
         turned = _are_to_turn(dataset, contrast)
         kept = downsample is None and not (turned and not stored.startswith("float"))
         name = (stored if kept else "float32") if dtype is None else str(dtype).removeprefix("torch.")
