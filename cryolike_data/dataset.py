@@ -145,12 +145,11 @@ class ParticleDataset(Dataset[Particle]):
         elif out.shape != shape or out.dtype != dtype or not out.is_cpu or not out.is_contiguous() or out.requires_grad:
             given = f"{out.dtype} {tuple(out.shape)} on {out.device}{', which needs a gradient' if out.requires_grad else ''}"
             raise ArgumentError(f"out has to be a contiguous {dtype} CPU tensor of shape {shape}, not {given}")
-        if len(rows):
-            self.reading(rows, out)()
+        self.reading(rows, out)()
         return out
 
     def reading(self, rows: np.ndarray, out: Tensor) -> Callable[[], object]:
-        """What is left to be called to read these rows (at least one, int64, in range) into ``out``, which fits, as ``read`` does."""
+        """What is left to be called to read these rows (int64, in range) into ``out``, which fits, as ``read`` does."""
         return (self._located or self._images()).reading(rows, out)
 
     def view_rows(self, rows: np.ndarray) -> Tensor | None:

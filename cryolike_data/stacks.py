@@ -33,7 +33,7 @@ class Images(Protocol):
     """The images of a table's rows, wherever they lie."""
 
     def reading(self, rows: np.ndarray, out: Tensor) -> Callable[[], object]:
-        """What copies the images of these rows (at least one, int64, none negative) into ``out``, (B, H, W) contiguous, when called.
+        """What copies the images of these rows (int64, none negative) into ``out``, (B, H, W) contiguous, when called.
 
         All that can be found out before is.
         """
@@ -159,7 +159,7 @@ class StackImages:
         self._seen_until = -np.inf
 
     def reading(self, rows: np.ndarray, out: Tensor) -> Callable[[], object]:
-        """What copies the images of these rows (at least one) into ``out``, (B, H, W) contiguous, in the dtype of the stacks, when called.
+        """What copies the images of these rows into ``out``, (B, H, W) contiguous, in the dtype of the stacks, when called.
 
         Raises
         ------
@@ -167,7 +167,7 @@ class StackImages:
             here or when that is called, if a file cannot be opened any more, is truncated, or has shrunk (for what remains possible
             then, see ``Arena``)
         """
-        found = self._found(rows)
+        found = self._found(rows) if len(rows) else None
         if found is None:
             return partial(self._stacks.read_from_pool, self._file[rows], self._image[rows], out.numpy())
         arena, places = found
