@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 from torch import Tensor
 
 from .ctf import Ctf
 
+
+@cache
+def torch_dtype(dtype: DTypeLike) -> torch.dtype:
+    """The torch dtype of a NumPy dtype."""
+    return torch.from_numpy(np.empty(0, dtype)).dtype
+
+
 #: Dtypes that NumPy has too.
-_OF_NUMPY = {torch.from_numpy(np.empty(0, code)).dtype for code in ("?", *"bBhHiI", "i8", "u8", *"efdFD")}
+_OF_NUMPY = set(map(torch_dtype, ("?", *"bBhHiI", "i8", "u8", *"efdFD")))
 
 Maker = Callable[[], dict[str, Tensor]]
 
@@ -103,7 +112,6 @@ def rows_of(tensor: Tensor, key: Any) -> Tensor:
 def concatenate_tensors(tensors: Sequence[Tensor]) -> Tensor:
     """Concatenated in the dtype that holds them all; torch itself does not know that of int16 and uint16."""
     if len({tensor.dtype for tensor in tensors}) > 1:
-        dtype = np.result_type(*[tensor[:0].cpu().numpy().dtype for tensor in tensors])
-        common = torch.from_numpy(np.empty(0, dtype)).dtype
+        common = torch_dtype(np.result_type(*[tensor[:0].cpu().numpy().dtype for tensor in tensors]))
         tensors = [tensor.to(common) for tensor in tensors]
     return torch.cat(list(tensors))

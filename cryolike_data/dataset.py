@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .batch import Particle, ParticleBatch, single_row
-from .columns import Columns
+from .columns import Columns, torch_dtype
 from .errors import ArgumentError, TableError
 from .particles import Particles, Selection, choose_rows, resolve_rows, shortest
 from .repeated import once
@@ -183,12 +183,6 @@ def _gather(particles: Particles, rows: np.ndarray) -> dict[str, Tensor]:
     columns = {"pose": particles.pose, "shift_A": particles.shift_A} | {f"ctf/{name}": column for name, column in optics}
     gathered = {name: torch.from_numpy(column[rows]) for name, column in columns.items() if column is not None}
     return {"index": torch.from_numpy(rows), "uid": torch.from_numpy(particles.uid[rows].view(np.int64))} | gathered
-
-
-@cache
-def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
-    """The torch dtype of a NumPy dtype."""
-    return torch.from_numpy(np.empty(0, dtype)).dtype
 
 
 def human_bytes(size: float) -> str:

@@ -35,7 +35,6 @@ def montage(images: Tensor, *, columns: int = 8, titles: list[str] | None = None
         raise ArgumentError("There is no image to show.")
     if titles is not None and len(titles) != len(images):
         raise ArgumentError(f"{len(titles)} titles do not fit {len(images)} images.")
-    columns = max(1, min(columns, len(images)))
     figure, axes = _panels(len(images), columns, 1.5)
     for axis, image, title in zip(axes, images.detach().float().cpu().numpy(), titles or [""] * len(images), strict=True):
         finite = image[np.isfinite(image)]

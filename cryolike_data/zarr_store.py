@@ -85,7 +85,7 @@ def open_store(location: Location, *, read_only: bool) -> Store:
         remedy = "Install obstore." if rust_works() else "Forked processes cannot use obstore: start them with spawn, or install that."
         raise MissingDependencyError(f"{text} cannot be opened: {error}. {remedy}") from error
     except Exception as error:  # whatever the library for this kind of URL raises
-        raise StackError(f"{text} cannot be opened: {_first_line(error)}.") from error
+        raise StackError(f"{text} cannot be opened: {first_line(error)}.") from error
 
 
 def open_group(location: str) -> tuple[zarr.Group, dict[str, Any]]:
@@ -112,7 +112,7 @@ def open_group(location: str) -> tuple[zarr.Group, dict[str, Any]]:
     except (FileNotFoundError, ValueError, KeyError) as error:
         raise StackError(f"{location} is not a Zarr store: {error}") from error
     except Exception as error:  # whatever the library for this kind of URL raises
-        raise StackError(f"{location} cannot be read: {_first_line(error)}.") from error
+        raise StackError(f"{location} cannot be read: {first_line(error)}.") from error
     if not ours:
         raise StackError(f"{location} was not written by cryolike_data.export_zarr; open it with zarr itself.")
     if layout.get("format") != FORMAT:
@@ -145,5 +145,6 @@ def _obstore(url: str, *, read_only: bool) -> Store | None:
     return ObjectStore(obstore.store.from_url(url, **plain), read_only=read_only)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of a library says, without what may follow of its own workings."""
     return str(error).partition("\n")[0] or type(error).__name__

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..checksum import crc32c
 from ..errors import ExportError
-from ..zarr_store import open_store
+from ..zarr_store import first_line, open_store
 from .place import Output, Place, WrittenFile, bytes_of
 
 
@@ -83,10 +83,9 @@ class StorePlace(Place):
         try:
             return sync(coroutine)
         except Exception as error:  # whatever the library for this kind of URL raises
-            reason = str(error).partition("\n")[0] or type(error).__name__
             raise ExportError(
-                f"{self._url.rstrip('/')}/{name} cannot be reached: {reason}. What is finished stays; run the same export again to "
-                "continue."
+                f"{self._url.rstrip('/')}/{name} cannot be reached: {first_line(error)}. What is finished stays; run the same export again "
+                "to continue."
             ) from error
 
 
