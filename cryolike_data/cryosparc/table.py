@@ -44,7 +44,7 @@ class Table:
     path: Path
     fields: Mapping[str, np.dtype[Any]]
     rows: int
-    _source: Any
+    _source: Source
     kept: np.ndarray | None = None
 
     def __contains__(self, name: str) -> bool:
@@ -56,9 +56,7 @@ class Table:
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.fields:
             raise TableError(f"{self.path} has no column {name!r}. It has {self.describe_slots()}.")
-        if isinstance(self._source, _Loaded):
-            return self._source.columns[name]
-        if isinstance(self._source, RowsOnDisk):
+        if isinstance(self._source, _Loaded | RowsOnDisk):
             return self._source[name]
         column = np.array(self._source[name], order="C")
         return column.astype(column.dtype.newbyteorder("="), copy=False)
@@ -129,9 +127,15 @@ class Table:
         return ", ".join(f"{slot}/*" for slot in self.slots) or "no columns of any known group"
 
 
+class Source(Protocol):
+    """Where a table's columns come from, by name."""
+
+    def __getitem__(self, name: str, /) -> np.ndarray: ...
+
+
 @runtime_checkable
-class Loads(Protocol):
-    """Where a table's columns come from, if it gives many in less time than one by one."""
+class Loads(Source, Protocol):
+    """The same, if it gives many in less time than one by one."""
 
     def load(self, fields: Mapping[str, np.dtype[Any]], rows: np.ndarray | None) -> dict[str, np.ndarray]:
         """Columns (see ``copy_columns``) of all rows, or of these in this order."""
@@ -141,6 +145,9 @@ class Loads(Protocol):
 class _Loaded:
     columns: dict[str, np.ndarray]
     origins: dict[str, Path]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.columns[name]
 
     def origin(self, name: str) -> Path:
         return self.origins[name]
