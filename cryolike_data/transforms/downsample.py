@@ -69,7 +69,7 @@ class Downsample:
             if box % self.factor:
                 nearest = f", or box={max(1, round(box / self.factor))}" if self.method == "fourier" else ""
                 raise ArgumentError(
-                    f"factor={self.factor} does not divide a box of {box} pixels; factors that do: {_listed(divisors(box))}{nearest}."
+                    f"factor={self.factor} does not divide a box of {box} pixels; factors that do: {_divisors(box)}{nearest}."
                 )
             return box // self.factor
         assert self.box is not None
@@ -78,7 +78,7 @@ class Downsample:
         if self.method != "fourier" and box % self.box:
             raise ArgumentError(
                 f"method={self.method!r} cannot go from {box} to {self.box} pixels, because it pools whole blocks; boxes that work: "
-                f"{_listed(divisors(box))}. method='fourier' reaches any smaller box."
+                f"{_divisors(box)}. method='fourier' reaches any smaller box."
             )
         return self.box
 
@@ -182,7 +182,7 @@ def pool(images: Tensor, factor: int, method: Literal["mean", "max"]) -> Tensor:
         raise ArgumentError(f"method={method!r} is unknown; pooling knows 'mean' and 'max'.")
     factor = _positive_integer("factor", factor, hint="pooling takes whole blocks of pixels")
     if source % factor:
-        raise ArgumentError(f"factor={factor} does not divide a box of {source} pixels; factors that do: {_listed(divisors(source))}.")
+        raise ArgumentError(f"factor={factor} does not divide a box of {source} pixels; factors that do: {_divisors(source)}.")
     flat = images.reshape(-1, 1, source, source).to(computing_dtype(images.dtype))
     pooled: Tensor = torch.nn.functional.avg_pool2d(flat, factor) if method == "mean" else torch.nn.functional.max_pool2d(flat, factor)
     return pooled.to(images.dtype).reshape(*images.shape[:-2], source // factor, source // factor)
@@ -211,12 +211,6 @@ def cache_sized_groups(images: Tensor) -> list[slice]:
         room = _CPU_GROUP_BYTES * min(torch.get_num_threads(), _MOST_THREADS)
         count = max(1, room // (images[0].numel() * images.element_size()))
     return [slice(start, start + count) for start in range(0, len(images), count or 1)]
-
-
-def divisors(number: int) -> list[int]:
-    """All positive divisors, ascending."""
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)})
 
 
 def _crop_groups(images: Tensor, box: int) -> Tensor:
@@ -299,5 +293,6 @@ def _positive_integer(name: str, value: object, *, hint: str) -> int:
     return number
 
 
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
+def _divisors(number: int) -> str:
+    """All positive divisors, ascending, in words."""
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
