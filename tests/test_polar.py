@@ -131,6 +131,12 @@ def test_an_image_too_faint_to_be_divided_by_leaves_the_others_alone(dtype, peak
     torch.testing.assert_close(transforms.to(torch.complex128), to_polar_exact(images, grid), rtol=0, atol=1e-4)
 
 
+def test_gradients_pass_through_the_exact_transform_only():
+    images, grid = noise(2, 5, 5, dtype=torch.float64).requires_grad_(), PolarGrid(1.0, 0.5, 4)
+    assert torch.autograd.gradcheck(lambda pixels: to_polar_exact(pixels, grid), images)
+    assert not to_polar(images, grid).requires_grad
+
+
 def test_what_was_transformed_before_does_not_change_a_bit():
     images, grid = noise(8, 12, 12), PolarGrid(3.0, 0.25, 12)
     used, fresh = (PolarTransform(grid, 12, eps=1e-6, n_trans=4, dtype=torch.complex64) for _ in range(2))

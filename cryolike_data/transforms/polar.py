@@ -34,6 +34,7 @@ class PolarTransform:
 
     F(r, theta) = 4 pi / D * sum over (j, l) of I[j, l] exp(-i 4 pi / D * (r cos(theta) (j - D//2) + r sin(theta) (l - D//2))).
     Not thread safe, because finufft plans are not: make one for each thread.
+    No gradient passes through it; one does through ``to_polar_exact``.
 
     Parameters
     ----------
@@ -134,7 +135,7 @@ def to_polar(images: Tensor, grid: PolarGrid, *, eps: float | None = None, dtype
     """Polar Fourier transform of (B, D, D) real images: (B, n_shells, n_inplanes) complex, to a relative accuracy of ``eps``.
 
     Done on the device of the images, through a plan that is kept for the next call of the same thread with the same arguments and
-    box. See ``PolarTransform`` for the formula, the accuracy of each ``dtype`` and the errors.
+    box, with no gradient. See ``PolarTransform`` for the formula, the accuracy of each ``dtype`` and the errors.
     """
     box, device = square_box(images), images.device
     a_transform = 2 if grid.n_inplanes % 2 == 0 else 1
