@@ -164,6 +164,8 @@ class Particles:
             if np.ndim(value):
                 among = f"lambda p: np.isin(p.{'' if name in columns else 'ctf.'}{name}, {value!r})"
                 raise ArgumentError(f"{name}= takes one value to compare with, not {value!r}; for several write where({among}).")
+            if np.asarray(value).dtype.kind not in "biuf":
+                raise ArgumentError(f"{name}= takes a number to compare with, not {value!r}.")
             mask &= np.isclose(column, value, rtol=SAME) if column.dtype.kind == "f" else column == value
         return self[mask]
 

@@ -256,6 +256,12 @@ def test_where_takes_one_value_and_says_how_to_ask_for_several() -> None:
         particles().where(box=[8])
 
 
+@pytest.mark.parametrize(("name", "value"), [("half_set", "A"), ("exposure_group", "0"), ("pixel_size", "1.3"), ("box", None)])
+def test_what_is_no_number_is_not_compared_with_a_column(name: str, value: Any) -> None:
+    with pytest.raises(ArgumentError, match=f"{name}= takes a number to compare with, not {value!r}"):
+        particles().where(**{name: value})
+
+
 def test_one_value_of_no_column_is_an_error_that_lists_the_columns() -> None:
     with pytest.raises(ArgumentError, match=r"no column 'foo'.*pixel_size"):
         particles().one_value("foo")
