@@ -29,7 +29,7 @@ def device_of(device: torch.device | str) -> torch.device:
     """A device by its name."""
     try:
         return torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ArgumentError(f"device={device!r} is not a device of torch, such as cpu or cuda: {error}") from error
 
 

@@ -1139,6 +1139,8 @@ def test_a_stream_to_a_gpu_that_is_not_there_is_refused(ds: IndexedDataset) -> N
 def test_a_device_that_torch_does_not_know_is_refused(ds: IndexedDataset) -> None:
     with pytest.raises(ArgumentError, match="device='gpu' is not a device of torch, such as cpu or cuda"):
         stream(ds, device="gpu")
+    with pytest.raises(ArgumentError, match=r"device=torch\.float16 is not a device of torch"):
+        ds[[0]].to(torch.float16)  # type: ignore[arg-type]
 
 
 IDLE = """
