@@ -248,7 +248,8 @@ def resolve_rows(selection: Selection, n: int, particles: Particles | None = Non
     if rows.dtype == np.int64 and rows.ndim == 1 and len(rows) and rows.view(np.uint64).max() < n:
         return np.array(rows, order="C")
     if rows.ndim != 1:
-        raise RowIndexError(f"rows are chosen by a one-dimensional mask or list of row numbers, not by one of shape {rows.shape}")
+        given = f"one of shape {rows.shape}" if rows.ndim else repr(rows.item())
+        raise RowIndexError(f"rows are chosen by a one-dimensional mask or list of row numbers, not by {given}")
     if rows.dtype == bool:
         if len(rows) != n:
             raise RowIndexError(f"a mask of {len(rows)} values cannot choose among {n} rows")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 import pydoc
+import re
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,13 @@ def test_a_particle_lists_what_may_be_asked_of_it(ds: IndexedDataset) -> None:
 def test_a_particle_has_no_other_attributes(ds: IndexedDataset) -> None:
     with pytest.raises(AttributeError, match="no 'nonsense'"):
         ds[0].nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("nonsense", [1.5, "ctf/df1_A < 20000", None, {3}])
+def test_what_chooses_no_rows_is_shown(ds: IndexedDataset, nonsense: Any) -> None:
+    for choose in (ds.__getitem__, ds.select, ds.batch):
+        with pytest.raises(RowIndexError, match=f"mask or list of row numbers, not by {re.escape(repr(nonsense))}$"):
+            choose(nonsense)
 
 
 # Several
