@@ -210,6 +210,12 @@ def test_a_missing_job_names_those_there_are(tmp_path: Path) -> None:
         JobDirectoryDataset(tmp_path, 5)
 
 
+def test_a_job_folder_in_place_of_its_project_is_told_from_a_missing_job(tmp_path: Path) -> None:
+    write_job(tmp_path, 4, COUNTS)
+    with pytest.raises(MissingStackError, match=r"no job folder .*J4/J4; give the project folder, the one that holds J4\."):
+        JobDirectoryDataset(tmp_path / "J4", 4)
+
+
 def test_a_missing_project_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(MissingStackError, match="no job folder"):
         JobDirectoryDataset(tmp_path / "nowhere", 4)

@@ -136,7 +136,8 @@ def read_passthrough(job: Path, number: int) -> Table:
     """The table of a job folder, whose rows go in step with its stacks."""
     if not job.is_dir():
         near = sorted(path.name for path in job.parent.glob("J*") if path.is_dir())[:8] if job.parent.is_dir() else []
-        raise MissingStackError(f"There is no job folder {job}" + (f"; there are {', '.join(near)}." if near else "."))
+        told = f"there are {', '.join(near)}" if near else f"give the project folder, the one that holds {job.name}"
+        raise MissingStackError(f"There is no job folder {job}; {told}.")
     path = job / f"J{number}_passthrough_particles.cs"
     if not path.is_file():
         near = sorted(file.name for file in job.glob("*.cs"))

@@ -161,7 +161,7 @@ def read_table(path: str | os.PathLike[str]) -> Table:
     except OSError as error:
         raise TableError(f"{path} cannot be read: {error.strerror}.") from error
     if opened is None:
-        kind = "a Zarr store; open it with ZarrDataset" if (path / "zarr.json").is_file() else "a folder"
+        kind = "a Zarr store; open it with ZarrDataset" if (path / "zarr.json").is_file() else "a folder; give the .cs file in it"
         raise MissingStackError(f"There is no table {path}" + (f": it is {kind}." if path.is_dir() else "."))
     with opened as file:
         magic = file.read(6)
