@@ -55,3 +55,9 @@ def test_links_lead_to_files(page: Path) -> None:
 def test_the_reference_holds_every_public_name() -> None:
     reference = (ROOT / "docs" / "api.md").read_text("utf-8")
     assert [name for name in cryolike_data.__all__ if not re.search(rf"\b{name}\b", reference)] == []
+
+
+def test_the_readme_says_where_every_module_is() -> None:
+    page = (ROOT / "README.md").read_text("utf-8")
+    modules = [path.name for path in (ROOT / "cryolike_data").glob("*.py") if not path.name.startswith("_")]
+    assert [name for name in sorted(modules) if f"{name}`" not in page] == []
