@@ -127,6 +127,15 @@ def test_other_files_among_the_stacks_are_ignored(tmp_path: Path) -> None:
     same_images(JobDirectoryDataset(tmp_path, 4), images)
 
 
+@pytest.mark.parametrize("pairing", ["sequence", "uid"])
+def test_links_beside_the_stacks_under_relions_names_are_no_other_stacks(tmp_path: Path, pairing: Any) -> None:
+    job, images = write_job(tmp_path, 4, COUNTS)
+    write_record(job, np.arange(N))
+    for stack in list((job / "restack").iterdir()):
+        stack.with_suffix(".mrcs").symlink_to(stack)
+    same_images(JobDirectoryDataset(tmp_path, 4, pairing=pairing), images)
+
+
 def test_two_stacks_of_one_number_are_an_error(tmp_path: Path) -> None:
     job, _ = write_job(tmp_path, 4, COUNTS)
     write_stack(job / "restack/batch_1_restacked.mrc", numbered_images(2, 8))

@@ -163,7 +163,7 @@ def _find_stacks(job: Path) -> _Stacks:
             if match is None or match[2] != word:
                 continue
             twin = by_number.setdefault(int(match[1]), path)
-            if twin is not path:
+            if twin is not path and twin.resolve() != path.resolve():  # links in .mrcs, which RELION wants, are no others
                 raise PairingError(f"{twin.name} and {path.name} in {path.parent} have the same number; keep one of them.")
         if by_number:
             n = next(i for i in range(len(by_number) + 1) if i not in by_number)
