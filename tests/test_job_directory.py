@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -424,6 +425,17 @@ def test_an_order_that_cannot_be_checked_is_logged(tmp_path: Path, caplog: pytes
         ds = JobDirectoryDataset(tmp_path, 4)
     same_images(ds, images)
     assert "cannot be checked" in caplog.text
+
+
+def test_a_record_that_names_the_stacks_of_another_job_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    job, images = write_job(tmp_path, 4, COUNTS)  # this was J7 when its record was written
+    write_record(job, MIXED, blob__path=names(FILE, job="J7/restack"))
+    with caplog.at_level(logging.WARNING, "cryolike_data"):
+        ds = JobDirectoryDataset(tmp_path, 4)
+    same_images(ds, images)
+    assert re.search(r"J4/restacked_particles\.cs names other stacks .* cannot be checked .* renamed\?", caplog.text)
+    with pytest.raises(PairingError, match="needs the job's record"):
+        JobDirectoryDataset(tmp_path, 4, pairing="uid")
 
 
 # pairing="uid"

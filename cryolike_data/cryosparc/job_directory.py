@@ -186,11 +186,18 @@ def _listed(folder: Path) -> list[Path]:
 
 def _find_record(job: Path, stacks: _Stacks, passthrough: Table, *, needed: bool) -> Table | None:
     """The job's own record of which image each uid is: a table with uid and blob columns that points to these stacks."""
-    tables = (table for table in _possible_records(job, stacks, needed=needed) if {"uid", "blob/path", "blob/idx"} <= set(table.fields))
-    own = next((table for table in tables if _points_to(table, stacks)), None)
-    if own is None and {"blob/path", "blob/idx"} <= set(passthrough.fields) and _points_to(passthrough, stacks):
-        return passthrough
-    return own
+    for table in _possible_records(job, stacks, needed=needed):
+        if {"uid", "blob/path", "blob/idx"} <= set(table.fields):
+            if _points_to(table, stacks):
+                return table
+            if table.path != passthrough.path:
+                log.warning(
+                    "%s names other stacks than those in %s, whose order cannot be checked against it: has the folder of the job been "
+                    "renamed?",
+                    table.path,
+                    stacks.folder,
+                )
+    return passthrough if {"blob/path", "blob/idx"} <= set(passthrough.fields) and _points_to(passthrough, stacks) else None
 
 
 def _possible_records(job: Path, stacks: _Stacks, *, needed: bool) -> Iterator[Table]:
