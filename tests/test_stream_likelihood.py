@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ from cryolike_data import Downsample, IndexedDataset, ZarrDataset, export_zarr
 from cryolike_data.demo import DemoProject, write_project
 from cryolike_data.errors import ArgumentError, ExportError, ExportExistsError, TableError
 from cryolike_data.likelihood import Templates, displacement_grid, integrated_log_likelihood, stream_likelihood
+from cryolike_data.likelihood.records import RECORD
 from cryolike_data.polar_batch import PolarCollate
 from cryolike_data.transforms import PolarGrid
 
@@ -608,6 +610,16 @@ def test_results_of_templates_that_differ_by_rounding_are_continued(ds, template
             run(ds, templates, out)
 
 
+@pytest.mark.parametrize("damage", [lambda about: about["templates"].pop("sketch"), lambda about: about["templates"]["sketch"].pop()])
+def test_results_of_templates_that_are_described_otherwise_are_not_continued(ds, templates, out, damage):
+    run(ds, templates, out)
+    about = json.loads((out / "likelihood.json").read_text())
+    damage(about)
+    (out / "likelihood.json").write_text(json.dumps(about))
+    with pytest.raises(ExportExistsError, match="made from something else"):
+        run(ds, templates, out)
+
+
 def test_results_of_stacks_that_were_written_again_are_not_continued(tmp_path, templates):
     path, _ = write_particles(tmp_path, N, box=BOX)
     run(IndexedDataset(path), templates, tmp_path / "out")
@@ -631,6 +643,11 @@ def results_without_their_description(place: Path) -> None:
     (place / "likelihood.npy").write_bytes(b"\x93NUMPY")
 
 
+def records_alone(place: Path) -> None:
+    place.mkdir(parents=True)
+    np.save(place / "likelihood.npy", np.ones(N, RECORD))
+
+
 def half_a_description(place: Path) -> None:
     a_folder_of_notes(place)
     (place / "likelihood.json").write_text('{"particles": 23, "inp')
@@ -652,7 +669,7 @@ def a_description_that_is_a_list(place: Path) -> None:
 
 
 FOREIGN = [
-    *(a_file, a_folder_of_notes, results_without_their_description, half_a_description, an_empty_description),
+    *(a_file, a_folder_of_notes, results_without_their_description, records_alone, half_a_description, an_empty_description),
     *(make for make in (a_description_of_something_else, a_description_that_is_a_list)),
 ]
 
@@ -722,6 +739,20 @@ def test_files_of_somebody_else_beside_results_are_not_replaced_with_them(ds, te
     assert contents(out) == before
 
 
+def test_other_results_that_are_begun_at_the_same_moment_are_noticed(ds, templates, out, tmp_path, monkeypatch):
+    run(ds, templates, tmp_path / "other", dtype=torch.float64)
+    replace = os.replace
+
+    def replace_and_be_replaced(source: Path, target: Path) -> None:
+        replace(source, target)
+        shutil.copy(tmp_path / "other/likelihood.json", target)
+
+    monkeypatch.setattr(os, "replace", replace_and_be_replaced)
+    with pytest.raises(ExportExistsError, match=r"settings\.dtype is 'float64' there and 'float32' here"):
+        run(ds, templates, out)
+    assert not np.load(out / "likelihood.npy")["done"].any()
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_only_who_is_alone_removes_what_other_processes_make(ds, templates, out, overwrite):
     made = out / ".likelihood.json.01234567.partial"
@@ -781,6 +812,13 @@ def test_files_for_which_there_is_no_room_are_an_error_and_nothing_is_left(ds, t
     assert list(out.parent.iterdir()) == []
     run(ds, templates, out)
     assert bytes_of(out) == undisturbed
+
+
+def test_a_folder_that_was_there_stays_when_there_is_no_room(ds, templates, out):
+    out.mkdir(parents=True)
+    with no_file_larger_than(1000), pytest.raises(ExportError, match="File too large"):
+        run(ds, templates, out)
+    assert list(out.iterdir()) == []
 
 
 @pytest.mark.parametrize("room", [0, 1, 2.5])

@@ -212,7 +212,7 @@ def _is_ours(folder: Path, shapes: _Shapes, about: dict[str, Any], overwrite: bo
 def _settled(there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
     """What results were made from, with the numbers of a sketch taken for those of another where they agree but for rounding."""
     old, new = (about.get("templates", {}).get("sketch") for about in (there, here))
-    if old is None or np.shape(old) != np.shape(new) or not np.allclose(old, new, rtol=_ROUNDING, atol=_ROUNDING):
+    if np.shape(old) != np.shape(new) or not np.allclose(old, new, rtol=_ROUNDING, atol=_ROUNDING):
         return there
     return there | {"templates": there["templates"] | {"sketch": new}}
 
