@@ -763,6 +763,24 @@ def test_a_replacement_stopped_before_it_notes_its_first_unit_keeps_no_record_of
 
 
 @each_format
+def test_a_replacement_leaves_nothing_of_a_run_that_ends_while_it_begins(dataset, tmp_path, monkeypatch, undisturbed, kind):
+    old, usage, left = plan_of(kind, dataset.select(slice(None, None, -1)), tmp_path / "out"), shutil.disk_usage, [range(3, 5)]
+    run(old, units=range(3))
+
+    def seen_late(folder: Path) -> Any:
+        while left:
+            run(old, units=left.pop())
+        return usage(folder)
+
+    plan = plan_of(kind, dataset.select(slice(UNIT)), tmp_path / "out")
+    monkeypatch.setattr(shutil, "disk_usage", seen_late)
+    run(plan, overwrite=True)
+    assert left == []
+    run(replace(plan, target=str(tmp_path / "alone")))
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+@each_format
 def test_a_part_of_the_units_is_not_for_replacing(dataset, tmp_path, kind):
     run(plan_of(kind, dataset.select([1]), tmp_path / "out"))
     before = contents(tmp_path / "out")

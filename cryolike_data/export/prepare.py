@@ -69,18 +69,23 @@ def prepare(plan: ExportPlan, place: Place, *, overwrite: bool, alone: bool) -> 
 
 def _clear(plan: ExportPlan, place: Place) -> None:
     """Remove what an earlier export left; until that is done, the place says what it is being cleared for."""
-    # What a run that was stopped while it cleared had still to remove: what told of it may be gone.
-    found = sorted({*plan.format.leftovers(place), *(read_plan(place) or {}).get("clearing", ())})
+    found = _to_remove(plan, place)
     _require_apart(plan, found)
     if isinstance(place, LocalPlace):
         _require_room(plan, freed=sum(_size(place.root / name) for name in found))
     with at_work_on(place, ANY_UNITS):
+        found = _to_remove(plan, place)  # once more: others may have written until now, and do not from now on
         write_plan(place, plan.about, clearing=found)
         # What makes an export whole goes first, so that what is left of it never looks like one.
         for name in sorted(found, key=lambda name: name != plan.format.seal):
             place.remove(name)
         place.remove(f"{STATE}/units")
         write_plan(place, plan.about)
+
+
+def _to_remove(plan: ExportPlan, place: Place) -> list[str]:
+    """What an earlier export left, and what a run that was stopped while it cleared had still to remove: what told of it may be gone."""
+    return sorted({*plan.format.leftovers(place), *(read_plan(place) or {}).get("clearing", ())})
 
 
 def place_only_ours(plan: ExportPlan, place: Place, doing: str, known: UnitRecord | None = None) -> None:
