@@ -780,6 +780,24 @@ def test_a_replacement_leaves_nothing_of_a_run_that_ends_while_it_begins(dataset
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
 
 
+def test_a_second_replacement_is_told_of_the_first_one_that_is_removing(dataset, tmp_path, monkeypatch):
+    old, plan = (plan_of("zarr", dataset.select(rows), tmp_path / "out") for rows in (slice(None, None, -1), slice(UNIT)))
+    run(old)
+    scandir, gone = os.scandir, tmp_path / "out/ctf"
+
+    def too_late(path: Any = ".") -> Any:
+        if str(path) == str(gone) and gone.exists():
+            monkeypatch.undo()
+            shutil.rmtree(gone)
+        return scandir(path)
+
+    with at_work_on(LocalPlace(tmp_path / "out"), range(1)):
+        monkeypatch.setattr(os, "scandir", too_late)
+        with pytest.raises(ExportError, match="Another run is at work on this target: process"):
+            run(plan, overwrite=True)
+    assert not gone.exists()
+
+
 @each_format
 def test_a_part_of_the_units_is_not_for_replacing(dataset, tmp_path, kind):
     run(plan_of(kind, dataset.select([1]), tmp_path / "out"))

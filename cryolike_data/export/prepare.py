@@ -10,6 +10,7 @@ from typing import Literal
 
 from ..dataset import human_bytes
 from ..errors import ArgumentError, ExportError, ExportExistsError
+from ..file_size import file_size
 from ..fingerprint import differences, input_files
 from ..zarr_store import is_url
 from .place import STATE, LocalPlace, Output, Place
@@ -152,6 +153,6 @@ def _require_room(plan: ExportPlan, *, freed: int) -> None:
 
 
 def _size(path: Path) -> int:
-    if path.is_dir():
-        return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
-    return path.stat().st_size if path.exists() else 0
+    """Bytes of a file, or of all files in a folder, which somebody else may be removing."""
+    files = [path, *(Path(folder, name) for folder, _, names in os.walk(path) for name in names)]
+    return sum(max(0, file_size(str(file))) for file in files if file.is_file())
