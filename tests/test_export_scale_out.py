@@ -167,6 +167,14 @@ def test_a_client_need_not_be_the_one_that_dask_uses(dataset, tmp_path, undistur
     assert contents(tmp_path / "out") == undisturbed["zarr"]
 
 
+def test_a_cluster_that_grows_with_its_work_begins_without_workers(dataset, tmp_path, undisturbed):
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(n_workers=0, threads_per_worker=1, dashboard_address=":0") as growing, growing.get_client() as client:
+        growing.adapt(minimum=0, maximum=2)
+        export_zarr(dataset, tmp_path / "a.zarr", executor=client, **EXPORTS["zarr"])
+    assert contents(tmp_path / "a.zarr") == undisturbed["zarr"]
+
+
 def test_work_that_a_cluster_gave_up_is_told(dataset, tmp_path, undisturbed, client, monkeypatch):
     plan, submit = plan_of("zarr", dataset, tmp_path / "out"), client.submit
 

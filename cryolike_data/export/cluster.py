@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+import sys
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from contextlib import closing, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import ArgumentError, ExportError, MissingDependencyError
 from .plan import ExportPlan
@@ -51,16 +53,19 @@ def run_on_cluster(plan: ExportPlan, units: list[int], executor: Client | str) -
     ExportError
         if there is no scheduler at the address, or the cluster gives up units
     """
+    import dask
     from distributed import as_completed
 
     from .run import run_unit
 
     name = uuid.uuid4().hex
     with closing(_client_of(executor)) if isinstance(executor, str) else nullcontext(executor) as client:
-        # On every worker, so that none has to ask another, which may die, for it. Not by a name that is made of what it holds: the same
-        # plan of an earlier run may be let go of at this moment.
-        everywhere: Any = client.scatter(plan, broadcast=True, hash=False)
-        futures = [client.submit(run_unit, everywhere, unit, pure=False, retries=_RETRIES, key=f"unit-{unit}-{name}") for unit in units]
+        # As the result of a task: workers that are started when there is work are, and it is done again where the plan is lost. Large plans
+        # are no mistake: each goes over once, and not with every unit.
+        with dask.config.set({"distributed.admin.large-graph-warning-threshold": sys.maxsize}):
+            everywhere = client.map(pickle.loads, [pickle.dumps(plan)], pure=False)
+        client.replicate(everywhere)  # so that no worker has to ask another, which may die, for it
+        futures = [client.submit(run_unit, everywhere[0], unit, pure=False, retries=_RETRIES, key=f"unit-{unit}-{name}") for unit in units]
         try:
             for future in as_completed(futures, loop=client.loop):
                 yield future.result()
