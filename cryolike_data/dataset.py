@@ -47,7 +47,7 @@ class ParticleDataset(Dataset[Particle]):
     tables: tuple[str, ...] = ()
 
     def __init__(self, particles: Particles, source: ImageSource, *, select: Selection = None) -> None:
-        self.particles = particles if select is None else particles[choose_rows(select, particles)]
+        self._particles = particles if select is None else particles[choose_rows(select, particles)]
         if len(self.particles) == 0:
             raise ArgumentError(f"select= leaves none of the {len(particles)} particles")
         if np.isnan(once(self.particles.pixel_size)).any():
@@ -62,6 +62,12 @@ class ParticleDataset(Dataset[Particle]):
         self.dtype: torch.dtype = torch_dtype(source.dtype)
         self.box: int = int(self.particles.one_value("box"))
         self.pixel_size: float = float(shortest(self.particles.one_value("pixel_size")))
+
+    @property
+    def particles(self) -> Particles:
+        """The table; ``ParticleDataset(others, dataset.source)`` is a data set of another one over the same files."""
+        # Not to be exchanged: where the images of these lie was found out once.
+        return self._particles
 
     @property
     def image_bytes(self) -> int:
@@ -130,7 +136,7 @@ class ParticleDataset(Dataset[Particle]):
     def select(self, selection: Selection) -> Self:
         """A data set of the chosen rows (mask, row numbers, slice, or a function of ``particles``) over the same files."""
         chosen = copy.copy(self)
-        chosen.particles = self.particles[choose_rows(selection, self.particles)]
+        chosen._particles = self.particles[choose_rows(selection, self.particles)]
         chosen._located = None
         return chosen
 

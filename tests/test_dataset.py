@@ -12,7 +12,7 @@ import torch
 from support import ctf_columns, uids, write_particles
 from torch.utils.data import Dataset
 
-from cryolike_data import IndexedDataset, JobDirectoryDataset, Particle, ParticleBatch, Particles
+from cryolike_data import IndexedDataset, JobDirectoryDataset, Particle, ParticleBatch, ParticleDataset, Particles
 from cryolike_data.demo import DemoProject
 from cryolike_data.errors import ArgumentError, RowIndexError
 
@@ -101,6 +101,13 @@ def test_what_chooses_no_rows_is_shown(ds: IndexedDataset, nonsense: Any) -> Non
     for choose in (ds.__getitem__, ds.select, ds.batch):
         with pytest.raises(RowIndexError, match=f"mask or list of row numbers, not by {re.escape(repr(nonsense))}$"):
             choose(nonsense)
+
+
+def test_the_table_of_a_data_set_cannot_be_exchanged_beneath_its_images(ds: IndexedDataset) -> None:
+    with pytest.raises(AttributeError, match="particles"):
+        ds.particles = ds.particles[[4, 2]]  # type: ignore[misc]
+    others = ParticleDataset(ds.particles[[4, 2]], ds.source)
+    equal(others.read([0, 1]), ds.read([4, 2]))
 
 
 # Several
