@@ -71,6 +71,11 @@ def test_a_numpy_table_gives_back_every_column_whatever_its_name(tmp_path: Path,
         np.testing.assert_array_equal(table[key.replace("__", "/")], values)
 
 
+def test_a_table_says_what_it_holds_in_one_line(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "t.cs", uid=uids(7), blob__idx=np.arange(7), ctf__df1_A=np.ones(7))
+    assert repr(read_table(path)) == f"Table({path}: 7 rows, 3 fields in blob/*, ctf/*)"
+
+
 def test_columns_are_contiguous(tmp_path: Path) -> None:
     table = read_table(write_table(tmp_path / "t.cs", **some_columns(7)))
     assert all(table[name].flags.c_contiguous for name in table.fields)

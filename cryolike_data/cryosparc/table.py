@@ -29,7 +29,7 @@ _OTHERS = {
 _MAX_HEADER_BYTES = 1 << 30
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Table:
     """A table with one row per particle. ``table["blob/idx"]`` is that column as a contiguous array.
 
@@ -52,6 +52,9 @@ class Table:
 
     def __len__(self) -> int:
         return self.rows
+
+    def __repr__(self) -> str:
+        return f"Table({self.path}: {self.rows:,} rows, {len(self.fields)} fields in {self.describe_slots()})"
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.fields:
