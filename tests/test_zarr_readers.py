@@ -210,6 +210,12 @@ def test_other_precisions_are_rounded_too(tmp_path: Path, dtype: str, keep_bits:
     assert not (found.view(f"u{found.itemsize}") & np.array((1 << dropped) - 1, f"u{found.itemsize}")).any()
 
 
+def test_integers_have_no_mantissa_to_round(tmp_path: Path) -> None:
+    dataset = dataset_of(tmp_path, numbered_images(10, 8).astype("i2"))
+    with pytest.raises(ArgumentError, match="keep_bits rounds floating pixels, and these are int16"):
+        export_zarr(dataset, tmp_path / "a.zarr", keep_bits=4)
+
+
 def test_pixels_that_are_no_numbers_stay_so(tmp_path: Path) -> None:
     pixels = numbered_images(10, 8)
     pixels[3, :3, 0] = np.nan, np.inf, -np.inf

@@ -127,6 +127,8 @@ class ZarrFormat:
             raise ArgumentError(f"compression is one of {', '.join(get_args(Compression))}, or None, not {compression!r}")
         keep_bits = None if keep_bits is None else integer("keep_bits", keep_bits)
         kept = np.finfo(pixels.dtype).nmant if np.dtype(pixels.dtype).kind == "f" else 0
+        if keep_bits is not None and not kept:
+            raise ArgumentError(f"keep_bits rounds floating pixels, and these are {pixels.dtype}: leave it out, or ask for a floating one.")
         if keep_bits is not None and not 1 <= keep_bits <= kept:
             raise ArgumentError(f"keep_bits is from 1 to {kept}, the bits of a {pixels.dtype} mantissa, not {keep_bits}")
         chunk, shard = _sizes(max(1, len(dataset)), pixels.image_bytes, integer("shard_bytes", shard_bytes, least=1))
