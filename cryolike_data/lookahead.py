@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -43,7 +46,10 @@ class LookAhead:
         self._batches = batches
         self._waiting: deque[tuple[int, np.ndarray]] = deque()
         self._asked = self._done = 0
-        self._wake = threading.Condition()
+        # No Condition or Event: Ctrl-C at the end of its "with", which is Python code, leaves the lock in it locked for ever.
+        self._changing = threading.Lock()  # what is waiting
+        self._wake: SimpleQueue[None] = SimpleQueue()
+        self._told: SimpleQueue[None] | None = None  # of requests that are done, while somebody waits for one
         self._open = True
         self._patience = self._skip = 0
         self._waits = 0
@@ -84,10 +90,8 @@ class LookAhead:
             self._thread.join()
 
     def _end(self) -> None:
-        with self._wake:
-            self._open = False
-            self._waiting.clear()
-            self._wake.notify_all()
+        self._open = False
+        self._wake.put(None)
 
     def _depth(self, batch_size: int) -> int:
         return min(self._batches, max(1, MAX_BYTES_AHEAD // max(1, batch_size * self._dataset.image_bytes)))
@@ -100,10 +104,10 @@ class LookAhead:
                 return 0
         self._waits = _waits_for_disk()
         self._skip = self._patience
-        with self._wake:
-            self._asked += 1
+        self._asked += 1
+        with self._changing:
             self._waiting.append((self._asked, rows))
-            self._wake.notify_all()
+        self._wake.put(None)
         return self._asked
 
     def _wait_for(self, request: int) -> None:
@@ -111,24 +115,31 @@ class LookAhead:
         # some batches old and long done.
         if request <= self._done:
             return
-        with self._wake:
-            self._wake.wait_for(lambda: self._done >= request or not self._open, timeout=_LONGEST_WAIT)
+        told = self._told = SimpleQueue()
+        latest = time.monotonic() + _LONGEST_WAIT
+        with contextlib.suppress(Empty):
+            while self._done < request:
+                told.get(timeout=max(0, latest - time.monotonic()))
+        self._told = None
+        with self._changing:
             while self._waiting and self._waiting[0][0] <= request:
                 self._waiting.popleft()  # too late to be of use
 
     def _run(self) -> None:
         while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._waiting or not self._open)
-                if not self._open:
-                    return
+            self._wake.get()
+            if not self._open:
+                return
+            with self._changing:
+                if not self._waiting:
+                    continue
                 request, rows = self._waiting.popleft()
             # Data that are in memory are looked at less and less often, because even looking takes time from the reader.
             cold = self._dataset.ask_ahead(rows)
             self._patience = 0 if cold else min(MAX_PATIENCE, 2 * self._patience + 1)
-            with self._wake:
-                self._done = request
-                self._wake.notify_all()
+            self._done = request
+            if (told := self._told) is not None:
+                told.put(None)
 
 
 def _waits_for_disk() -> int:

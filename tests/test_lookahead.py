@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import mmap
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -261,6 +265,36 @@ def test_the_thread_ends_when_its_start_is_broken_off(monkeypatch: pytest.Monkey
         raise AssertionError("nothing is to be done inside")
     look._thread.join(10)
     assert own_threads() == []
+
+
+def test_the_thread_ends_wherever_ctrl_c_comes_in() -> None:
+    modules = {lookahead.__file__, threading.__file__}
+    before = sys.gettrace()
+    broken_off = True
+    for line in itertools.count():
+        passed = itertools.count()
+
+        def interrupt(frame: FrameType, event: str, _: Any, passed: Iterator[int] = passed, line: int = line) -> Any:
+            if frame.f_code.co_filename in modules and event == "line" and next(passed) == line:
+                raise KeyboardInterrupt
+            return interrupt
+
+        look = LookAhead(Asked(), 1)
+        look._thread.join = partial(look._thread.join, 10)  # type: ignore[method-assign]
+        try:
+            with look:
+                sys.settrace(interrupt)
+                try:
+                    list(look.pass_on(batches(3)))
+                    broken_off = False
+                finally:
+                    sys.settrace(before)
+        except KeyboardInterrupt:
+            pass
+        assert not look._thread.is_alive()
+        if not broken_off:
+            break
+    assert line > 20
 
 
 def test_an_iteration_closed_by_the_garbage_collector_in_the_asking_thread_ends_in_peace(recwarn: pytest.WarningsRecorder) -> None:
