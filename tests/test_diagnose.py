@@ -93,9 +93,12 @@ def test_nothing_is_called_cold_where_the_system_cannot_say(
     assert open_files(demo.folder) == []
 
 
-def test_batches_may_be_larger_than_what_is_copied_to_compare_with(demo: DemoProject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cryolike_data.diagnose._COPIED_BYTES", 1)
-    assert diagnose(IndexedDataset(demo.indexed), batch_size=16, cold=False)[0]
+def test_no_file_is_mapped_that_is_to_be_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, _ = write_particles(tmp_path, 20, box=16)
+    mapped: list[bool] = []
+    monkeypatch.setattr("cryolike_data.diagnose._forget", lambda _: not mapped.append(str(tmp_path) in Path("/proc/self/maps").read_text()))
+    diagnose(IndexedDataset(table), batch_size=4)
+    assert mapped == [False] * 5
 
 
 def test_rates_are_such_as_a_machine_has(tmp_path: Path) -> None:
