@@ -194,7 +194,7 @@ def _is_ours(folder: Path, shapes: _Shapes, about: dict[str, Any], overwrite: bo
     if there is None:
         raise ExportExistsError(f"{folder} exists and holds something else than results of a likelihood; choose another output.")
     told = [f"  {line}" for line in differences(_settled(there, about), about)]
-    damage = "" if told else _damage(folder, shapes)
+    damage = _damage(folder, shapes)
     if not told and not damage:
         return True
     if not overwrite and told:
