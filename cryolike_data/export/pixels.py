@@ -47,8 +47,8 @@ class Pixels:
     box : pixels
     pixel_size : angstrom
     dtype : NumPy's name of it
-    source_box, source_pixel_size : of the images that are read
     downsample : how they become smaller
+    added_shift_A : what is added to a shift along x and along y, because the centre of the images moves, angstrom
     as_stored : nothing is done to them
     turned : those of dark particles are multiplied by -1
     """
@@ -56,11 +56,10 @@ class Pixels:
     box: int
     pixel_size: float
     dtype: str
-    source_box: int
-    source_pixel_size: float
     downsample: Downsample | None
+    added_shift_A: float
     as_stored: bool
-    turned: bool = False
+    turned: bool
 
     @classmethod
     def of(
@@ -98,12 +97,8 @@ class Pixels:
             raise ArgumentError(f"downsample is a Downsample, such as Downsample(box=128), not {downsample!r}")
         box, pixel_size = resized(downsample, dataset.box, dataset.pixel_size)
         as_stored = downsample is None and name == stored and not turned
-        return cls(box, pixel_size, name, dataset.box, dataset.pixel_size, downsample, as_stored, turned)
-
-    @property
-    def added_shift_A(self) -> float:
-        """What is added to a shift along x and along y, because the centre of the images moves: angstrom."""
-        return moved_centre_A(self.downsample, self.source_box, self.source_pixel_size)
+        added_shift_A = moved_centre_A(downsample, dataset.box, dataset.pixel_size)
+        return cls(box, pixel_size, name, downsample, added_shift_A, as_stored, turned)
 
     def as_written(self, particles: Particles) -> Particles:
         """Particles with the contrast that they have in the images that are written, and the shifts that centre them there."""
@@ -114,7 +109,7 @@ class Pixels:
         return replace(particles, shift_A=(shift.astype(np.float64) + self.added_shift_A).astype(shift.dtype))
 
     def recentring(self) -> dict[str, float]:
-        """The same as a setting, if it changes anything."""
+        """``added_shift_A`` as a setting, if it changes anything."""
         return {"added_shift_A": self.added_shift_A} if self.added_shift_A else {}
 
     @property

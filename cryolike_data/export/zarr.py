@@ -265,7 +265,7 @@ class ZarrFormat:
                 "version": manifest.about["version"],
                 "box": pixels.box,
                 "pixel_size_A": pixels.pixel_size,
-                "source": {"kind": type(dataset).__name__, "box": pixels.source_box, "pixel_size_A": pixels.source_pixel_size},
+                "source": {"kind": type(dataset).__name__, "box": dataset.box, "pixel_size_A": dataset.pixel_size},
                 "downsample": None if pixels.downsample is None else asdict(pixels.downsample),
             }
         }
