@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from .errors import ArgumentError, ExportError, ExportExistsError, MissingStackError
 from .files import whole_file
+from .transforms.polar import EPS
 from .transforms.polar_grid import PolarGrid
 
 Precision = Literal["single", "double"]
@@ -211,7 +212,7 @@ class ImageDescriptor:
     @property
     def eps(self) -> float:
         """Relative accuracy that CryoLike asks of the polar transform."""
-        return 1e-6 if self.precision == "single" else 1e-12
+        return EPS[self.complex_dtype]
 
     @property
     def complex_dtype(self) -> torch.dtype:

@@ -196,7 +196,7 @@ class CryoLikeFormat(FolderFormat):
         drawn: list[Tensor] = []
         # With pairs of images in each transform, a chunk is one call of finufft, whose numbers stay in the cache.
         transform = (
-            PolarTransform(polar, self.grid.n_pixels, eps=self.grid.eps, n_trans=_CHUNK // 2, dtype=self.grid.complex_dtype)
+            PolarTransform(polar, self.grid.n_pixels, n_trans=_CHUNK // 2, dtype=self.grid.complex_dtype)
             if self.fourier or self.plots
             else None
         )

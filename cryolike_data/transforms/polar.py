@@ -24,7 +24,7 @@ from .polar_grid import PolarGrid
 _N_TRANS = {False: 8, True: 64}
 
 #: CryoLike's accuracies.
-_EPS = {torch.complex64: 1e-6, torch.complex128: 1e-12}
+EPS = {torch.complex64: 1e-6, torch.complex128: 1e-12}
 #: The last transform of each thread, and what it is for: a plan costs as much as the transforms of some images.
 _KEPT = threading.local()
 
@@ -65,9 +65,9 @@ class PolarTransform:
         dtype: torch.dtype = torch.complex128,
         device: torch.device | str = "cpu",
     ) -> None:
-        if dtype not in _EPS:
+        if dtype not in EPS:
             raise ArgumentError(f"dtype of a transform is torch.complex64 or torch.complex128, not {dtype}")
-        eps = _EPS[dtype] if eps is None else eps
+        eps = EPS[dtype] if eps is None else eps
         if box < 1 or n_trans < 1 or not eps > 0:
             raise ArgumentError(f"box={box}, n_trans={n_trans} and eps={eps} must all be positive.")
         self.grid, self.box, self.eps, self.n_trans, self.dtype, self.device = grid, box, eps, n_trans, dtype, device_here(device)
