@@ -301,6 +301,39 @@ def test_a_unit_gives_its_record_and_tells_of_all_its_images(dataset, tmp_path, 
     assert 3 * BOX * BOX * 4 <= sum(size for _, size in told) <= record.size
 
 
+def test_units_in_threads_leave_torch_the_number_of_its_threads(dataset, tmp_path):
+    ran = run_python(
+        """
+        import sys, threading, torch
+        from cryolike_data import IndexedDataset, plan_export, run_unit
+        plan, first, second, over = plan_export(IndexedDataset(sys.argv[1]), sys.argv[2]), *(threading.Event() for _ in range(3))
+        torch.set_num_threads(4)
+
+        def begin(*_):
+            first.set()
+            second.wait(60)
+
+        def go_on(*_):
+            second.set()
+            over.wait(60)
+
+        threads = [threading.Thread(target=run_unit, args=(plan, 0), kwargs={"advance": advance}) for advance in (begin, go_on)]
+        threads[0].start()
+        first.wait(60)
+        threads[1].start()
+        threads[0].join()
+        over.set()
+        threads[1].join()
+        new = threading.Thread(target=lambda: print(torch.get_num_threads()))
+        new.start()
+        new.join()
+        print(torch.get_num_threads())
+        """,
+        *(dataset.tables[0], tmp_path / "out.zarr"),
+    )
+    assert (ran.stdout.split(), ran.stderr) == (["4", "4"], "")
+
+
 @each_format
 def test_nothing_is_sealed_before_all_units_are_there(dataset, tmp_path, kind):
     plan = plan_of(kind, dataset, tmp_path / "out")

@@ -34,6 +34,10 @@ _NOTES = {
     NOT_FINITE: "have pixels that are NaN or infinite, as has what was written of them; leave these particles out.",
 }
 
+#: For each thread that is at work on a unit, how many threads torch used before; and what is held while one begins or ends.
+_BEFORE: list[int] = []
+_SWITCHING = threading.Lock()
+
 
 def run(
     plan: ExportPlan,
@@ -160,8 +164,7 @@ def _run_units(plan: ExportPlan, units: list[int], executor: Client | str | None
 def _run_here(plan: ExportPlan, units: list[int], advance: Advance) -> Iterator[UnitRecord]:
     """Records of the units as they are finished: each by one thread, so that reading, work and writing of several overlap."""
     plan.dataset.ask_ahead(np.arange(1))  # where the images lie is worked out once, and not by every thread
-    cores = torch.get_num_threads()
-    at_once = max(1, min(cores, len(units)))
+    at_once = max(1, min(torch.get_num_threads(), len(units)))
     stopped = threading.Event()
 
     def go_on(images: int, size: int) -> None:
@@ -169,30 +172,29 @@ def _run_here(plan: ExportPlan, units: list[int], advance: Advance) -> Iterator[
             raise ExportError("the export was stopped")
         advance(images, size)
 
-    try:
-        with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            futures = [pool.submit(run_unit, plan, unit, advance=go_on) for unit in units]
-            try:
-                for future in as_completed(futures):
-                    yield future.result()
-            finally:
-                # After an error or Ctrl-C: what has not begun never does, and what is at work ends with its next piece.
-                stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-    finally:
-        # torch keeps the number of threads per thread, but its default for threads to come was changed.
-        torch.set_num_threads(cores)
+    with ThreadPoolExecutor(at_once) as pool:
+        futures = [pool.submit(run_unit, plan, unit, advance=go_on) for unit in units]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            # After an error or Ctrl-C: what has not begun never does, and what is at work ends with its next piece.
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """One thread of torch and finufft: several add up and transform in another order, so that the last bits would depend on them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    with _SWITCHING:
+        # torch keeps the number per thread, but changes its default for others, too: the first one at work tells what it was.
+        _BEFORE.append(_BEFORE[0] if _BEFORE else torch.get_num_threads())
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        with _SWITCHING:
+            torch.set_num_threads(_BEFORE.pop())
 
 
 def _warn_of_notes(records: list[UnitRecord], plan: ExportPlan) -> None:
