@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
+from .compiled import not_compiled
 from .ctf import Ctf
 from .errors import CryolikeDataError
 from .repeated import take
@@ -39,7 +38,7 @@ class Later:
 
     def __getitem__(self, name: str) -> Any:
         if self._columns is None:
-            self._columns = _for_reading(_not_compiled(self._read)(self._rows))
+            self._columns = _for_reading(not_compiled(self._read)(self._rows))  # torch knows nothing of NumPy's records
             _WAITING.discard(self)
         return self._columns.get(name)
 
@@ -66,14 +65,6 @@ def _for_reading(columns: dict[str, Any]) -> dict[str, Any]:
             if values is not None:
                 values.flags.writeable = False
     return columns
-
-
-def _not_compiled(read: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, into which ``torch.compile`` does not follow a program: of NumPy's records it knows nothing."""
-    if "torch._dynamo" not in sys.modules:
-        return read
-    apart: Callable[..., Any] = torch.compiler.disable(read)  # type: ignore[no-untyped-call]
-    return apart
 
 
 _WAITING: weakref.WeakSet[Later] = weakref.WeakSet()

@@ -137,6 +137,12 @@ def test_gradients_pass_through_the_exact_transform_only():
     assert not to_polar(images, grid).requires_grad
 
 
+def test_a_compiled_step_may_transform_more_images_than_one_call_takes():
+    images, grid = noise(20, 12, 12), PolarGrid(3.0, 0.25, 12)
+    step = torch.compile(lambda pixels: to_polar(2 * pixels, grid).abs() + 1, backend="aot_eager")
+    torch.testing.assert_close(step(images), to_polar(2 * images, grid).abs() + 1)
+
+
 def test_what_was_transformed_before_does_not_change_a_bit():
     images, grid = noise(8, 12, 12), PolarGrid(3.0, 0.25, 12)
     used, fresh = (PolarTransform(grid, 12, eps=1e-6, n_trans=4, dtype=torch.complex64) for _ in range(2))

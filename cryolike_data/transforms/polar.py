@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import device_here
+from ..compiled import not_compiled
 from ..errors import ArgumentError
 from .downsample import square_box
 from .finufft_plan import make_plan, stream_of
@@ -89,6 +90,10 @@ class PolarTransform:
         the others alone.
         """
         _check_batch(images, self.box)
+        transformed: Tensor = not_compiled(self._transform)(images)  # it writes into buffers that finufft reads
+        return transformed
+
+    def _transform(self, images: Tensor) -> Tensor:
         pixels = images.detach().to(self.device)
         pixels = pixels if pixels.dtype in (torch.float32, torch.float64) else pixels.to(self.dtype.to_real())
         # Pairing images of very different scale would leave the fainter one with the error of the brighter one.
@@ -137,16 +142,7 @@ def to_polar(images: Tensor, grid: PolarGrid, *, eps: float | None = None, dtype
     Done on the device of the images, through a plan that is kept for the next call of the same thread with the same arguments and
     box, with no gradient. See ``PolarTransform`` for the formula, the accuracy of each ``dtype`` and the errors.
     """
-    box, device = square_box(images), images.device
-    a_transform = 2 if grid.n_inplanes % 2 == 0 else 1
-    n_trans = max(1, min(_N_TRANS[images.is_cuda], -(-len(images) // a_transform)))
-    # A process that was forked must not use the plan of its parent.
-    key = (grid, box, eps, n_trans, dtype, device, torch.get_num_threads(), stream_of(device), os.getpid())
-    if _KEPT.__dict__.get("key") != key:
-        _KEPT.__dict__.clear()  # before there is another one
-        _KEPT.transform = PolarTransform(grid, box, eps=eps, n_trans=n_trans, dtype=dtype, device=device)
-        _KEPT.key = key
-    transform: PolarTransform = _KEPT.transform
+    transform: PolarTransform = not_compiled(_kept_transform)(images, grid, eps, dtype)
     return transform(images)
 
 
@@ -210,6 +206,20 @@ def normalize_polar(fourier: Tensor, grid: PolarGrid, *, out: Tensor | None = No
         return torch.view_as_complex(numbers * scale)
     torch.mul(numbers, scale, out=torch.view_as_real(out))
     return out
+
+
+def _kept_transform(images: Tensor, grid: PolarGrid, eps: float | None, dtype: torch.dtype) -> PolarTransform:
+    box, device = square_box(images), images.device
+    a_transform = 2 if grid.n_inplanes % 2 == 0 else 1
+    n_trans = max(1, min(_N_TRANS[images.is_cuda], -(-len(images) // a_transform)))
+    # A process that was forked must not use the plan of its parent.
+    key = (grid, box, eps, n_trans, dtype, device, torch.get_num_threads(), stream_of(device), os.getpid())
+    if _KEPT.__dict__.get("key") != key:
+        _KEPT.__dict__.clear()  # before there is another one
+        _KEPT.transform = PolarTransform(grid, box, eps=eps, n_trans=n_trans, dtype=dtype, device=device)
+        _KEPT.key = key
+    transform: PolarTransform = _KEPT.transform
+    return transform
 
 
 def _check_batch(images: Tensor, box: int) -> None:
