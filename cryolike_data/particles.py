@@ -53,7 +53,8 @@ class Particles:
     """A table of N particles. Every selection keeps all columns in step.
 
     Where particles come from a table, all that does not say where images lie is read from it when it is first asked for, and is
-    there for reading only: ``dataclasses.replace(particles, pose=...)`` makes a table with other columns.
+    there for reading only: ``dataclasses.replace(particles, pose=...)`` makes a table with other columns, of which
+    ``ParticleDataset(table, dataset.source)`` is a data set.
 
     Attributes
     ----------
