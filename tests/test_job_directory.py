@@ -427,6 +427,19 @@ def test_an_order_that_cannot_be_checked_is_logged(tmp_path: Path, caplog: pytes
     assert "cannot be checked" in caplog.text
 
 
+def test_a_record_that_a_group_names_and_that_is_missing_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    job, images = write_job(tmp_path, 4, COUNTS)
+    entry = f"{{metafile: '>restacked_particles.cs', num_items: {N}, type: particle.blob}}"
+    (job / "J4_particles.csg").write_text(f"group: {{type: particle}}\nresults:\n  blob: {entry}\n")
+    with caplog.at_level(logging.WARNING, "cryolike_data"):
+        same_images(JobDirectoryDataset(tmp_path, 4), images)
+    assert re.search(r"cannot be checked against \S+/restacked_particles\.cs, which \S+/J4_particles\.csg names", caplog.text)
+    write_record(job, np.arange(N))
+    caplog.clear()
+    same_images(JobDirectoryDataset(tmp_path, 4), images)
+    assert not caplog.records
+
+
 def test_a_record_that_names_the_stacks_of_another_job_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     job, images = write_job(tmp_path, 4, COUNTS)  # this was J7 when its record was written
     write_record(job, MIXED, blob__path=names(FILE, job="J7/restack"))

@@ -213,7 +213,9 @@ def _possible_records(job: Path, stacks: _Stacks, *, needed: bool) -> Iterator[T
             log.warning("%s is left aside: %s", group, error)
             continue
         path = None if blob is None else find_metafile(group, str(blob["metafile"]))
-        if path is not None and path != named and os.path.isfile(path):
+        if path is not None and not os.path.isfile(path):
+            log.warning("The order of the images cannot be checked against %s, which %s names: it is not there.", path, group)
+        elif path is not None and path != named:
             yield read_table(path)
 
 
