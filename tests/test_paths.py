@@ -213,6 +213,16 @@ def test_dangling_links_and_missing_files_are_told_apart(table: Path, tmp_path: 
     assert "b.mrc (1 rows) looked in:" in missing
 
 
+def test_a_dangling_link_to_a_folder_is_told(table: Path, tmp_path: Path) -> None:
+    project = table.parents[1]
+    (project / "J1").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(MissingStackError) as caught:
+        resolve(["J1/extract/a.mrc", "J2/extract/b.mrc"], table)
+    link, missing = [line for line in str(caught.value).splitlines() if ".mrc " in line]
+    assert link == f"  J1/extract/a.mrc (1 rows) lies behind {project / 'J1'}, a link to {tmp_path / 'unmounted'}, which does not exist"
+    assert "looked in" in missing
+
+
 def test_all_missing_stacks_are_in_one_error_with_their_rows_and_a_remedy(table: Path) -> None:
     touch(table.parent / "there.mrc")
     names = [f"J1/gone_{i}.mrc" for i in range(30)] + ["there.mrc"]

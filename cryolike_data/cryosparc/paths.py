@@ -6,7 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +67,8 @@ def resolve_paths(
     found = _find(names, places)
     if "" in found:
         missing = [(name, rows) for name, rows, path in zip(names, count_rows(), found, strict=True) if not path]
-        problems = [_explain(name, rows, [Path(place) for place in places(name)], folder) for name, rows in missing]
+        dangling = cache(_dangling_link)
+        problems = [_explain(name, rows, [Path(place) for place in places(name)], folder, dangling) for name, rows in missing]
         if folder is not None:
             remedy = "Each stack has to lie directly in that folder, under the file name in blob/path."
         told = f"{len(problems)} of {len(names)} stacks named by {table} were not found."
@@ -181,7 +182,12 @@ def _list_files(folder: str) -> set[str] | None:
         return {entry.name for entry in entries if os.path.isfile(entry.path)}
 
 
-def _explain(name: str, rows: int, places: Sequence[Path], folder: Path | None) -> str:
+def _dangling_link(folder: Path) -> Path | None:
+    """The link on the way to a folder that leads nowhere, if one does."""
+    return next((path for path in (folder, *folder.parents) if os.path.islink(path) and not os.path.exists(path)), None)
+
+
+def _explain(name: str, rows: int, places: Sequence[Path], folder: Path | None, dangling: Callable[[Path], Path | None]) -> str:
     if not name.removeprefix(">"):
         return f"  {name!r} ({rows} rows) is no path: the table does not say where these images lie"
     shown = name if name == name.strip() else repr(name)
@@ -191,6 +197,8 @@ def _explain(name: str, rows: int, places: Sequence[Path], folder: Path | None) 
         except (FileNotFoundError, NotADirectoryError):
             if place.is_symlink():
                 return f"  {shown} ({rows} rows) is a link at {place} to {os.readlink(place)}, which does not exist"
+            if (link := dangling(place.parent)) is not None:
+                return f"  {shown} ({rows} rows) lies behind {link}, a link to {os.readlink(link)}, which does not exist"
         except (OSError, ValueError) as error:
             return f"  {name[:200]!r} ({rows} rows) cannot be opened: {getattr(error, 'strerror', None) or error}"
         else:
