@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import sys
@@ -12,6 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -72,28 +74,31 @@ def _close_readers() -> None:
         reader.close()
 
 
-def start_reading(thread: threading.Thread, ready: threading.Event) -> None:
+def start_reading(thread: threading.Thread, ready: SimpleQueue[None]) -> None:
     """Start a thread whose work begins with ``limit_threads``."""
     with _STARTING:
         # Asked for first, because torch sets up a thread's number when it is first needed, from a default that the reader changes.
         threads = torch.get_num_threads()
         try:
             thread.start()
-            ready.wait()
+            ready.get()
+        except BaseException:  # Ctrl-C
+            with contextlib.suppress(Empty):
+                ready.get(timeout=_LONGEST_START)
+            raise
         finally:
             # torch keeps the number of threads per thread, but its default for threads to come is changed by the reader's. That
-            # has to come before this, after Ctrl-C too.
-            ready.wait(_LONGEST_START)
+            # has to come before this.
             torch.set_num_threads(threads)
 
 
-def limit_threads(share: Callable[[int], int], ready: threading.Event) -> None:
+def limit_threads(share: Callable[[int], int], ready: SimpleQueue[None]) -> None:
     """Let torch use a share of its threads in this one.
 
     With all of them, there would be more than there are cores, and the OpenMP runtime then puts each to sleep between any two calls.
     """
     torch.set_num_threads(max(1, share(torch.get_num_threads())))
-    ready.set()
+    ready.put(None)
 
 
 def wait_for_end(thread: threading.Thread, process: int) -> bool:
@@ -141,7 +146,9 @@ class Reader:
         self._read_seconds = 0.0
         self._busy = True  # the consumer
         self._finished = self.closed = self._by_thread = False
-        self._wake, self._ready = threading.Event(), threading.Event()
+        # No Event: Ctrl-C at the end of its "with", which is Python code, leaves the lock in it locked for ever.
+        self._wake: SimpleQueue[None] = SimpleQueue()
+        self._ready: SimpleQueue[None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="cryolike-reader", daemon=True)
         self._process = os.getpid()
         READERS.add(self)
@@ -160,7 +167,7 @@ class Reader:
     def close(self) -> None:
         """End the thread; what it has read ahead goes back to the ring. From any thread; what is being read is waited for."""
         self.closed = True
-        self._wake.set()
+        self._wake.put(None)
         if not wait_for_end(self._thread, self._process):
             return
         with self._reading:
@@ -169,8 +176,8 @@ class Reader:
 
     def _fill_up(self) -> None:
         # Not for one batch at a time: each time the thread wakes, it takes the interpreter lock from a busy consumer once more.
-        if self._busy and len(self._filled) <= self._ahead // 2:
-            self._wake.set()
+        if self._busy and len(self._filled) <= self._ahead // 2 and self._wake.empty():
+            self._wake.put(None)
 
     def _next(self) -> Placed | None:
         if not self._filled:
@@ -193,8 +200,7 @@ class Reader:
     def _run(self) -> None:
         limit_threads(lambda threads: threads // 2, self._ready)
         while not (self._finished or self.closed):
-            self._wake.wait()
-            self._wake.clear()
+            self._wake.get()
             while self._busy and len(self._filled) < self._ahead and not (self._finished or self.closed):
                 with self._reading:
                     self._by_thread = True

@@ -74,7 +74,7 @@ class UnitReader:
         self._units: deque[Unit] = deque()
         self._error: BaseException | None = None
         self._drawn = self.closed = False
-        self._ready = threading.Event()
+        self._ready: SimpleQueue[None] = SimpleQueue()
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._copy_all, name="cryolike-reader", daemon=True)
         READERS.add(self)

@@ -536,6 +536,41 @@ def four_torch_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def test_ctrl_c_ends_a_loop_wherever_it_comes_in(folder: Path) -> None:
+    found = run_python(
+        """
+        import itertools, sys, threading
+        import cryolike_data as cd
+        from cryolike_data import reader
+
+        modules = {reader.__file__, threading.__file__}
+        dataset = cd.IndexedDataset(sys.argv[1])
+        for line in itertools.count():
+            passed = itertools.count()
+
+            def interrupt(frame, event, _):
+                if frame.f_code.co_filename in modules and event == "line" and next(passed) == line:
+                    raise KeyboardInterrupt
+                return interrupt
+
+            batches = iter(cd.stream(dataset, batch_size=20, prefetch=1))
+            next(batches)
+            sys.settrace(interrupt)
+            try:
+                for _ in batches:
+                    pass
+                break
+            except KeyboardInterrupt:
+                pass
+            finally:
+                sys.settrace(None)
+        print(line)
+        """,
+        folder / "J1/particles.cs",
+    )
+    assert int(found.stdout) > 20
+
+
 @pytest.mark.usefixtures("four_torch_threads")
 @pytest.mark.parametrize("name", ["cryolike-reader", "cryolike-lookahead"])
 def test_ctrl_c_while_a_thread_starts_leaves_no_thread(ds: IndexedDataset, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
