@@ -282,6 +282,6 @@ def _box(value: Any) -> int:
 def _one_of_two(name: str, value: Any) -> Any:
     """The value of a number or of a pair (rows, columns) of equal numbers."""
     numbers = np.asarray(value).ravel()
-    if numbers.size not in (1, 2) or not np.isclose(numbers, numbers[0], rtol=1e-6, atol=0).all():
+    if numbers.size not in (1, 2) or numbers.dtype.kind not in "iuf" or not np.isclose(numbers, numbers[0], rtol=1e-6, atol=0).all():
         raise ArgumentError(f"{name}={value} is not one number; only square images with square pixels can be used.")
     return numbers[0].item()

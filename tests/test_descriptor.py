@@ -188,6 +188,13 @@ def test_values_out_of_range_are_refused(tmp_path, changes, told):
         ImageDescriptor.load(tmp_path / "params.npz")
 
 
+@pytest.mark.parametrize("given", [{"n_pixels": "64"}, {"pixel_size": "1.3"}, {"pixel_size": None}], ids=str)
+def test_what_is_no_number_is_named(given):
+    (name, value), *_ = given.items()
+    with pytest.raises(ArgumentError, match=f"{name}={value} is not one number"):
+        ImageDescriptor.from_individual_values(**{"n_pixels": 64, "pixel_size": 1.3, **given})
+
+
 def test_a_descriptor_of_the_output_grid_is_used_as_it_is():
     made = ImageDescriptor.from_individual_values(32, 2.6)
     assert made.for_images(source_box=64, source_pixel_size=1.3, box=32, pixel_size=2.6) is made
