@@ -14,10 +14,10 @@ from .batch import ParticleBatch
 from .collate import Collate
 from .columns import Columns
 from .ctf import Ctf, CtfTerm, ctf_values, require_terms
-from .errors import ArgumentError, MixedParticlesError
+from .errors import MixedParticlesError
 from .transforms import Downsample, Normalize, PolarGrid, normalize_polar, to_polar
 from .transforms.normalize import NormalizeMethod
-from .transforms.polar_grid import require_within_nyquist
+from .transforms.polar_grid import require_grid, require_within_nyquist
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -90,8 +90,7 @@ class PolarCollate(Collate):
         unit_power: bool = False,
         ctf_terms: tuple[CtfTerm, ...] = (),
     ) -> None:
-        if not isinstance(grid, PolarGrid):
-            raise ArgumentError(f"grid is a PolarGrid, such as PolarGrid.of_box(64), not {grid!r}")
+        require_grid(grid)
         given = (downsample, normalize, device, dtype, grid, unit_power, require_terms(ctf_terms))
         for about, value in zip(fields(self), given, strict=True):
             object.__setattr__(self, about.name, value)

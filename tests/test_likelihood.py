@@ -389,6 +389,8 @@ def test_a_tensor_makes_the_templates_that_its_file_makes(demo: DemoProject) -> 
     for wrong in ("wide", (1.0, 2.0), -1.0, float("nan")):
         with pytest.raises(ArgumentError, match="pixel_size is a positive number"):
             Templates.from_volume(volume, grid, rotvecs=rotvecs, pixel_size=wrong)
+    with pytest.raises(ArgumentError, match=r"grid is a PolarGrid, such as PolarGrid\.of_box\(64\), not 64"):
+        Templates.from_volume(demo.volume, 64, rotvecs=rotvecs)  # type: ignore[arg-type]
     for arguments in ({}, {"rotvecs": rotvecs, "step_deg": 30}):
         with pytest.raises(ArgumentError, match="pass either step_deg="):
             Templates.from_volume(volume, grid, pixel_size=2.0, **arguments)

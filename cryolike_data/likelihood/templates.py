@@ -15,7 +15,7 @@ from torch import Tensor
 from ..arguments import device_here, square_pixel_size
 from ..errors import ArgumentError
 from ..transforms import PolarGrid
-from ..transforms.polar_grid import require_within_nyquist
+from ..transforms.polar_grid import require_grid, require_within_nyquist
 from .projection import project_volume, read_volume, viewing_directions
 
 #: Projections that are made at a time, because they are made in double precision.
@@ -110,6 +110,7 @@ class Templates:
             raise ArgumentError("pass either step_deg= (directions all over the sphere) or rotvecs= (orientations of your own)")
         if dtype not in (torch.complex64, torch.complex128):
             raise ArgumentError(f"dtype of templates is torch.complex64 or torch.complex128, not {dtype}")
+        require_grid(grid)
         require_even(grid)
         if isinstance(volume, str | os.PathLike):
             density, in_header = read_volume(volume)

@@ -86,6 +86,12 @@ class PolarGrid:
         return np.repeat(shell[:, None], self.n_inplanes, axis=1)
 
 
+def require_grid(grid: object) -> None:
+    """Raise ``ArgumentError`` for anything but a ``PolarGrid``."""
+    if not isinstance(grid, PolarGrid):
+        raise ArgumentError(f"grid is a PolarGrid, such as PolarGrid.of_box(64), not {grid!r}")
+
+
 def require_within_nyquist(grid: PolarGrid, box: int) -> None:
     """Raise ``ArgumentError`` if a grid goes beyond what images of ``box`` pixels hold."""
     if grid.radius_max > box / 4 * (1 + 1e-6):
