@@ -351,6 +351,9 @@ def test_a_table_that_the_system_does_not_let_be_read_is_a_table_error(tmp_path:
 def test_a_missing_table_and_a_folder_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(MissingStackError, match=r"no table .*absent\.cs\."):
         read_table(tmp_path / "absent.cs")
+    (tmp_path / "moved.cs").symlink_to("/old/disk/J3/moved.cs")
+    with pytest.raises(MissingStackError, match=r"moved\.cs: it is a link to /old/disk/J3/moved\.cs, which does not exist"):
+        read_table(tmp_path / "moved.cs")
     with pytest.raises(MissingStackError, match=r"it is a folder; give the \.cs file in it"):
         read_table(tmp_path)
 

@@ -164,8 +164,7 @@ def read_table(path: str | os.PathLike[str]) -> Table:
     except OSError as error:
         raise TableError(f"{path} cannot be read: {error.strerror}.") from error
     if opened is None:
-        kind = "a Zarr store; open it with ZarrDataset" if (path / "zarr.json").is_file() else "a folder; give the .cs file in it"
-        raise MissingStackError(f"There is no table {path}" + (f": it is {kind}." if path.is_dir() else "."))
+        raise MissingStackError(f"There is no table {path}{_what_is_there(path)}.")
     with opened as file:
         magic = file.read(6)
         file.seek(0)
@@ -182,6 +181,14 @@ def read_table(path: str | os.PathLike[str]) -> Table:
         if magic.startswith(start):
             raise TableError(f"{path} is not a CryoSPARC table but {meaning}.")
     raise TableError(f"{path} is not a CryoSPARC table: it starts with {magic!r}, not with a NumPy or CSDAT header.")
+
+
+def _what_is_there(path: Path) -> str:
+    """What a path leads to that is no file, for messages."""
+    if path.is_dir():
+        store = (path / "zarr.json").is_file()
+        return f": it is {'a Zarr store; open it with ZarrDataset' if store else 'a folder; give the .cs file in it'}"
+    return f": it is a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else ""
 
 
 def _read_numpy(path: Path, file: IO[bytes]) -> Table:
