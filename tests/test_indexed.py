@@ -734,6 +734,18 @@ def test_an_image_beyond_a_stack_of_many_rows_is_noticed_before_it_is_read(tmp_p
         IndexedDataset(cs)
 
 
+@pytest.mark.parametrize("check_headers", [True, False])
+def test_rows_that_return_to_an_earlier_stack_are_held_against_that_one(tmp_path: Path, check_headers: bool) -> None:
+    images = numbered_images(60, 8)
+    idx = np.concatenate([np.arange(20), np.arange(20), np.arange(20, 40)])
+    first = np.repeat([True, False, True], 20)
+    write_stack(tmp_path / "a.mrc", images[first])
+    write_stack(tmp_path / "b.mrc", images[~first])
+    paths = np.where(first, "a.mrc", "b.mrc").tolist()
+    cs = write_table(tmp_path / "t.cs", blob__path=paths, blob__idx=idx.astype("u4"), blob__psize_A=np.ones(60, "f4"))
+    np.testing.assert_array_equal(IndexedDataset(cs, check_headers=check_headers).read(slice(None)).numpy(), images)
+
+
 @pytest.mark.parametrize("dtype", ["i1", "u1"])
 def test_bytes_of_unchecked_stacks_are_read_as_the_caller_says(tmp_path: Path, dtype: str) -> None:
     cs, images = write_particles(tmp_path, N, dtype=dtype)
