@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -40,6 +41,7 @@ from cryolike_data.export import ExportPlan, ExportReport, finish, plan_export, 
 from cryolike_data.export.pixels import Pixels
 from cryolike_data.export.place import LocalPlace
 from cryolike_data.export.state import at_work_on, living_runs
+from cryolike_data.export.zarr import ZarrFormat
 
 N, BOX, UNIT = 23, 16, 5
 FORMATS = list(EXPORTS)
@@ -1027,6 +1029,26 @@ def test_another_process_with_the_number_of_a_dead_one_is_not_at_work(dataset, t
         own = json.loads(path.read_text())
     claim(tmp_path / "out", **(own | {"began": "1"}))
     assert run(plan).sealed
+
+
+def test_a_run_that_ended_while_its_disk_was_away_is_not_at_work(dataset, tmp_path, undisturbed, monkeypatch):
+    plan, write_unit = plan_of("zarr", dataset, tmp_path / "out"), ZarrFormat.write_unit
+
+    def away(*_: Any) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def disturbed(*arguments: Any) -> Any:
+        patch.setattr(os, "write", away)
+        patch.setattr(os, "unlink", away)
+        return write_unit(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ZarrFormat, "write_unit", disturbed)
+        with pytest.raises((ExportError, OSError), match="Input/output error"):
+            run(plan)
+    assert list((tmp_path / "out/.export/runs").iterdir()) != []
+    assert run(plan).sealed
+    assert results(tmp_path / "out") == list(undisturbed["zarr"])
 
 
 @pytest.mark.parametrize(("silent", "alive"), [(0, True), (100, True), (121, False), (1e6, False)])

@@ -25,6 +25,8 @@ PLAN = f"{STATE}/plan.json"
 _UNITS, _RUNS = f"{STATE}/units", f"{STATE}/runs"
 #: More than any export has.
 ANY_UNITS = range(1 << 62)
+#: What makes known the runs of this process, by name. Of one that has ended it may stay, where the file system was away.
+_OURS: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain values."""
-        lists = {"units": [record.to_json() for record in self.units], "rest": [file.to_json() for file in self.rest]}
-        return self.about | lists
+        return self.about | {"units": [record.to_json() for record in self.units], "rest": [file.to_json() for file in self.rest]}
 
     @classmethod
     def from_json(cls, values: Any) -> Manifest | None:
@@ -129,9 +130,8 @@ def write_plan(place: Place, plan: dict[str, Any], *, clearing: Sequence[str] | 
 
 def read_record(place: Place, unit: int) -> UnitRecord | None:
     """The record of a finished unit, or None."""
-    found = read_json(place, _record_name(unit))
     try:
-        return None if found is None else UnitRecord.from_json(found)
+        return UnitRecord.from_json(read_json(place, _record_name(unit)))
     except (KeyError, TypeError, ValueError):
         return None
 
@@ -192,6 +192,7 @@ def at_work_on(place: Place, units: range, *, sealing: bool = False) -> Iterator
 
     thread = threading.Thread(target=keep_known, name="cryolike-export", daemon=True)
     try:
+        _OURS.add(name)
         # First known, then looking: of two that start at once, at least one sees the other.
         make_known()
         others = living_runs(place, ANY_UNITS, apart_from=name)
@@ -206,6 +207,7 @@ def at_work_on(place: Place, units: range, *, sealing: bool = False) -> Iterator
         thread.start()
         yield
     finally:
+        _OURS.discard(name)
         ended.set()
         if thread.is_alive():
             thread.join()
@@ -220,7 +222,7 @@ def living_runs(place: Place, units: range, *, apart_from: str = "") -> list[dic
         if path == apart_from or not name.endswith(".json"):  # a network file system puts names of its own there
             continue
         run = _read_run(place, path)
-        if run is None or not _is_alive(run):
+        if run is None or not _is_alive(run, path):
             place.remove(path)
         elif _have_common(_units_of(run), units):
             found.append(run)
@@ -253,19 +255,18 @@ def _have_common(one: range, other: range) -> bool:
 
 def _told(run: dict[str, Any]) -> str:
     units = _units_of(run)
-    if units == ANY_UNITS:
-        return f"process {run['pid']} on {run['host']}, all units"
     steps = "" if units.step == 1 else f" in steps of {units.step}"
-    return f"process {run['pid']} on {run['host']}, units {units[0]} to {units[-1]}{steps}"
+    which = "all units" if units == ANY_UNITS else f"units {units[0]} to {units[-1]}{steps}"
+    return f"process {run['pid']} on {run['host']}, {which}"
 
 
 def _record_name(unit: int) -> str:
     return f"{_UNITS}/{unit:06d}.json"
 
 
-def _is_alive(run: dict[str, Any]) -> bool:
+def _is_alive(run: dict[str, Any], name: str) -> bool:
     if run["machine"] == _machine():
-        return bool(run["began"] == _process_start(run["pid"]))
+        return name in _OURS if run["pid"] == os.getpid() else bool(run["began"] == _process_start(run["pid"]))
     return time.time() - float(run["seen"]) < _SILENCE_SECONDS
 
 
