@@ -31,6 +31,7 @@ from .transforms import Downsample
 #: What messages say to who calls the functions, and what they say here.
 _AS_OPTIONS = (
     (r"(?<![\w/])overwrite=True", "--overwrite"),
+    (r"(?<![\w/])star=False", "--no-star"),
     (r'(?<![\w/])folder="([^"]*)"', r"--folder \1"),
     (r"(?<![\w/])folder=(?= )", "--folder"),
     (r"(?<![\w/])index_base=", "--index-base "),

@@ -196,7 +196,7 @@ def require_starfile() -> Any:
     try:
         import starfile
     except ImportError as error:
-        raise MissingDependencyError('Star files need starfile: pip install "cryolike-data[star]"') from error
+        raise MissingDependencyError('Star files need starfile: pip install "cryolike-data[star]", or pass star=False.') from error
     return starfile
 
 

@@ -676,6 +676,13 @@ def test_contrast_is_an_option(demo, tmp_path, capsys, caplog):
     assert "--contrast has no meaning for a Zarr store" in capsys.readouterr().err
 
 
+def test_an_export_without_starfile_names_the_option_that_needs_none(one_group, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "starfile", None)
+    assert run("export", one_group, tmp_path / "m", "--format", "mrc") == 1
+    assert 'pip install "cryolike-data[star]", or pass --no-star.' in capsys.readouterr().err
+    assert run("export", one_group, tmp_path / "m", "--format", "mrc", "--no-star") == 0
+
+
 def test_a_picture_without_matplotlib_names_the_extra(one_group, tmp_path, capsys, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
