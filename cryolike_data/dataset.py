@@ -148,6 +148,8 @@ class ParticleDataset(Dataset[Particle]):
         shape, dtype = (len(rows), self.box, self.box), self.dtype
         if out is None:
             out = torch.empty(shape, dtype=dtype, device="cpu")
+        elif not isinstance(out, Tensor):
+            raise ArgumentError(f"out has to be a tensor, such as torch.from_numpy(array), not a {type(out).__name__}")
         elif out.shape != shape or out.dtype != dtype or not out.is_cpu or not out.is_contiguous() or out.requires_grad:
             given = f"{out.dtype} {tuple(out.shape)} on {out.device}{', which needs a gradient' if out.requires_grad else ''}"
             raise ArgumentError(f"out has to be a contiguous {dtype} CPU tensor of shape {shape}, not {given}")

@@ -105,7 +105,7 @@ class ParticleSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Start the next iteration with the given epoch, from its beginning."""
-        self.epoch, self._start, self._position = int(epoch), 0, 0
+        self.epoch, self._start, self._position = integer("epoch", epoch), 0, 0
         self._begun = (self.epoch, 0)
 
     def state_dict(self, *, step: int | None = None) -> dict[str, int]:
@@ -121,7 +121,7 @@ class ParticleSampler(Sampler[list[int]]):
         if step is None:
             return {"seed": self.seed, "epoch": self.epoch, "position": self._position}
         epoch, start = self._begun
-        return {"seed": self.seed, "epoch": epoch, "position": min(self._n, start + step * self._stride)}
+        return {"seed": self.seed, "epoch": epoch, "position": min(self._n, start + integer("step", step, least=0) * self._stride)}
 
     def next_state(self) -> dict[str, int]:
         """The state in which the next iteration starts: that of ``load_state_dict``, or the beginning of an epoch."""

@@ -255,6 +255,11 @@ def test_a_tensor_that_does_not_fit_is_refused_before_anything_is_written(ds: In
         ds.read([0, 1], out)
 
 
+def test_an_array_in_place_of_a_tensor_is_refused_with_the_remedy(ds: IndexedDataset) -> None:
+    with pytest.raises(ArgumentError, match=r"such as torch\.from_numpy\(array\), not a ndarray"):
+        ds.read([0, 1], np.empty((2, BOX, BOX), np.float32))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("dtype", ["i1", "i2", "u2", "f2", "f4"])
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_images_come_in_the_dtype_of_the_file(tmp_path: Path, dtype: str, order: str) -> None:

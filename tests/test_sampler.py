@@ -329,6 +329,14 @@ def test_a_position_outside_the_data_set_is_an_error(position: int) -> None:
         sampler.load_state_dict({"seed": 0, "epoch": 0, "position": position})
 
 
+def test_half_an_epoch_and_steps_before_the_first_are_errors() -> None:
+    sampler = ParticleSampler(Rows(20), 4)
+    with pytest.raises(ArgumentError, match=r"epoch is a whole number, not 1\.5"):
+        sampler.set_epoch(1.5)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="step is at least 0, not -1"):
+        sampler.state_dict(step=-1)
+
+
 @pytest.mark.parametrize("state", [{}, {"seed": 1, "epoch": 2}, {"position": 4}], ids=str)
 def test_a_state_that_lacks_something_is_an_error_that_names_it_and_changes_nothing(state: dict[str, int]) -> None:
     sampler = ParticleSampler(Rows(20), 4)
