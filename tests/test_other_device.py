@@ -320,6 +320,15 @@ def test_streamed_batches_are_those_of_the_cpu_and_stay(
                 torch.testing.assert_close(ours.polar_ctf.cpu(), theirs.polar_ctf)
 
 
+def test_batches_too_large_for_a_unit_are_units_by_themselves(
+    particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cryolike_data.unit_reader.UNIT_BYTES", 7 * particles.image_bytes - 1)
+    with queues():
+        found = torch.cat([batch.images.cpu() for batch in stream(particles, batch_size=7, device=OTHER)])
+    assert torch.equal(found, particles.read(slice(None)))
+
+
 def test_a_buffer_is_not_filled_again_before_its_copy_is_done(particles: IndexedDataset, queues: Queues) -> None:
     with queues():
         loader = stream(particles, batch_size=5, device=OTHER, prefetch=2)
