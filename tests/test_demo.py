@@ -399,6 +399,13 @@ def test_a_run_that_was_killed_is_no_hindrance_to_the_next(tmp_path: Path) -> No
     assert (ran.returncode, ran.stderr) == (0, "")
 
 
+def test_what_a_run_that_was_killed_has_left_in_its_place_is_gone_after_the_next(tmp_path: Path) -> None:
+    (tmp_path / "project/.unfinished-0123abcd/new").mkdir(parents=True)
+    write_project(tmp_path / "project", n_particles=20, box=16)
+    write_project(tmp_path / "fresh", n_particles=20, box=16)
+    assert sorted(os.listdir(tmp_path / "project")) == sorted(os.listdir(tmp_path / "fresh"))
+
+
 def test_what_a_run_that_was_killed_has_left_beside_its_place_makes_no_folder_of_others_its_own(tmp_path: Path) -> None:
     (tmp_path / ".project.new-abcd1234").mkdir()
     (tmp_path / "J1").mkdir()
