@@ -153,7 +153,7 @@ class ParticleDataset(Dataset[Particle]):
         elif out.shape != shape or out.dtype != dtype or not out.is_cpu or not out.is_contiguous() or out.requires_grad:
             given = f"{out.dtype} {tuple(out.shape)} on {out.device}{', which needs a gradient' if out.requires_grad else ''}"
             raise ArgumentError(f"out has to be a contiguous {dtype} CPU tensor of shape {shape}, not {given}")
-        self.reading(rows, out)()
+        (self._located or self._images()).reading(rows, out)()
         return out
 
     def reading(self, rows: np.ndarray, out: Tensor) -> Callable[[], object]:
