@@ -1051,6 +1051,30 @@ def test_a_run_that_ended_while_its_disk_was_away_is_not_at_work(dataset, tmp_pa
     assert results(tmp_path / "out") == list(undisturbed["zarr"])
 
 
+@pytest.mark.parametrize("hides", [FileNotFoundError, PermissionError])
+def test_a_run_of_another_user_whose_processes_are_hidden_counts_as_one_on_another_machine(dataset, tmp_path, monkeypatch, hides):
+    plan, there = plan_of("zarr", dataset, tmp_path / "out"), open
+    with at_work_on(LocalPlace(tmp_path / "out"), plan.units):
+        (path,) = (tmp_path / "out/.export/runs").iterdir()
+        other = json.loads(path.read_text()) | {"pid": 4711}
+
+    def hidden(name: Any, *arguments: Any, **options: Any) -> Any:
+        if name == "/proc/4711/stat":
+            raise hides
+        return there(name, *arguments, **options)
+
+    def of_another_user(*_: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("builtins.open", hidden)
+    monkeypatch.setattr(os, "kill", of_another_user)
+    claim(tmp_path / "out", **other)
+    with pytest.raises(ExportError, match="Another run is at work on this target: process 4711 on"):
+        run(plan)
+    claim(tmp_path / "out", **(other | {"seen": time.time() - 121}))
+    assert run(plan).sealed
+
+
 @pytest.mark.parametrize(("silent", "alive"), [(0, True), (100, True), (121, False), (1e6, False)])
 def test_a_run_on_another_machine_counts_until_it_was_silent_for_two_minutes(dataset, tmp_path, silent, alive):
     plan = plan_of("zarr", dataset, tmp_path / "out")

@@ -265,8 +265,8 @@ def _record_name(unit: int) -> str:
 
 
 def _is_alive(run: dict[str, Any], name: str) -> bool:
-    if run["machine"] == _machine():
-        return name in _OURS if run["pid"] == os.getpid() else bool(run["began"] == _process_start(run["pid"]))
+    if run["machine"] == _machine() and (began := _process_start(run["pid"])) is not None:
+        return name in _OURS if run["pid"] == os.getpid() else bool(run["began"] == began)
     return time.time() - float(run["seen"]) < _SILENCE_SECONDS
 
 
@@ -280,20 +280,18 @@ def _machine() -> str:
         return f"{socket.gethostname()} {uuid.getnode()}"
 
 
-def _process_start(pid: int) -> str:
-    """When a process began, on the clock of its machine; "" if there is no such process. Tells it from a later one of its number."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            state, *rest = file.read().rpartition(")")[2].split()
-            return "" if state in "ZX" else rest[18]
-    except FileNotFoundError:
-        if os.path.isdir("/proc/self"):
-            return ""
-    # A system without /proc.
+def _process_start(pid: int) -> str | None:
+    """When a process began, on the clock of its machine; "" if there is no such process. Tells it from a later one of its number.
+
+    None if the process is that of another user, and the system does not tell of such.
+    """
+    with suppress(FileNotFoundError, PermissionError), open(f"/proc/{pid}/stat") as file:  # or there is no /proc
+        state, *rest = file.read().rpartition(")")[2].split()
+        return "" if state in "ZX" else rest[18]
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return ""
     except PermissionError:
-        pass
+        return None
     return "alive"
