@@ -628,6 +628,23 @@ def test_results_of_stacks_that_were_written_again_are_not_continued(tmp_path, t
         run(IndexedDataset(path), templates, tmp_path / "out")
 
 
+def test_results_of_stacks_that_change_while_they_are_made_are_an_error(tmp_path, templates, monkeypatch):
+    ds, out = IndexedDataset(write_particles(tmp_path / "project", N, box=BOX)[0]), tmp_path / "out"
+    begin = streaming.begin_comparison
+
+    def meanwhile(*arguments: Any, **options: Any) -> Any:
+        os.utime(tmp_path / "project/J1/extract/stack_0.mrc", (0, 0))
+        return begin(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "begin_comparison", meanwhile)
+        with pytest.raises(ExportError, match=rf"input stacks have changed while {out} was made of them; begin anew with overwrite=True\."):
+            run(ds, templates, out)
+    with pytest.raises(ExportExistsError, match="the input stacks"):
+        run(ds, templates, out)
+    assert run(ds, templates, out, overwrite=True)["done"].all()
+
+
 def a_file(place: Path) -> None:
     place.parent.mkdir()
     place.write_text("notes")

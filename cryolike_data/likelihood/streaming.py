@@ -17,8 +17,8 @@ import torch
 from ..arguments import integer
 from ..ctf import CtfTerm, require_optics
 from ..dataset import ParticleDataset
-from ..errors import ArgumentError
-from ..fingerprint import fingerprint
+from ..errors import ArgumentError, ExportError
+from ..fingerprint import fingerprint, fingerprint_of_files
 from ..polar_batch import PolarBatch, PolarCollate
 from ..progress import Progress
 from ..sampler import ParticleSampler, place_among_ranks
@@ -92,7 +92,7 @@ def stream_likelihood(
     ExportExistsError
         if other results are in ``output``; says what differs
     ExportError
-        if a result cannot be written
+        if a result cannot be written, or the images changed while results that are kept were made of them
     ArgumentError, TableError
         if images and templates do not fit each other, the table has no optics, or there is no such device
     """
@@ -156,6 +156,8 @@ def stream_likelihood(
                 row, uid = (column[rows.start : rows.stop] for column in (dataset.particles.row, dataset.particles.uid))
                 results.write(rows, row, uid, replace(found, shift_A=found.shift_A - offset_A))
                 bar.advance(len(rows))
+        if left and about and fingerprint_of_files(dataset) != about["inputs"]["stacks"]:
+            raise ExportError(f"The input stacks have changed while {folder} was made of them; begin anew with overwrite=True.")
         if unknown:
             log.warning(
                 "%d of %d images are constant or not finite; their results are NaN. So are those of optics that give no finite CTF, "
