@@ -25,7 +25,6 @@ from .collate import Collate
 from .cryosparc.join import load_table
 from .dataset import human_bytes
 from .errors import ArgumentError, CryolikeDataError
-from .stacks import Stacks
 from .transforms import Downsample
 
 #: What messages say to who calls the functions, and what they say here.
@@ -166,8 +165,8 @@ def _bench(options: argparse.Namespace) -> None:
     if options.batch_size < 1 or not 0 < options.gigabytes < math.inf:
         raise ArgumentError(f"--batch-size and --gigabytes are positive, not {options.batch_size} and {options.gigabytes}")
     print(repr(dataset))
-    cold = not options.no_cold and isinstance(dataset.source, Stacks)
-    figures, sentence = diagnose(dataset, batch_size=options.batch_size, max_bytes=int(options.gigabytes * 1e9), cold=cold)
+    max_bytes = int(options.gigabytes * 1e9)
+    figures, sentence = diagnose(dataset, batch_size=options.batch_size, max_bytes=max_bytes, cold=not options.no_cold)
     print(*figures, sentence, sep="\n")
 
 

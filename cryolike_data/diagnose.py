@@ -16,6 +16,7 @@ import torch
 
 from .dataset import ParticleDataset, human_bytes
 from .sampler import ParticleSampler
+from .stacks import Stacks
 from .stream import ParticleStream, stream
 
 _REPEATS = 5
@@ -48,7 +49,7 @@ def diagnose(dataset: ParticleDataset, *, batch_size: int = 256, max_bytes: int 
     batch_size : particles per batch
     max_bytes : how many bytes of images to use at the most: those of a few whole files, and not a few of each file
     cold : also read from the disk, after asking the system to forget the files (which takes nothing from anybody but the speed
-        of the next reader)
+        of the next reader); not of a store that is read through zarr
 
     Returns
     -------
@@ -61,7 +62,7 @@ def diagnose(dataset: ParticleDataset, *, batch_size: int = 256, max_bytes: int 
     size, batch_size = len(chosen) * chosen.image_bytes, min(batch_size, len(chosen))
     figures = _warm(_with_own_maps(chosen), batch_size, size)
     files = [chosen.particles.paths[k] for k in np.unique(chosen.particles.file)]
-    if cold and _forget(files):
+    if cold and isinstance(chosen.source, Stacks) and _forget(files):
         on_disk = min(sum(map(os.path.getsize, files)), max(max_bytes, dataset.image_bytes))
         sequential = _rate(lambda _: _read_through(files, on_disk), on_disk, before=lambda: _forget(files), repeats=2)
         random = _rate(lambda again: _drain(_batches(again, batch_size)), size, before=lambda: _forgotten(chosen, files), repeats=2)

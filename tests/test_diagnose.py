@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support import open_files, write_particles, write_stack, write_table
 
-from cryolike_data import IndexedDataset, ParticleSampler
+from cryolike_data import IndexedDataset, ParticleSampler, ZarrDataset, export_zarr
 from cryolike_data.cli import main
 from cryolike_data.demo import DemoProject
 from cryolike_data.diagnose import Figure, _forget, _sentence, diagnose
@@ -111,6 +111,13 @@ def test_rates_are_such_as_a_machine_has(tmp_path: Path) -> None:
     assert all(1e7 < figure.bytes_per_second < 1e12 for figure in found)
     assert "bottleneck" in sentence
     assert "too few" not in sentence
+
+
+def test_a_store_at_a_url_has_warm_figures_only(demo: DemoProject) -> None:
+    pytest.importorskip("fsspec")
+    store = export_zarr(IndexedDataset(demo.indexed), "memory://diagnose/a.zarr")
+    figures, _ = diagnose(ZarrDataset(store), max_bytes=1 << 20)
+    assert [figure.name for figure in figures if "cold" in figure.name] == []
 
 
 def test_a_system_that_forgets_no_files_has_warm_figures_only(demo: DemoProject, monkeypatch: pytest.MonkeyPatch) -> None:
