@@ -11,7 +11,8 @@ import numpy as np
 
 from .cryosparc import IndexedDataset, JobDirectoryDataset
 from .cryosparc.columns import CTF_FIELDS
-from .cryosparc.job_directory import read_passthrough, without_blob
+from .cryosparc.job_directory import without_blob
+from .cryosparc.job_files import read_passthrough
 from .cryosparc.join import load_table
 from .cryosparc.table import Table
 from .dataset import ParticleDataset
