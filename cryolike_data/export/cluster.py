@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
-import sys
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from ..errors import ArgumentError, ExportError, MissingDependencyError
@@ -53,19 +51,15 @@ def run_on_cluster(plan: ExportPlan, units: list[int], executor: Client | str) -
     ExportError
         if there is no scheduler at the address, or the cluster gives up units
     """
-    import dask
     from distributed import as_completed
 
-    from .run import run_unit
+    from .on_worker import PlanOnWorkers, run_unit_of
 
-    name = uuid.uuid4().hex
+    name = f"{plan.format.kind}-{uuid.uuid4().hex}"
     with closing(_client_of(executor)) if isinstance(executor, str) else nullcontext(executor) as client:
-        # As the result of a task: workers that are started when there is work are, and it is done again where the plan is lost. Large plans
-        # are no mistake: each goes over once, and not with every unit.
-        with dask.config.set({"distributed.admin.large-graph-warning-threshold": sys.maxsize}):
-            everywhere = client.map(pickle.loads, [pickle.dumps(plan)], pure=False)
-        client.replicate(everywhere)  # so that no worker has to ask another, which may die, for it
-        futures = [client.submit(run_unit, everywhere[0], unit, pure=False, retries=_RETRIES, key=f"unit-{unit}-{name}") for unit in units]
+        # Not as data that units depend on: they would be lost with a worker, and keep units away from workers that have none.
+        client.register_plugin(PlanOnWorkers(name, plan))
+        futures = [client.submit(run_unit_of, name, unit, pure=False, retries=_RETRIES, key=f"unit-{unit}-{name}") for unit in units]
         try:
             for future in as_completed(futures, loop=client.loop):
                 yield future.result()
@@ -73,6 +67,8 @@ def run_on_cluster(plan: ExportPlan, units: list[int], executor: Client | str) -
             raise ExportError(f"The cluster gave up units of {plan.target}: {error}. Run the same export again to continue.") from error
         finally:
             client.cancel(futures)
+            with suppress(OSError):  # a worker that dies at this moment has none
+                client.unregister_worker_plugin(name)
 
 
 def _client_of(address: str) -> Client:
