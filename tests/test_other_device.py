@@ -323,7 +323,7 @@ def test_streamed_batches_are_those_of_the_cpu_and_stay(
 def test_batches_too_large_for_a_unit_are_units_by_themselves(
     particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cryolike_data.unit_reader.UNIT_BYTES", 7 * particles.image_bytes - 1)
+    monkeypatch.setattr("cryolike_data.unit_reader._UNIT_BYTES", 7 * particles.image_bytes - 1)
     with queues():
         found = torch.cat([batch.images.cpu() for batch in stream(particles, batch_size=7, device=OTHER)])
     assert torch.equal(found, particles.read(slice(None)))
