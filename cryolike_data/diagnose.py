@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import pickle
 import time
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from .dataset import ParticleDataset, human_bytes
+from .pages import is_resident
 from .sampler import ParticleSampler
 from .stacks import Stacks
 from .stream import ParticleStream, stream
@@ -188,9 +190,16 @@ def _forget(files: Sequence[str]) -> bool:
 
 
 def _is_cached(path: str) -> bool:
+    size = os.path.getsize(path)
     with _opened(path) as descriptor:
+        if size:
+            with mmap.mmap(descriptor, 0, prot=mmap.PROT_READ) as mapped:
+                if not is_resident(np.frombuffer(mapped, np.uint8).ctypes.data + size // 2, 1):
+                    return False
+        # Linux says of files that this user may not write to that all is there. To ask in this way begins to read what is not, which
+        # on a busy machine may be there by the time of the answer.
         try:
-            return os.preadv(descriptor, [bytearray(1)], os.path.getsize(path) // 2, os.RWF_NOWAIT) > 0
+            return os.preadv(descriptor, [bytearray(1)], size // 2, os.RWF_NOWAIT) > 0
         except BlockingIOError:
             return False
         except OSError:  # a file system that cannot say

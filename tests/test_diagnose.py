@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from support import open_files, write_particles, write_stack, write_table
 from cryolike_data import IndexedDataset, ParticleSampler, ZarrDataset, export_zarr
 from cryolike_data.cli import main
 from cryolike_data.demo import DemoProject
-from cryolike_data.diagnose import Figure, _forget, _sentence, diagnose
+from cryolike_data.diagnose import Figure, _forget, _is_cached, _sentence, diagnose
 
 
 def figures(*, copy: float, warm: float, cold: float | None = None, device: float | None = None) -> list[Figure]:
@@ -60,6 +62,16 @@ def test_cold_figures_are_of_all_that_lies_on_the_disk(demo: DemoProject) -> Non
     assert cold.share == pytest.approx(cold.bytes_per_second / floor.bytes_per_second)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="nobody says here what is in memory")
+def test_looking_whether_files_were_forgotten_brings_none_of_them_back(tmp_path: Path) -> None:
+    path = tmp_path / "stack"
+    path.write_bytes(bytes(1 << 20))
+    if not _forget([str(path)]):
+        pytest.skip("this file system keeps its files in memory")
+    time.sleep(0.1)  # whatever was begun is done
+    assert not _is_cached(str(path))
+
+
 def _bytes_of_system_calls() -> int:
     """What this process has asked the system to read; maps do not count."""
     return int(Path("/proc/self/io").read_text().split()[1])
@@ -86,6 +98,7 @@ def test_nothing_is_called_cold_where_the_system_cannot_say(
     def preadv(*arguments: Any) -> int:
         raise says
 
+    monkeypatch.setattr("cryolike_data.diagnose.is_resident", lambda *_: True)  # as Linux says of what is another user's
     monkeypatch.setattr(os, "preadv", preadv)
     dataset = IndexedDataset(demo.indexed)
     figures = diagnose(dataset, batch_size=16)[0]
