@@ -25,7 +25,7 @@ from torch import Tensor
 from .errors import StackError
 from .file_size import CHECK_EVERY, file_size
 from .mrc import open_to_map, require_size
-from .pages import PAGE, is_resident, libc, page_runs, will_need
+from .pages import PAGE, blocks_read, is_resident, libc, page_runs, tells_what_is_resident, will_need
 
 #: Files start at multiples of the largest of these that any of them fills. Where pages lie together in memory and start here as they
 #: do there, the kernel maps and the processor looks them up together, up to the largest (figure ``stream``, 5,000 stacks).
@@ -104,6 +104,7 @@ class Arena:
         self._seen = np.full(len(paths), -np.inf)
         self._mapped = np.zeros(len(paths), bool)
         self._maps, self._most_maps = 0, int(np.count_nonzero(counts))
+        self._can_look = True  # at what is in memory
         reserved = _reserve(length + _ALIGNMENTS[0])
         self._address = -(-reserved // _ALIGNMENTS[0]) * _ALIGNMENTS[0]
         range_: Any = (ctypes.c_ubyte * length).from_address(self._address)
@@ -175,17 +176,19 @@ class Arena:
     def ask_ahead(self, rows: np.ndarray) -> bool:
         """Have the pages of the images (their files touched) read into memory, unless a sample is there; returns before they are.
 
-        True if they were asked for, False if the sample was there.
+        True if they were asked for, False if the sample was there. With files of which the system does not tell what is there, all
+        are asked for, and it is False if none had to be read.
 
         All ranges go to the kernel in one system call where it takes many (``process_madvise``), so that a busy main thread
         gets the interpreter lock back once and not once per image.
         """
         begin = np.sort(self._address + rows.astype(np.int64) * self._step)
         sample = begin[:: max(1, len(begin) // _SAMPLED)]
-        if all(is_resident(int(address), self._image_bytes) for address in sample):
+        if self._can_look and all(is_resident(int(address), self._image_bytes) for address in sample):
             return False
+        before = blocks_read()
         will_need(*page_runs(begin, self._image_bytes))
-        return True
+        return self._can_look or blocks_read() > before
 
     @property
     def _fresh(self) -> float:
@@ -212,6 +215,7 @@ class Arena:
             # What lies between two files that are mapped is a map of its own, as long as nothing in it is.
             self._maps = min(self._maps + 2, self._most_maps)
         self._mapped[number] = True
+        self._can_look = self._can_look and tells_what_is_resident(self._paths[number])
 
 
 def _maps_in_use() -> int:

@@ -10,6 +10,11 @@ from typing import Any
 
 import numpy as np
 
+try:
+    import resource
+except ImportError:  # on Windows, where nothing of this is called
+    resource = None  # type: ignore[assignment]
+
 PAGE = mmap.PAGESIZE
 _MADV_WILLNEED = 3
 _MAX_RANGES = 1024
@@ -23,6 +28,11 @@ def page_runs(begin: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     starts = np.flatnonzero(np.concatenate([[True], first[1:] > last[:-1]]))
     runs = first[starts]
     return runs, np.maximum.reduceat(last, starts) - runs
+
+
+def tells_what_is_resident(path: str) -> bool:
+    """Whether ``is_resident`` is to be believed of a file: of those that one may not write to, Linux says that all is there."""
+    return os.access(path, os.W_OK)
 
 
 def is_resident(address: int, length: int) -> bool:
@@ -39,6 +49,11 @@ def _own_pidfd() -> int | None:
         return os.pidfd_open(os.getpid())
     except (AttributeError, OSError):
         return None
+
+
+def blocks_read() -> int:
+    """Blocks of 512 bytes that this thread has had read from the disk, by asking ahead, too."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_inblock
 
 
 def will_need(begin: np.ndarray, length: np.ndarray) -> None:

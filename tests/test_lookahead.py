@@ -8,6 +8,7 @@ import itertools
 import mmap
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ import pytest
 from support import own_threads, run_python, write_particles
 
 import cryolike_data.lookahead as lookahead
-from cryolike_data import IndexedDataset, export_zarr
+from cryolike_data import IndexedDataset, arena, export_zarr
 from cryolike_data.export import pixels
 from cryolike_data.lookahead import MAX_PATIENCE, LookAhead
 from cryolike_data.pages import is_resident
@@ -380,6 +381,55 @@ def test_asking_ahead_works_before_anything_was_read(written: IndexedDataset) ->
 def test_pages_that_are_there_are_not_asked_for(written: IndexedDataset) -> None:
     written.read(np.arange(64))
     assert not written.ask_ahead(np.arange(64))
+
+
+@pytest.fixture
+def untold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Linux has it with files that belong to another user, who lets nobody write to them."""
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr(arena, "is_resident", lambda *_: True)
+
+
+@pytest.mark.usefixtures("untold")
+def test_pages_are_asked_for_where_the_system_does_not_tell_what_is_there(written: IndexedDataset) -> None:
+    read_first_stack(written)
+    rows, paths = cold(written)
+    assert written.ask_ahead(rows)
+    assert all_come(paths)
+
+
+@pytest.mark.usefixtures("untold")
+def test_where_the_system_does_not_tell_what_is_there_nothing_that_is_read_counts_as_being_there(written: IndexedDataset) -> None:
+    written.read(np.arange(64))
+    assert not written.ask_ahead(np.arange(64))
+
+
+OF_ANOTHER_USER = """
+    import os, sys
+    import numpy as np
+    from cryolike_data import IndexedDataset
+    dataset = IndexedDataset(sys.argv[1])
+    first = dataset.particles.file == 0
+    dataset.ask_ahead(np.flatnonzero(first))  # imports what another user may not be allowed to
+    os.setuid(65534)
+    for path in dataset.particles.paths:
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    rows = np.flatnonzero(~first)
+    print(dataset.ask_ahead(rows))
+    dataset.read(rows)
+    print(dataset.ask_ahead(rows))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="only root can be another user, and only Linux asks ahead")
+def test_stacks_that_belong_to_another_user_are_asked_for() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own can be entered by nobody else
+        os.chmod(folder, 0o755)
+        table = write_particles(Path(folder), 64, box=64, stacks=3)[0]
+        cold(IndexedDataset(table))  # on the disk, which is all that another user may drop
+        result = run_python(OF_ANOTHER_USER, table)
+    assert result.stdout.split() == ["True", "False"], result.stderr
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM, errno.EMFILE])
