@@ -37,7 +37,7 @@ def check(column: np.ndarray) -> None:
 def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks, and several ranges of rows at a time."""
     monkeypatch.setattr(rows_module, "BLOCK_ROWS", request.param)
-    monkeypatch.setattr(rows_module.os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(rows_module, "processors", lambda: 3)
 
 
 STRINGS = st.one_of(
@@ -93,7 +93,7 @@ def test_values_that_look_alike_to_the_keys_are_told_apart(monkeypatch: pytest.M
 def test_python_sees_few_of_many_rows(monkeypatch: pytest.MonkeyPatch, bits: int, most: int) -> None:
     monkeypatch.setattr(numbering_module, "_PLACE_BITS", bits)  # with 5 there are far too few places at first
     monkeypatch.setattr(rows_module, "BLOCK_ROWS", 1 << 12)
-    monkeypatch.setattr(rows_module.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(rows_module, "processors", lambda: 1)
     by_python, seen = numbering_module.Numbering._by_python, []
 
     def count(self: Any, rows: np.ndarray) -> np.ndarray:

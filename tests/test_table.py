@@ -157,7 +157,7 @@ def test_a_table_read_in_blocks_and_by_several_threads_is_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, few: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(rows_module, "BLOCK_ROWS", block)
-    monkeypatch.setattr(rows_module.os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(rows_module, "processors", lambda: 3)
     path = write_table(tmp_path / "t.cs", **some_columns(50))
     table, stored = read_table(path), np.load(path)
     shuffled = np.random.default_rng(1).permutation(np.arange(9, 45))
@@ -168,6 +168,18 @@ def test_a_table_read_in_blocks_and_by_several_threads_is_the_same(
         np.testing.assert_array_equal(numbered[name], stored[name], err_msg=name)
         for rows in (shuffled, np.arange(9, 45), np.array([48, 2])):
             np.testing.assert_array_equal(table.load(lambda _: True, rows=rows)[name], stored[name][rows], err_msg=name)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes cannot be kept from processors here")
+def test_as_many_threads_go_through_a_table_as_there_are_processors_for_this_process() -> None:
+    allowed = os.sched_getaffinity(0)
+    assert rows_module.processors() == len(allowed)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert rows_module.processors() == 1
+        assert len(rows_module.in_row_ranges(100 * rows_module.BLOCK_ROWS, lambda start, stop: (start, stop))) == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 # CSDAT

@@ -213,13 +213,18 @@ def copy_columns(source: Rows, names: Collection[str], *, kinds_of: Collection[s
 
 def in_row_ranges(rows: int, work: Callable[[int, int], ResultT]) -> list[ResultT]:
     """``work(start, stop)`` for a few ranges that make up all rows, at the same time; what they return, in order."""
-    n = max(1, min(_MOST_THREADS, os.cpu_count() or 1, rows // (2 * BLOCK_ROWS)))
+    n = max(1, min(_MOST_THREADS, processors(), rows // (2 * BLOCK_ROWS)))
     cuts = [rows * k // n for k in range(n + 1)]
     if n == 1:
         return [work(0, rows)]
     with ThreadPoolExecutor(n - 1) as threads:
         others = threads.map(work, cuts[1:-1], cuts[2:])
         return [work(0, cuts[1]), *others]
+
+
+def processors() -> int:
+    """Of the machine those that this process may use, which on a cluster may be few of many."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _native(words: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
