@@ -20,9 +20,8 @@ import numpy as np
 from . import __version__
 from .arguments import integer
 from .cli_export import add_arguments, export_command
-from .cli_source import add_source, open_source
+from .cli_source import add_source, indexed_table, open_source
 from .collate import Collate
-from .cryosparc.join import load_table
 from .dataset import human_bytes
 from .errors import ArgumentError, CryolikeDataError
 from .transforms import Downsample
@@ -123,9 +122,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _info(options: argparse.Namespace) -> None:
-    if isinstance(options.file, Path) and options.file.is_file():
-        # Before the stacks are looked for, so that a table without its stacks still tells what it holds.
-        table = load_table(options.file, passthrough=options.passthrough)
+    # Before the stacks are looked for, so that a table without its stacks still tells what it holds.
+    if (table := indexed_table(options)) is not None:
         print(f"{options.file}\n  rows       {len(table):,}\n  fields     {len(table.fields)} in {table.describe_slots()}")
     dataset = open_source(options)
     print(repr(dataset))

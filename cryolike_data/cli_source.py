@@ -6,20 +6,25 @@ import argparse
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 
 from .cryosparc import IndexedDataset, JobDirectoryDataset
 from .cryosparc.columns import CTF_FIELDS
-from .cryosparc.job_directory import without_blob
+from .cryosparc.job_directory import Pairing, without_blob
 from .cryosparc.job_files import read_passthrough
-from .cryosparc.join import load_table
+from .cryosparc.join import Unmatched, load_table
 from .cryosparc.table import Table
 from .dataset import ParticleDataset
 from .errors import ArgumentError
+from .mrc import Mode0
 from .particles import Particles, Selection
 from .selection import choose
 from .zarr_dataset import ZarrDataset
+
+#: Options that mean nothing for a Zarr store.
+_OF_STACKS = ("folder", "index_base", "passthrough", "pixel_size", "pairing", "mode0", "unmatched")
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +36,10 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--index-base", type=int, choices=(0, 1), help="1 if blob/idx counts from 1 (default: 0)")
     parser.add_argument("--pairing", choices=("sequence", "uid"), help="how rows of a job find their images (default: sequence)")
     parser.add_argument("--pixel-size", type=float, help="angstrom (default: from the table or the MRC headers)")
+    parser.add_argument("--mode0", choices=get_args(Mode0), help="how to read 8-bit pixels (default: auto)")
+    parser.add_argument(
+        "--unmatched", choices=get_args(Unmatched), help="what to do with rows that have no partner by uid (default: error)"
+    )
 
     particles = parser.add_argument_group("which particles", "in this order: group, conditions, half, every, shuffle, limit")
     particles.add_argument("--group", type=int, help="of this exposure group only")
@@ -58,19 +67,21 @@ def open_source(options: argparse.Namespace) -> ParticleDataset:
     """The data set that the options stand for."""
     select = _selection(options)
     if isinstance(options.file, str):
-        refuse(options, ("job", "folder", "index_base", "passthrough", "pixel_size", "pairing"), "a Zarr store")
+        refuse(options, ("job", *_OF_STACKS), "a Zarr store")
         return ZarrDataset(options.file, select=select)
+    how: Any = {"mode0": options.mode0 or "auto", "unmatched": options.unmatched or "error"}
     if options.job is not None:
         refuse(options, ("folder", "index_base", "passthrough"), "a job directory")
-        return JobDirectoryDataset(
-            options.file, options.job, pairing=options.pairing or "sequence", pixel_size=options.pixel_size, select=select
-        )
-    refuse(options, ("pairing",), "anything but a job directory")
+        pairing: Pairing = options.pairing or "sequence"
+        if pairing == "sequence":
+            refuse(options, ("unmatched",), "rows that are paired in sequence")
+        return JobDirectoryDataset(options.file, options.job, pairing=pairing, pixel_size=options.pixel_size, select=select, **how)
     if options.file.is_dir():
         if options.file.suffix == ".zarr" or (options.file / "zarr.json").is_file():
-            refuse(options, ("folder", "index_base", "passthrough", "pixel_size"), "a Zarr store")
+            refuse(options, _OF_STACKS, "a Zarr store")
             return ZarrDataset(options.file, select=select)
         raise ArgumentError(f"{options.file} is a folder; give a .cs file, or --job N to read the job directory {options.file / 'JN'}.")
+    refuse(options, ("pairing",), "anything but a job directory")
     return IndexedDataset(
         options.file,
         folder=options.folder,
@@ -78,6 +89,7 @@ def open_source(options: argparse.Namespace) -> ParticleDataset:
         passthrough=options.passthrough,
         pixel_size=options.pixel_size,
         select=select,
+        **how,
     )
 
 
@@ -92,7 +104,9 @@ def _selection(options: argparse.Namespace) -> Selection:
 
     def column(name: str, particles: Particles) -> np.ndarray:
         if table is not None and name in table:
-            found: np.ndarray = table[name][particles.row]
+            # By row of the file, of which those without a partner are not in the table.
+            rows = particles.row if table.kept is None else np.searchsorted(table.kept, particles.row)
+            found: np.ndarray = table[name][rows]
             return found
         known = particles.columns()
         known |= {field: known[f"ctf/{ours}"] for ours, field in CTF_FIELDS.items() if f"ctf/{ours}" in known}
@@ -105,9 +119,14 @@ def _selection(options: argparse.Namespace) -> Selection:
 
 
 def _table(options: argparse.Namespace) -> Table | None:
-    """The table whose rows the particles are, as far as a data set goes by it; a store has none."""
-    if not isinstance(options.file, Path):
-        return None
-    if options.job is not None:
+    """The table to choose by: what a data set goes by; a store has none."""
+    if options.job is not None and isinstance(options.file, Path):
         return without_blob(read_passthrough(options.file.absolute() / f"J{options.job}", options.job))
-    return load_table(options.file, passthrough=options.passthrough) if options.file.is_file() else None
+    return indexed_table(options)
+
+
+def indexed_table(options: argparse.Namespace) -> Table | None:
+    """The table that was given, with others joined to it; None for a project or a store."""
+    if not isinstance(options.file, Path) or not options.file.is_file():
+        return None
+    return load_table(options.file, passthrough=options.passthrough, unmatched=options.unmatched or "error")

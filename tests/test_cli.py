@@ -411,6 +411,44 @@ def test_columns_come_from_a_passthrough(one_group, tmp_path):
     np.testing.assert_array_equal(load_cryolike_stack(tmp_path / "out")[2]["defocusU"], table["ctf/df1_A"])
 
 
+def test_rows_without_a_partner_in_a_passthrough_are_left_out_when_told_to(one_group, tmp_path, capsys):
+    table = np.load(one_group, allow_pickle=False)
+    np.save(tmp_path / "more.npy", table[4:])
+    chosen = ("export", one_group, tmp_path / "a.zarr", "--passthrough", tmp_path / "more.npy", "--where", f"uid != {table['uid'][5]}")
+    assert run(*chosen) == 1
+    assert "4 of 10 rows" in capsys.readouterr().err
+    assert run(*chosen, "--unmatched", "drop") == 0
+    np.testing.assert_array_equal(ZarrDataset(tmp_path / "a.zarr").particles.uid, table["uid"][[4, 6, 7, 8, 9]])
+    assert run("info", one_group, "--passthrough", tmp_path / "more.npy", "--unmatched", "drop") == 0
+    assert "rows 6" in out(capsys)
+
+
+def test_rows_of_a_job_without_a_partner_are_left_out_when_told_to(tmp_path, capsys):
+    job, _ = write_job(tmp_path, 4, [6])
+    table = np.load(job / "J4_passthrough_particles.cs", allow_pickle=False)
+    stack = "J4/restack/batch_000000_restacked.mrc"
+    write_table(
+        job / "restacked_particles.cs",
+        uid=table["uid"][2:],
+        blob__path=[stack] * 4,
+        blob__idx=np.arange(2, 6, dtype="u4"),
+        blob__psize_A=np.full(4, 1.7, "f4"),
+    )
+    chosen = ("export", tmp_path, "--job", 4, tmp_path / "a.zarr", "--pairing", "uid", "--where", f"uid == {table['uid'][3]}")
+    assert run(*chosen) == 1
+    assert "unmatched" in capsys.readouterr().err
+    assert run(*chosen, "--unmatched", "drop") == 0
+    np.testing.assert_array_equal(ZarrDataset(tmp_path / "a.zarr").particles.uid, table["uid"][[3]])
+
+
+@pytest.mark.parametrize(("mode0", "dtype"), [("signed", "i1"), ("unsigned", "u1")])
+def test_bytes_are_read_as_the_caller_says(one_group, tmp_path, mode0, dtype):
+    images = numbered_images(10, 16, dtype="i1")
+    write_stack(tmp_path / "data/stacks/a.mrc", images)
+    assert run("export", one_group, tmp_path / "a.zarr", "--mode0", mode0) == 0
+    np.testing.assert_array_equal(ZarrDataset(tmp_path / "a.zarr").read(range(10)).numpy(), images.view(dtype))
+
+
 def test_the_pixel_size_given_wins(one_group, tmp_path):
     assert run("export", one_group, tmp_path / "a.zarr", "--pixel-size", 1.7) == 0
     assert zarr.open_group(tmp_path / "a.zarr", mode="r")["images"].attrs["pixel_size_A"] == 1.7
@@ -472,6 +510,9 @@ IGNORED = {
     "--index-base with --job": ("info", "demo", "--job", 4, "--index-base", 1),
     "--passthrough with --job": ("info", "demo", "--job", 4, "--passthrough", "more.cs"),
     "--pairing without --job": ("info", "demo/J3/J3_particles.cs", "--pairing", "uid"),
+    "--unmatched with --job": ("info", "demo", "--job", 4, "--unmatched", "drop"),
+    "--unmatched of a store": ("info", "demo.zarr", "--unmatched", "drop"),
+    "--mode0 of a store": ("info", "demo.zarr", "--mode0", "signed"),
     "--pixel-size of a store": ("info", "demo.zarr", "--pixel-size", 5),
     "--folder of a store": ("info", "demo.zarr", "--folder", "elsewhere"),
     "--method without a size": ("export", "demo/J3/J3_particles.cs", "new.zarr", "--method", "mean"),
