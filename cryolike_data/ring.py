@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import defaultdict, deque
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 
 import numpy as np
@@ -64,10 +64,11 @@ class BufferRing:
         self._free.clear()
 
     def _take_back(self) -> None:
-        while self._back:
-            loan = self._back.popleft()
-            self._lent.pop(id(loan), None)
-            self._free[len(loan.buffer)].append(loan.buffer)
+        with suppress(IndexError):  # none is left, or another thread has just closed the ring
+            while True:
+                loan = self._back.popleft()
+                self._lent.pop(id(loan), None)
+                self._free[len(loan.buffer)].append(loan.buffer)
 
 
 def outside_inference_mode() -> AbstractContextManager[object]:

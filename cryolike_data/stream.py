@@ -173,9 +173,9 @@ class ParticleStream:
     def close(self) -> None:
         """End a started iteration, whose thread is gone when this returns, and let go of the buffers. From any thread."""
         self._take_over(None)
-        if self._ring is not None:
-            self._ring.close()
-            self._ring = None
+        ring, self._ring = self._ring, None  # at once: another thread may be closing, too
+        if ring is not None:
+            ring.close()
 
     def state_dict(self) -> dict[str, int]:
         """Seed, epoch and position after the last batch that was handed out; where the next iteration starts, if the last one has ended."""

@@ -6,6 +6,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from queue import Empty, SimpleQueue
@@ -115,7 +116,7 @@ class UnitReader:
             self._units.extend(read.units)
             if read.error is not None:
                 self._error, self._drawn, self._under_way = read.error, True, 0
-        if self._units:
+        with suppress(IndexError):  # none is left, or another thread has just closed the reader
             return self._units.popleft()
         if self._error is not None and wait:
             error, self._error = self._error, None

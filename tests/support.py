@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import resource
 import shutil
@@ -14,6 +15,7 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import mrcfile
@@ -233,6 +235,27 @@ def wait_until(condition: Callable[[], bool]) -> None:
             return
         tick.wait(0.01)
     raise AssertionError("it did not come about in 10 s")
+
+
+@contextlib.contextmanager
+def another_thread_at(line: int, function: Callable[..., Any], work: Callable[[], None]) -> Iterator[None]:
+    """Let another thread do some work when this one comes to a line of a function, counted from 0 as they are passed."""
+    passed, before = itertools.count(), sys.gettrace()
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        if frame.f_code is not function.__code__:
+            return None
+        if event == "line" and next(passed) == line:
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def open_files(folder: Path) -> list[str]:

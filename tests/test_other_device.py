@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from other_device import CAN_STAND_IN, OTHER, Queue, other_device
-from support import own_threads, wait_until
+from support import another_thread_at, own_threads, wait_until
 from torch import Tensor
 
 import cryolike_data.ring as ring_module
@@ -43,6 +43,7 @@ from cryolike_data.polar_batch import polar_ctf
 from cryolike_data.precision import full_precision
 from cryolike_data.stream import ParticleStream
 from cryolike_data.transforms import normalize_polar, to_polar, to_polar_exact
+from cryolike_data.unit_reader import UnitReader
 
 pytestmark = [
     pytest.mark.skipif(not CAN_STAND_IN, reason="this torch lets no Python stand in for a device"),
@@ -498,6 +499,39 @@ def test_closing_from_another_thread_ends_who_waits(
         closing.start()
         assert list(loader) == []
         closing.join()
+    assert own_threads() == []
+
+
+@pytest.mark.parametrize("line", range(14))
+def test_a_loop_ends_wherever_another_thread_closes_the_stream(
+    particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch, line: int
+) -> None:
+    monkeypatch.setattr("cryolike_data.unit_reader._UNIT_BYTES", 0)
+    with queues():
+        loader = stream(particles, batch_size=7, device=OTHER)
+        with another_thread_at(line, UnitReader.take, loader.close):
+            rows = [row for batch in loader for row in batch.index.tolist()]
+    assert rows == list(range(len(rows)))
+    assert len(rows) < len(particles)
+    assert own_threads() == []
+
+
+def test_a_stream_is_closed_by_another_thread_while_the_next_batches_are_drawn(particles: IndexedDataset, queues: Queues) -> None:
+    closers: list[threading.Thread] = []
+
+    class Closed(ParticleSampler):
+        def rows(self, positions: np.ndarray, epoch: int) -> np.ndarray:
+            closers.append(threading.Thread(target=loader.close))
+            closers[-1].start()
+            wait_until(lambda: "cryolike-reader" not in own_threads())
+            closers[-1].join(0.1)  # which waits for this
+            return super().rows(positions, epoch)
+
+    with queues():
+        loader = stream(particles, sampler=Closed(particles, 7), device=OTHER)
+        assert list(loader) == []
+    (closer,) = closers
+    closer.join()
     assert own_threads() == []
 
 

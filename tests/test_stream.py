@@ -6,7 +6,6 @@ import gc
 import itertools
 import os
 import pickle
-import sys
 import threading
 import traceback
 import weakref
@@ -14,13 +13,12 @@ from collections.abc import Callable, Iterator
 from copy import copy as shallow_copy
 from copy import deepcopy
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support import mapped_files, open_files, own_threads, run_python, same_batch, wait_until, write_particles
+from support import another_thread_at, mapped_files, open_files, own_threads, run_python, same_batch, wait_until, write_particles
 from torch.utils.data import DataLoader
 
 import cryolike_data.reader as reader_module
@@ -28,6 +26,7 @@ import cryolike_data.ring as ring_module
 from cryolike_data import Collate, Downsample, IndexedDataset, Normalize, ParticleBatch, ZarrDataset, export_zarr
 from cryolike_data.errors import ArgumentError, IterationError, StackError
 from cryolike_data.reader import Reader
+from cryolike_data.ring import BufferRing
 from cryolike_data.sampler import ParticleSampler
 from cryolike_data.stream import ParticleStream, stream
 
@@ -895,7 +894,6 @@ def test_a_stream_is_closed_by_another_thread_while_the_next_batches_are_drawn(d
 @pytest.mark.parametrize("line", range(12))
 def test_a_loop_ends_wherever_another_thread_closes_the_stream(ds: IndexedDataset, line: int) -> None:
     loader = stream(ds, batch_size=7, prefetch=2)
-    passed = itertools.count()
     closed = threading.Event()
 
     def close() -> None:
@@ -905,26 +903,35 @@ def test_a_loop_ends_wherever_another_thread_closes_the_stream(ds: IndexedDatase
             loader.close()
             closed.set()
 
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        if frame.f_code is not Reader._next.__code__:
-            return None
-        if event == "line" and next(passed) == line:
-            closer = threading.Thread(target=close)
-            closer.start()
-            closer.join()
-        return trace
-
     batches = iter(loader)
     next(batches)
-    reader, before = loader._reader, sys.gettrace()
+    reader = loader._reader
     wait_until(lambda: len(reader._filled) == 2)
-    sys.settrace(trace)
-    try:
+    with another_thread_at(line, Reader._next, close):
         rows = rows_of(list(batches))
-    finally:
-        sys.settrace(before)
     assert rows == list(range(7, 7 + len(rows)))
     assert closed.is_set() == (len(rows) < len(ds) - 7)
+
+
+@pytest.mark.parametrize("line", range(4))
+def test_a_loop_ends_in_peace_wherever_another_thread_closes_the_stream_meanwhile(ds: IndexedDataset, line: int) -> None:
+    loader = stream(ds, batch_size=7)
+    batches = iter(loader)
+    for _ in range(len(loader)):
+        next(batches)
+    with another_thread_at(line, BufferRing._take_back, loader.close):
+        assert list(batches) == []
+
+
+@pytest.mark.parametrize("line", range(4))
+def test_two_threads_may_close_a_stream_at_once(ds: IndexedDataset, line: int) -> None:
+    loader = stream(ds, batch_size=7)
+    batches = iter(loader)
+    next(batches)
+    with another_thread_at(line, ParticleStream.close, loader.close):
+        loader.close()
+    assert own_threads() == []
+    assert list(batches) == []
 
 
 FORK = """
