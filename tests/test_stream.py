@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import os
@@ -629,6 +630,42 @@ def test_streams_that_start_at_once_leave_the_threads_of_torch_as_they_were(ds: 
     next(iter(stream(ds, batch_size=30)))
     second.join()
     assert (found, torch.get_num_threads(), torch_threads_of_a_new_thread()) == ([4], 4, 4)
+
+
+@pytest.mark.usefixtures("four_torch_threads")
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_reader_changes_the_threads_of_torch_before_they_are_set_back(
+    ds: IndexedDataset, monkeypatch: pytest.MonkeyPatch, interrupted: bool
+) -> None:
+    set_num_threads, start, set_back = torch.set_num_threads, threading.Thread.start, threading.Event()
+
+    def set_late(number: int) -> None:
+        if threading.current_thread().name == "cryolike-reader":
+            set_back.wait(0.2)  # which it must not be yet
+        set_num_threads(number)
+        if threading.current_thread() is threading.main_thread():
+            set_back.set()
+
+    def start_and_interrupt(thread: threading.Thread) -> None:
+        start(thread)
+        if interrupted and thread.name == "cryolike-reader":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(torch, "set_num_threads", set_late)
+        patch.setattr(threading.Thread, "start", start_and_interrupt)
+        list(stream(ds, batch_size=30))
+    wait_until(lambda: own_threads() == [])
+    assert torch_threads_of_a_new_thread() == 4
+
+
+def test_a_stream_is_read_where_torch_has_a_single_thread(ds: IndexedDataset) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert rows_of(list(stream(ds, batch_size=7))) == list(range(N))
+    finally:
+        torch.set_num_threads(before)
 
 
 EXIT = """
