@@ -133,7 +133,7 @@ class ParticleSampler(Sampler[list[int]]):
         missing = [name for name in ("seed", "epoch", "position") if name not in state]
         if missing:
             raise ArgumentError(f"a state has a seed, an epoch and a position, and there is no {' and no '.join(missing)} in {state!r}")
-        seed, epoch, position = (int(state[name]) for name in ("seed", "epoch", "position"))
+        seed, epoch, position = (integer(name, state[name]) for name in ("seed", "epoch", "position"))
         if not 0 <= position <= self._n:
             raise ArgumentError(f"position {position} is not one of a data set of {self._n} particles; is the state of another data set?")
         self.seed, self.epoch = seed, epoch

@@ -335,6 +335,11 @@ def test_half_an_epoch_and_steps_before_the_first_are_errors() -> None:
         sampler.set_epoch(1.5)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="step is at least 0, not -1"):
         sampler.state_dict(step=-1)
+    state = {"seed": 1, "epoch": 2, "position": 4}
+    for name in state:
+        with pytest.raises(ArgumentError, match=rf"{name} is a whole number, not 2\.9"):
+            sampler.load_state_dict(state | {name: 2.9})  # type: ignore[dict-item]
+    assert sampler.state_dict() == {"seed": 0, "epoch": 0, "position": 0}
 
 
 @pytest.mark.parametrize("state", [{}, {"seed": 1, "epoch": 2}, {"position": 4}], ids=str)
