@@ -31,7 +31,7 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     -------
     int64 array of the same shape
     """
-    a = max(1, math.isqrt(max(0, n - 1)) + 1)
+    a = math.isqrt(max(0, n - 1)) + 1
     b = max(1, -(-n // a))
     rounds = _round_tables(key, a, b)
     value = _encrypt(np.array(index, np.uint64).ravel(), a, b, rounds)
