@@ -516,6 +516,18 @@ def test_a_loop_ends_wherever_another_thread_closes_the_stream(
     assert own_threads() == []
 
 
+def test_closing_inside_the_loop_ends_it(particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cryolike_data.unit_reader._UNIT_BYTES", 0)
+    with queues():
+        loader = stream(particles, batch_size=7, device=OTHER)
+        seen = 0
+        for _ in loader:
+            seen += 1
+            loader.close()
+    assert seen < 9
+    assert loader.sampler.epoch == 0
+
+
 def test_a_stream_is_closed_by_another_thread_while_the_next_batches_are_drawn(particles: IndexedDataset, queues: Queues) -> None:
     closers: list[threading.Thread] = []
 
