@@ -351,10 +351,12 @@ def test_a_stream_that_is_left_early_waits_for_its_copies(particles: IndexedData
         assert torch.equal(batch.images.cpu(), expected.images)
 
 
-def test_batches_before_one_that_cannot_be_read_reach_the_consumer(
-    particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("unit_bytes", [32 << 20, 0], ids=["second unit of several batches", "one of many units"])
+def test_batches_before_one_that_cannot_be_read_reach_the_consumer_and_none_after_it(
+    particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch, unit_bytes: int
 ) -> None:
-    # As when a stack is cut off: units are of several batches here, and the second unit has a bad row.
+    # As when a stack is cut off.
+    monkeypatch.setattr("cryolike_data.unit_reader._UNIT_BYTES", unit_bytes)
     prepare, read = IndexedDataset.reading, IndexedDataset.read_rows
     bad = 33
 

@@ -476,6 +476,22 @@ def test_a_stack_that_was_truncated_is_an_error_of_the_loop(tmp_path: Path) -> N
     assert own_threads() == []
 
 
+def test_an_error_that_was_dealt_with_keeps_no_stack_mapped(tmp_path: Path) -> None:
+    dataset = IndexedDataset(write_particles(tmp_path, 30, stacks=3)[0])
+    dataset.read(np.flatnonzero(dataset.particles.file == 0))
+    os.truncate(dataset.particles.paths[1], 1100)
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(StackError):
+            list(stream(dataset, batch_size=30))
+        assert mapped_files(tmp_path) != []
+        del dataset
+        assert mapped_files(tmp_path) == []
+    finally:
+        gc.enable()
+
+
 def test_an_error_in_a_transform_shows_its_place_and_leaves_nothing(ds: IndexedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail_to_normalize(self: Normalize, images: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("no scale")
