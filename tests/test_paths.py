@@ -213,13 +213,15 @@ def test_dangling_links_and_missing_files_are_told_apart(table: Path, tmp_path: 
     assert "b.mrc (1 rows) looked in:" in missing
 
 
-def test_a_dangling_link_to_a_folder_is_told(table: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["J1", "J1/extract"])
+def test_a_dangling_link_to_a_folder_is_told(table: Path, tmp_path: Path, folder: str) -> None:
     project = table.parents[1]
-    (project / "J1").symlink_to(tmp_path / "unmounted")
+    (project / folder).parent.mkdir(exist_ok=True)
+    (project / folder).symlink_to(tmp_path / "unmounted")
     with pytest.raises(MissingStackError) as caught:
         resolve(["J1/extract/a.mrc", "J2/extract/b.mrc"], table)
     link, missing = [line for line in str(caught.value).splitlines() if ".mrc " in line]
-    assert link == f"  J1/extract/a.mrc (1 rows) lies behind {project / 'J1'}, a link to {tmp_path / 'unmounted'}, which does not exist"
+    assert link == f"  J1/extract/a.mrc (1 rows) lies behind {project / folder}, a link to {tmp_path / 'unmounted'}, which does not exist"
     assert "looked in" in missing
 
 
@@ -269,6 +271,26 @@ def test_a_row_without_a_path_is_said_to_have_none(table: Path, tmp_path: Path, 
 def test_spaces_at_the_end_of_a_path_can_be_seen_in_the_error(table: Path) -> None:
     with pytest.raises(MissingStackError, match=r"'a\.mrc ' \(1 rows\) looked in"):
         resolve_paths(["a.mrc "], lambda: [1], table=table)
+
+
+@pytest.mark.parametrize("missing", ["gone", "folder", "link"])
+def test_of_many_stacks_in_one_folder_those_that_are_no_files_are_missing(table: Path, missing: str) -> None:
+    names = [f"J1/extract/{number}.mrc" for number in range(20)]
+    touch(*(table.parents[1] / name for name in names))
+    (table.parents[1] / names[7]).unlink()
+    if missing == "folder":
+        (table.parents[1] / names[7]).mkdir()
+    elif missing == "link":  # to itself, which cannot be followed
+        (table.parents[1] / names[7]).symlink_to(table.parents[1] / names[7])
+    with pytest.raises(MissingStackError, match="1 of 20 stacks") as caught:
+        resolve(names, table)
+    assert names[7] in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [1, 20])
+def test_stacks_of_a_folder_that_no_disk_can_have_are_missing_like_any_others(table: Path, number: int) -> None:
+    with pytest.raises(MissingStackError, match=f"{number} of {number} stacks"):
+        resolve([f"J1/a\0b/{k}.mrc" for k in range(number)], table)
 
 
 @pytest.mark.parametrize("name", ["", "x" * 300 + ".mrc", "a\0b.mrc", "J1/"], ids=["empty", "too long", "zero byte", "slash"])
