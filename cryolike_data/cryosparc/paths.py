@@ -164,7 +164,7 @@ class _Folders:
             if self._asked[folder] > _FEW:
                 self._files[folder] = _list_files(folder)
         listed = self._files.get(folder)
-        return {name for name in names if name and os.path.isfile(folder + name)} if listed is None else listed
+        return {name for name in names if os.path.isfile(folder + name)} if listed is None else listed
 
 
 def _list_files(folder: str) -> set[str] | None:
