@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pickle
 import resource
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from support import numbered_images, read_images, write_stack
 
-from cryolike_data import map_pool
+from cryolike_data import arena, map_pool
 from cryolike_data.errors import StackError
 from cryolike_data.map_pool import MapPool
 from cryolike_data.stacks import Stacks, open_stacks
@@ -161,6 +162,21 @@ def test_a_pool_gives_its_files_back_where_others_have_used_them_up(tmp_path: Pa
             file.close()
 
 
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_pool_lets_go_of_its_maps_where_the_system_gives_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    paths, images = write_stacks(tmp_path, [1] * 2)
+    opened = open_stacks(paths)
+    pool, map_stack = MapPool(opened.paths, opened.headers), map_pool.map_stack
+
+    def map_one(path: str, header: map_pool.StackHeader) -> np.ndarray:
+        if pool._maps:
+            raise StackError(path) from OSError(number, os.strerror(number))
+        return map_stack(path, header)
+
+    monkeypatch.setattr(map_pool, "map_stack", map_one)
+    np.testing.assert_array_equal(read(pool, [0, 1], [0, 0]), np.concatenate(images))
+
+
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("left", [2048, 1024 + 40 * BOX * BOX * 4 - 4], ids=["some images", "all but a pixel"])
 def test_a_stack_that_shrank_while_it_was_mapped_is_an_error_and_not_the_end(
@@ -178,6 +194,18 @@ def test_a_stack_that_shrank_while_it_was_mapped_is_an_error_and_not_the_end(
     path.unlink()
     with pytest.raises(StackError, match=r"a\.mrc is gone"):
         read(pool, [0], [0])
+
+
+@pytest.mark.parametrize("order", ["<", ">"], ids=["arena", "pool"])
+def test_a_truncated_stack_is_read_on_after_its_size_was_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str
+) -> None:
+    monkeypatch.setattr(map_pool, "CHECK_EVERY", -1.0)
+    monkeypatch.setattr(arena, "CHECK_EVERY", -1.0)
+    images = numbered_images(3, BOX)
+    stacks = open_stacks([write_stack(tmp_path / "a.mrc", images, nz=5, order=order)])
+    for _ in range(3):
+        np.testing.assert_array_equal(read(stacks, [0, 0, 0], [2, 0, 1]), images[[2, 0, 1]])
 
 
 @pytest.mark.parametrize("order", ["<", ">"], ids=["arena", "pool"])
