@@ -452,7 +452,7 @@ def test_batches_of_one_unit_are_nothing_to_each_other_for_autograd(
 
 @pytest.mark.parametrize("options", [{}, {"downsample": Downsample(box=16)}, {"polar": GRID}], ids=str)
 def test_a_batch_taken_in_inference_mode_leaves_its_unit_to_autograd(
-    particles: IndexedDataset, queues: Queues, options: dict[str, Any]
+    particles: IndexedDataset, queues: Queues, options: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     with queues():
         batches = iter(stream(particles, batch_size=8, device=OTHER, **options))
@@ -462,6 +462,7 @@ def test_a_batch_taken_in_inference_mode_leaves_its_unit_to_autograd(
         for batch in batches:
             assert not batch.images.is_inference()
             assert not batch.ctf.defocus_u.is_inference()
+    assert "read one by one" not in caplog.text
 
 
 def test_no_column_is_moved_that_nobody_asks_for(particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch) -> None:
