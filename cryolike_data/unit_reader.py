@@ -160,7 +160,6 @@ class UnitReader:
                     self._copy(read)
             except BaseException as error:
                 read.error = error
-            read.copy = None
             self._copied.put(read)
             del read
 
