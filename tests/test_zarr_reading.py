@@ -130,6 +130,8 @@ def test_shards_are_read_through_the_arena(store: Path, images: np.ndarray) -> N
 
 @needs_zarrs
 def test_a_store_that_zarrs_wrote_is_mapped(tmp_path: Path, no_zarr: Any) -> None:
+    import zarrs  # noqa: F401 - its first versions are known to zarr only when they are imported
+
     # Its threads write the chunks of a shard in any order.
     images = numbered_images(200, BOX)
     with zarr.config.set(ZARRS):
