@@ -19,6 +19,7 @@ from .cryosparc.table import Table
 from .dataset import ParticleDataset
 from .errors import ArgumentError
 from .mrc import Mode0
+from .on_disk import is_file, is_folder
 from .particles import Particles, Selection
 from .selection import choose
 from .zarr_dataset import ZarrDataset
@@ -76,8 +77,8 @@ def open_source(options: argparse.Namespace) -> ParticleDataset:
         if pairing == "sequence":
             refuse(options, ("unmatched",), "rows that are paired in sequence")
         return JobDirectoryDataset(options.file, options.job, pairing=pairing, pixel_size=options.pixel_size, select=select, **how)
-    if options.file.is_dir():
-        if options.file.suffix == ".zarr" or (options.file / "zarr.json").is_file():
+    if is_folder(options.file):
+        if options.file.suffix == ".zarr" or is_file(options.file / "zarr.json"):
             refuse(options, _OF_STACKS, "a Zarr store")
             return ZarrDataset(options.file, select=select)
         raise ArgumentError(f"{options.file} is a folder; give a .cs file, or --job N to read the job directory {options.file / 'JN'}.")
@@ -127,6 +128,6 @@ def _table(options: argparse.Namespace) -> Table | None:
 
 def indexed_table(options: argparse.Namespace) -> Table | None:
     """The table that was given, with others joined to it; None for a project or a store."""
-    if not isinstance(options.file, Path) or not options.file.is_file():
+    if not isinstance(options.file, Path) or not is_file(options.file):
         return None
     return load_table(options.file, passthrough=options.passthrough, unmatched=options.unmatched or "error")

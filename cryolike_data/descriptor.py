@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from .errors import ArgumentError, ExportError, ExportExistsError, MissingStackError
 from .files import whole_file
+from .on_disk import is_file, is_folder
 from .transforms.polar import EPS
 from .transforms.polar_grid import PolarGrid
 
@@ -147,20 +148,23 @@ class ImageDescriptor:
         ArgumentError
             if the name does not end in .npz
         ExportError
-            if its folder does not exist
+            if its folder does not exist, or the file cannot be written
         ExportExistsError
             if there is such a file and ``overwrite`` is false
         """
         target = Path(filename).expanduser()
         if target.suffix != ".npz":
             raise ArgumentError(f"{target} must end in .npz: CryoLike loads descriptors from such names only.")
-        if not target.parent.is_dir():
+        if not is_folder(target.parent):
             raise ExportError(f"{target} cannot be written: the folder {target.parent} does not exist; create it first.")
-        if target.exists() and not overwrite:
+        if os.path.exists(target) and not overwrite:
             raise ExportExistsError(f"{target} exists; pass overwrite=True to replace it.")
         arrays: dict[str, Any] = self.to_npz_dict()
-        with whole_file(target) as partial, partial.open("wb") as stream:
-            np.savez_compressed(stream, **arrays)
+        try:
+            with whole_file(target) as partial, partial.open("wb") as stream:
+                np.savez_compressed(stream, **arrays)
+        except OSError as error:
+            raise ExportError(f"{target} cannot be written: {error.strerror or error}.") from error
 
     def to_npz_dict(self) -> dict[str, NDArray[Any]]:
         """The eleven arrays of the file, in CryoLike's order and dtypes."""
@@ -236,7 +240,7 @@ def read_npz_without_pickles(path: str | os.PathLike[str]) -> dict[str, NDArray[
         if it is not an npz file, or holds an array of objects
     """
     path = Path(path).expanduser()
-    if not path.is_file():
+    if not is_file(path):
         raise MissingStackError(f"{path} does not exist or is not a file.")
     try:
         with zipfile.ZipFile(path) as archive:

@@ -8,6 +8,8 @@ import sys
 from functools import cache
 from typing import Any
 
+from .errors import StackError
+
 #: A file's size is looked at again when it was last looked at longer ago than this, seconds.
 CHECK_EVERY = 1.0
 
@@ -24,7 +26,7 @@ _AT_FDCWD, _STATX_SIZE = -100, 0x200
 
 
 def file_size(path: str) -> int:
-    """Size of a file, bytes; -1 if it is gone."""
+    """Size of a file, bytes; -1 if it is gone, a ``StackError`` if the system does not say."""
     buffer = ctypes.create_string_buffer(_STATX_BUFFER)
     statx = _statx()
     if statx is not None and statx(_AT_FDCWD, os.fsencode(path), 0, _STATX_SIZE, buffer) == 0:
@@ -34,3 +36,5 @@ def file_size(path: str) -> int:
         return os.stat(path).st_size
     except FileNotFoundError:
         return -1
+    except OSError as error:  # a folder that was closed to this user meanwhile
+        raise StackError(f"{path} cannot be reached any more: {error.strerror}.") from error

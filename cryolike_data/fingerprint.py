@@ -61,6 +61,8 @@ def fingerprint_of_files(dataset: ParticleDataset) -> str:
         except FileNotFoundError:
             gone.append(path)
             continue
+        except OSError as error:
+            raise StackError(f"{path} cannot be reached any more: {error.strerror}.") from error
         state.update(os.fsencode(path) + b"\0" + seen + b"\n")
     if gone:
         raise MissingStackError("\n".join([f"{len(gone)} of {len(files)} stacks are gone:", *(f"  {path}" for path in gone)]))

@@ -18,6 +18,11 @@ _CRC_BYTES = 4
 REMEDY = "Copy or export the store again."
 
 
+def remedy_of(error: Exception) -> str:
+    """What to say after why a file was not read; nothing where that is not permitted, which no copy of it would be either."""
+    return "" if isinstance(error, PermissionError) else f" {REMEDY}"
+
+
 def index_size(n_chunks: int) -> int:
     """Bytes of the index of a shard of so many chunks."""
     return 16 * n_chunks + _CRC_BYTES
@@ -97,4 +102,4 @@ def single_chunk(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
 
 def _unreadable(path: str | os.PathLike[str], error: OSError) -> StackError:
     what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-    return StackError(f"{path} {what}. {REMEDY}")
+    return StackError(f"{path} {what}.{remedy_of(error)}")

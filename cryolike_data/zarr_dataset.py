@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -12,11 +13,11 @@ import numpy as np
 
 from .ctf import Ctf
 from .dataset import ParticleDataset
-from .errors import StackError
+from .errors import ExportError, StackError
 from .later import Later, take_rows_of
 from .mrc import StackHeader
 from .particles import Particles, Selection
-from .shard import REMEDY
+from .shard import REMEDY, remedy_of
 from .stacks import ImageSource
 from .zarr_images import ZarrImages
 from .zarr_layout import layout_of, open_files, require_all_keys
@@ -128,7 +129,7 @@ def _read_column(location: str, group: zarr.Group, n: int, name: str) -> np.ndar
     except StackError:
         raise
     except Exception as error:  # of zarr, of a codec, or of the library for this kind of URL
-        raise StackError(f"{name} of {location} cannot be read: {error}. {REMEDY}") from error
+        raise StackError(f"{name} of {location} cannot be read: {error}.{remedy_of(error)}") from error
 
 
 def _written_arrays(location: str, group: zarr.Group) -> set[str]:
@@ -139,7 +140,7 @@ def _written_arrays(location: str, group: zarr.Group) -> set[str]:
     except KeyError:
         return set()
     except Exception as error:  # as above
-        raise StackError(f"The manifest of {location} cannot be read: {error}. {REMEDY}") from error
+        raise StackError(f"The manifest of {location} cannot be read: {error}.{remedy_of(error)}") from error
 
 
 def _require_same_store(location: str, stamp: Stamp, path: str, header: StackHeader) -> None:
@@ -151,4 +152,6 @@ def _unfinished_export(location: str) -> str | None:
     from .export.place import open_place
     from .export.state import describe_unfinished
 
-    return describe_unfinished(open_place(location))
+    with suppress(ExportError):  # what is closed to this user says nothing of an export
+        return describe_unfinished(open_place(location))
+    return None

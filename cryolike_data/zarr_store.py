@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ArgumentError, MissingDependencyError, MissingStackError, StackError
+from .on_disk import is_folder
 
 if TYPE_CHECKING:
     import zarr
@@ -102,7 +103,7 @@ def open_group(location: str) -> tuple[zarr.Group, dict[str, Any]]:
     """
     import zarr
 
-    if not is_url(location) and not Path(location).is_dir():
+    if not is_url(location) and not is_folder(location):
         raise MissingStackError(f"There is no Zarr store {location}.")
     store = open_store(location, read_only=True)
     try:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import MissingDependencyError, MissingStackError, PairingError, TableError
+from ..on_disk import is_file, is_folder
 from .columns import require_known_columns
 from .join import csg_results, find_metafile
 from .paths import unique_paths
@@ -54,12 +55,12 @@ class JobStacks:
 
 def read_passthrough(job: Path, number: int) -> Table:
     """The table of a job folder, whose rows go in step with its stacks."""
-    if not job.is_dir():
-        near = sorted(path.name for path in job.parent.glob("J*") if path.is_dir())[:8] if job.parent.is_dir() else []
+    if not is_folder(job):
+        near = sorted(path.name for path in job.parent.glob("J*") if path.is_dir())[:8]
         told = f"there are {', '.join(near)}" if near else f"give the project folder, the one that holds {job.name}"
         raise MissingStackError(f"There is no job folder {job}; {told}.")
     path = job / f"J{number}_passthrough_particles.cs"
-    if not path.is_file():
+    if not is_file(path):
         near = sorted(file.name for file in job.glob("*.cs"))
         raise MissingStackError(
             f"There is no table {path}; a job folder needs one whose rows go in step with its stacks. "

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import ArgumentError, MissingDependencyError, MissingStackError, PairingError, TableError
+from ..on_disk import is_file
 from .columns import require_known_columns
 from .table import Table, read_table
 
@@ -207,7 +208,7 @@ def csg_files(path: Path) -> dict[Path, list[str]]:
         counts.setdefault(file, entry["num_items"])
     if not slots:
         raise TableError(f"{path} does not describe particles.")
-    missing = [file for file in slots if not os.path.isfile(file)]
+    missing = [file for file in slots if not is_file(file)]
     if missing:
         raise MissingStackError("\n".join([f"{len(missing)} tables named by {path} were not found:", *(f"  {file}" for file in missing)]))
     for file, count in counts.items():
@@ -223,7 +224,7 @@ def csg_results(path: Path) -> dict[str, dict[str, Any]]:
         import yaml
     except ImportError as error:
         raise MissingDependencyError(f'{path} is a .csg group, which needs PyYAML: pip install "cryolike-data[csg]"') from error
-    if not os.path.isfile(path):
+    if not is_file(path):
         raise MissingStackError(f"There is no group file {path}.")
     try:
         results = yaml.safe_load(path.read_text("utf-8"))["results"]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, MissingStackError
 from ..mrc import HEADER_BYTES, parse_header
+from ..on_disk import is_file
 from ..rotations import rotation_matrices, rotation_vectors
 from ..transforms import PolarGrid
 from ..transforms.finufft_plan import require_finufft
@@ -44,7 +45,7 @@ def read_volume(path: str | os.PathLike[str]) -> tuple[Tensor, float]:
         or a voxel is not a finite number
     """
     path = os.path.expanduser(path)
-    if not os.path.isfile(path):
+    if not is_file(path):
         raise MissingStackError(f"{os.fspath(path)} is not a file; read_volume needs the path of an MRC map.")
     try:
         with mrcfile.open(path, header_only=True) as mrc:  # so that a stack given by mistake is not read into memory

@@ -1,0 +1,29 @@
+"""What lies at a path, told from what this user may not look at."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from .errors import MissingStackError
+
+
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a path leads to a file; a ``MissingStackError`` if the system does not say."""
+    return stat.S_ISREG(_mode(path))
+
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a path leads to a folder; a ``MissingStackError`` if the system does not say."""
+    return stat.S_ISDIR(_mode(path))
+
+
+def _mode(path: str | os.PathLike[str]) -> int:
+    """Kind and permissions of what is there; 0 if nothing is."""
+    # Not by way of pathlib or os.path, which take what is closed to this user for not there, the one in newer Pythons only.
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # or a name that no file can have
+        return 0
+    except OSError as error:
+        raise MissingStackError(f"{os.fspath(path)} cannot be reached: {error.strerror}.") from error

@@ -1,0 +1,114 @@
+"""Inputs and targets of others: what is closed to this user is an error of ours that says so. Modes bind root here, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import run_python, with_mode, write_particles
+
+import cryolike_data.arena as arena_module
+from cryolike_data import (
+    ImageDescriptor,
+    IndexedDataset,
+    JobDirectoryDataset,
+    PolarGrid,
+    ZarrDataset,
+    export_zarr,
+)
+from cryolike_data.cli import main
+from cryolike_data.errors import CryolikeDataError, StackError
+from cryolike_data.export import finish, plan_export, run
+from cryolike_data.likelihood import Templates
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_particles(tmp_path_factory.mktemp("project"), 12, box=16)[0]
+
+
+@pytest.fixture
+def ds(table: Path) -> IndexedDataset:
+    return IndexedDataset(table)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The folder whose mode is changed."""
+    (tmp_path / "of somebody").mkdir()
+    return tmp_path / "of somebody"
+
+
+# --- inputs
+
+OPENERS: dict[str, Callable[[Path, Path], object]] = {
+    "table": lambda folder, table: IndexedDataset(folder / "a.cs"),
+    "group": lambda folder, table: IndexedDataset(folder / "a.csg"),
+    "folder of stacks": lambda folder, table: IndexedDataset(table, folder=folder / "extract"),
+    "project": lambda folder, table: JobDirectoryDataset(folder, 4),
+    "job folder": lambda folder, table: JobDirectoryDataset(folder.parent, 4),
+    "store": lambda folder, table: ZarrDataset(folder / "a.zarr"),
+    "params file": lambda folder, table: ImageDescriptor.load(folder / "params.npz"),
+    "volume": lambda folder, table: Templates.from_volume(folder / "volume.mrc", PolarGrid.of_box(16, n_inplanes=8), step_deg=90),
+}
+
+
+@pytest.mark.parametrize("what", OPENERS)
+def test_what_lies_in_a_closed_folder_is_not_said_to_be_missing(tmp_path: Path, table: Path, what: str) -> None:
+    folder = tmp_path / "J4"
+    folder.mkdir()
+    with with_mode(folder, 0), pytest.raises(CryolikeDataError, match=r"J4/[^ ]+ cannot be (reached|read): Permission denied\.$"):
+        OPENERS[what](folder, table)
+
+
+@pytest.mark.parametrize("options", [["a.cs"], ["a.cs", "--half", "A"], ["a.zarr"], [".", "--job", "4"]], ids=" ".join)
+def test_the_command_line_says_of_what_is_closed_that_it_cannot_be_reached(
+    folder: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    with with_mode(folder, 0):
+        assert main(["info", f"{folder}/{options[0]}", *options[1:]]) == 1
+    assert capsys.readouterr().err.endswith(" cannot be reached: Permission denied.\n")
+
+
+# In a process of its own: zarr reads in threads, which others may have started as root.
+OPEN_CLOSED = """
+    import sys
+    from pathlib import Path
+    from support import with_mode
+    from cryolike_data import ZarrDataset
+    from cryolike_data.errors import StackError
+
+    store, *closed = sys.argv[1:]
+    for name in closed:
+        with with_mode(Path(store, name), 0):
+            try:
+                ZarrDataset(store).particles.uid
+            except StackError as error:
+                print(error)
+"""
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_what_is_closed_of_a_store_is_told_without_the_advice_to_copy_it(ds: IndexedDataset, tmp_path: Path, compression: Any) -> None:
+    export_zarr(ds, tmp_path / "a.zarr", compression=compression)
+    closed = ["", "zarr.json", "images", "images/c/0/0/0", "uid", "uid/c/0", "source"]
+    result = run_python(OPEN_CLOSED, tmp_path / "a.zarr", *closed)
+    assert result.stdout.count("Permission denied") == len(closed), result.stderr
+    assert "again" not in result.stdout
+
+
+def test_stacks_that_are_closed_while_they_are_read_are_an_error_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena_module, "CHECK_EVERY", -1.0)
+    dataset = IndexedDataset(write_particles(tmp_path, 6)[0])
+    dataset.batch(range(6))
+    with with_mode(tmp_path / "J1/extract", 0), pytest.raises(StackError, match=r"mrc cannot be reached any more: Permission denied"):
+        dataset.batch(range(6))
+
+
+def test_stacks_that_are_closed_before_an_export_is_sealed_are_an_error_of_ours(tmp_path: Path) -> None:
+    plan = plan_export(IndexedDataset(write_particles(tmp_path, 6)[0]), tmp_path / "out", format="mrc", star=False)
+    run(plan, units=plan.units)
+    with with_mode(tmp_path / "J1/extract", 0), pytest.raises(StackError, match=r"mrc cannot be reached any more: Permission denied"):
+        finish(plan)
