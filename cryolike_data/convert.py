@@ -151,7 +151,7 @@ def _convert(
     if isinstance(downsample_factor, bool) or not isinstance(downsample_factor, Real) or downsample_factor < 1:
         raise ArgumentError(f"downsample_factor is 1 (none) or a larger integer, not {downsample_factor!r}")
     folder = Path(os.fspath(folder_output) or ".").expanduser()
-    if (folder / MANIFEST).is_file() and not skip_exist and not overwrite:
+    if os.path.isfile(folder / MANIFEST) and not skip_exist and not overwrite:
         raise ExportExistsError(
             f"{folder} holds an export already ({MANIFEST}). Choose another folder, or pass skip_exist=True to keep the stacks that are "
             "whole or overwrite=True to replace them."

@@ -32,7 +32,7 @@ from ._demo_files import (
     write_mrc,
 )
 from .ctf import Ctf, ctf_values, half_plane
-from .errors import ArgumentError, ExportExistsError
+from .errors import ArgumentError, ExportError, ExportExistsError
 from .files import unfinished, whole_folder
 from .particles import Selection, resolve_rows
 from .rotations import rotation_matrices
@@ -111,12 +111,17 @@ def write_project(
         if an argument is out of range
     ExportExistsError
         if the folder holds something that may not be replaced
+    ExportError
+        if it may not be written to
     """
     _check_arguments(n_particles, box, pixel_size, seed, snr, n_stacks, dtype)
     place = Path(folder).expanduser().resolve()
-    _check_place(place, overwrite)
-    with whole_folder(place, _PARTS) as project:
-        _write_into(project, n_particles, box, pixel_size, seed, snr, n_stacks, dtype)
+    try:
+        _check_place(place, overwrite)
+        with whole_folder(place, _PARTS) as project:
+            _write_into(project, n_particles, box, pixel_size, seed, snr, n_stacks, dtype)
+    except PermissionError as error:
+        raise ExportError(f"{place} cannot be written: {error}") from error
     return _project(place)
 
 

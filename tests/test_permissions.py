@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import run_python, with_mode, write_particles
+import torch
+from support import EXPORTS, run_python, with_mode, write_particles
 
 import cryolike_data.arena as arena_module
 from cryolike_data import (
@@ -16,12 +17,14 @@ from cryolike_data import (
     JobDirectoryDataset,
     PolarGrid,
     ZarrDataset,
+    convert_particle_stacks_from_indexed_cryosparc,
     export_zarr,
 )
 from cryolike_data.cli import main
-from cryolike_data.errors import CryolikeDataError, StackError
+from cryolike_data.demo import write_project
+from cryolike_data.errors import CryolikeDataError, ExportError, StackError
 from cryolike_data.export import finish, plan_export, run
-from cryolike_data.likelihood import Templates
+from cryolike_data.likelihood import Templates, stream_likelihood
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +115,71 @@ def test_stacks_that_are_closed_before_an_export_is_sealed_are_an_error_of_ours(
     run(plan, units=plan.units)
     with with_mode(tmp_path / "J1/extract", 0), pytest.raises(StackError, match=r"mrc cannot be reached any more: Permission denied"):
         finish(plan)
+
+
+# --- targets
+
+
+def likelihood(dataset: IndexedDataset, output: Path) -> None:
+    grid = PolarGrid.of_box(16, resolution_factor=0.5, n_inplanes=8)
+    templates = Templates.from_volume(torch.rand(16, 16, 16), grid, rotvecs=[[0, 0, 0]], pixel_size=1.5)
+    stream_likelihood(dataset, templates, [[0.0, 0.0]], output=output, progress=False)
+
+
+WRITERS: dict[str, Callable[[IndexedDataset, Path], object]] = {
+    **{kind: lambda ds, out, kind=kind: run(plan_export(ds, out, format=kind, **EXPORTS[kind]), progress=False) for kind in EXPORTS},
+    "likelihood": likelihood,
+    "converter": lambda ds, out: convert_particle_stacks_from_indexed_cryosparc(
+        ImageDescriptor.from_individual_values(16, 1.5, n_inplanes=8), ds.tables[0], folder_output=out, flag_plots=False
+    ),
+    "demo": lambda ds, out: write_project(out, n_particles=12, box=16, n_stacks=2),
+    "params file": lambda ds, out: ImageDescriptor.from_individual_values(16, 1.5).save(out.with_suffix(".npz")),
+}
+
+
+@pytest.mark.parametrize("mode", [0, 0o444, 0o555])
+@pytest.mark.parametrize("what", WRITERS)
+def test_a_target_in_a_folder_that_cannot_be_written_is_an_export_error(ds: IndexedDataset, folder: Path, what: str, mode: int) -> None:
+    with with_mode(folder, mode), pytest.raises(ExportError, match=rf"{folder}.* cannot be .*Permission denied") as caught:
+        WRITERS[what](ds, folder / "out")
+    assert "again" not in str(caught.value)
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("mode", [0, 0o333, 0o444, 0o555])
+@pytest.mark.parametrize("what", ["zarr", "likelihood", "demo"])  # the others leave what else is in their folder alone
+def test_a_folder_of_somebody_else_as_the_target_is_an_export_error(ds: IndexedDataset, folder: Path, what: str, mode: int) -> None:
+    with with_mode(folder, mode), pytest.raises(ExportError, match=rf"{folder}.* cannot be .*Permission denied"):
+        WRITERS[what](ds, folder)
+    assert not list(folder.iterdir())
+
+
+def test_results_of_a_likelihood_that_cannot_be_read_are_not_taken_for_something_else(ds: IndexedDataset, tmp_path: Path) -> None:
+    likelihood(ds, tmp_path / "out")
+    with with_mode(tmp_path / "out/likelihood.json", 0), pytest.raises(ExportError, match=r"Permission denied: .*likelihood\.json"):
+        likelihood(ds, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("kind", "closed"), [("zarr", "images/c/0/0/0"), ("zarr", "images/c/0"), ("mrc", "particles/stack_000000.mrcs"), ("mrc", "export.json")]
+)
+def test_a_file_of_an_export_that_is_closed_is_named(ds: IndexedDataset, tmp_path: Path, kind: str, closed: str) -> None:
+    export = WRITERS[kind]
+    export(ds, tmp_path / "out")
+    with with_mode(tmp_path / "out" / closed, 0), pytest.raises(ExportError, match=rf"{closed}[^ ]* cannot be read: Permission denied"):
+        export(ds, tmp_path / "out")
+
+
+def test_claims_that_cannot_be_listed_are_an_export_error(ds: IndexedDataset, tmp_path: Path) -> None:
+    plan = plan_export(ds, tmp_path / "out", format="zarr", **EXPORTS["zarr"])
+    run(plan, units=range(1))
+    with with_mode(tmp_path / "out/.export/runs", 0o333), pytest.raises(ExportError, match=r"runs cannot be listed: Permission denied"):
+        run(plan)
+
+
+@pytest.mark.parametrize("kind", EXPORTS)
+def test_a_finished_export_may_be_checked_by_who_cannot_write_to_it(ds: IndexedDataset, tmp_path: Path, kind: str) -> None:
+    plan = plan_export(ds, tmp_path / "out", format=kind, **EXPORTS[kind])
+    run(plan)
+    with with_mode(tmp_path / "out", 0o555):
+        assert (run(plan).written, finish(plan).sealed) == (0, True)

@@ -133,40 +133,39 @@ class LocalPlace(Place):
         make_folder(partial.parent)
         make_folder(target.parent)
         try:
-            with _explained(target):
+            with explained(target):
                 descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
-                with _explained(target):
+                with explained(target):
                     keep_room(descriptor, room)
                 output = _LocalOutput(name, target, descriptor, head_bytes)
                 yield output
             finally:
-                with _explained(target):  # a network file system may tell here that it is full
+                with explained(target):  # a network file system may tell here that it is full
                     os.close(descriptor)
             if self.before_placing is not None:
                 self.before_placing(self, output)
-            with _explained(target):
+            with explained(target):
                 os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
 
     def read(self, name: str) -> bytes | None:
         """See ``Place``."""
-        with _explained(self.root / name, "read"), suppress(FileNotFoundError, NotADirectoryError):
+        with explained(self.root / name, "read"), suppress(FileNotFoundError, NotADirectoryError):
             return (self.root / name).read_bytes()
         return None
 
     def names(self, folder: str) -> list[str]:
         """See ``Place``."""
-        try:
+        with explained(self.root / folder, "listed"), suppress(FileNotFoundError, NotADirectoryError):
             return sorted(entry.name for entry in os.scandir(self.root / folder) if entry.is_file())
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+        return []
 
     def remove(self, name: str) -> None:
         """See ``Place``."""
         path = self.root / name
-        with _explained(path, "removed"):
+        with explained(path, "removed"):
             while path.is_dir() and not path.is_symlink():
                 with suppress(FileNotFoundError):  # somebody else removes it too
                     shutil.rmtree(path)
@@ -189,13 +188,14 @@ class LocalPlace(Place):
     def holds(self, file: WrittenFile, *, checked: bool) -> bool:
         """See ``Place``."""
         path = self.root / file.name
-        if not path.is_file() or path.stat().st_size != file.size:
-            return False
-        if not checked:
-            return True
-        buffer = np.empty(min(file.size, _READ_BYTES), np.uint8)
-        with path.open("rb", buffering=0) as stream:
-            return all(_checksum_of(stream, size, buffer) == crc for size, crc in file.parts)
+        with explained(path, "read"):
+            if not path.is_file() or path.stat().st_size != file.size:
+                return False
+            if not checked:
+                return True
+            buffer = np.empty(min(file.size, _READ_BYTES), np.uint8)
+            with path.open("rb", buffering=0) as stream:
+                return all(_checksum_of(stream, size, buffer) == crc for size, crc in file.parts)
 
 
 class _LocalOutput:
@@ -235,7 +235,7 @@ def bytes_of(piece: np.ndarray | bytes) -> np.ndarray:
 def _write_all(descriptor: int, flat: np.ndarray, target: Path) -> None:
     """All of it: a system call may write less."""
     left = memoryview(flat)  # type: ignore[arg-type]
-    with _explained(target):
+    with explained(target):
         while len(left):
             left = left[os.write(descriptor, left) :]
 
@@ -252,10 +252,15 @@ def _checksum_of(stream: BinaryIO, size: int, buffer: np.ndarray) -> int:
 
 
 @contextmanager
-def _explained(target: Path | str, done: str = "written") -> Iterator[None]:
-    """What the system says of a file that cannot be written, as an ``ExportError``."""
+def explained(target: Path | str, done: str = "written") -> Iterator[None]:
+    """What the system says of a file or folder that cannot be written, as an ``ExportError``."""
     try:
         yield
+    except PermissionError as error:
+        raise ExportError(
+            f"{target} cannot be {done}: {error.strerror}. Choose another place, or have its owner allow it; users who share an export "
+            "work with umask 002, in a folder of their group that has mode 2775."
+        ) from error
     except OSError as error:
         raise ExportError(
             f"{target} cannot be {done}: {error.strerror or error}. What is finished stays; run the same export again to continue."

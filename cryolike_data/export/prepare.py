@@ -155,4 +155,4 @@ def _require_room(plan: ExportPlan, *, freed: int) -> None:
 def _size(path: Path) -> int:
     """Bytes of a file, or of all files in a folder, which somebody else may be removing."""
     files = [path, *(Path(folder, name) for folder, _, names in os.walk(path) for name in names)]
-    return sum(max(0, file_size(str(file))) for file in files if file.is_file())
+    return sum(max(0, file_size(str(file))) for file in files if os.path.isfile(file))

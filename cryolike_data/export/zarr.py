@@ -20,7 +20,7 @@ from ..shard import index_bytes
 from ..transforms import Downsample
 from ..zarr_store import FORMAT, is_url
 from .pixels import NOT_FINITE, Pixels, rounded
-from .place import STATE, LocalPlace, Place, WrittenFile
+from .place import STATE, LocalPlace, Place, WrittenFile, explained
 from .plan import Advance, ExportPlan, make_plan
 from .run import run
 from .state import PLAN, Manifest, UnitRecord, read_json, read_plan
@@ -209,7 +209,8 @@ class ZarrFormat:
         if isinstance(place, LocalPlace):
             if place.root.exists() and not place.root.is_dir():
                 raise ExportExistsError(f"{place.root} is a file and no store; choose another place.")
-            found = set(os.listdir(place.root) if place.root.is_dir() else ())
+            with explained(place.root, "listed"):
+                found = set(os.listdir(place.root) if place.root.is_dir() else ())
         else:
             found = set(place.names(""))
         others = found - {STATE}

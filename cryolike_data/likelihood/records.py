@@ -69,10 +69,12 @@ class Results:
         if templates:
             shapes[_MATRIX] = (np.dtype("<f8"), (count, templates))
         self._shapes = shapes
-        _take_place(folder, shapes, {"kind": _KIND} | about, overwrite)
         try:
+            _take_place(folder, shapes, {"kind": _KIND} | about, overwrite)
             for name in shapes:
                 self._files[name] = os.open(folder / name, os.O_RDWR)
+        except ExportExistsError:
+            raise
         except OSError as error:
             self.close()
             raise ExportError(f"{folder} cannot be written: {error}") from error
@@ -144,10 +146,8 @@ def _take_place(folder: Path, shapes: _Shapes, about: dict[str, Any], overwrite:
                     (folder / name).unlink(missing_ok=True)
             for name, (dtype, shape) in shapes.items():
                 _make_zeros(folder / name, dtype, shape)
-    except OSError as error:
-        raise ExportError(f"{folder} cannot be written: {error}") from error
     finally:
-        if not (folder / _ABOUT).exists():
+        if not os.path.exists(folder / _ABOUT):
             for name in shapes:
                 (folder / name).unlink(missing_ok=True)
             if is_new:
@@ -221,7 +221,7 @@ def _about(folder: Path) -> dict[str, Any] | None:
     """What the results in a folder were made from, or None if there are none."""
     try:
         found = json.loads((folder / _ABOUT).read_text())
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return None
     return found if isinstance(found, dict) and found.get("kind") == _KIND else None
 
