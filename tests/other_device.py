@@ -27,9 +27,15 @@ _GARBAGE = 77
 
 
 class Queue:
-    """In place of a CUDA stream: work that is done when somebody waits for it."""
+    """In place of a CUDA stream: work that is done when somebody waits for it.
+
+    Attributes
+    ----------
+    uses : addresses of memory that the allocator was told not to lend again before all work of this queue is done
+    """
 
     def __init__(self) -> None:
+        self.uses: set[int] = set()
         self.waiting: deque[Callable[[], Any]] = deque()
         self.waited_for: list[Queue] = []
         self._queued = self._done = 0
@@ -85,7 +91,11 @@ class There(torch.Tensor):
         return self.numbers.tolist()
 
     def record_stream(self, queue: Queue) -> None:
-        pass
+        queue.uses.add(self.address)
+
+    @property
+    def address(self) -> int:
+        return self.numbers.untyped_storage().data_ptr()
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -433,6 +433,23 @@ def test_columns_are_those_of_each_batch_whoever_asks_first(
         # Units are of four batches here: the first that asks moves the columns, and the others wait for its stream.
         first = asked[-1 - 3]
         assert [queue.waited_for for queue in asked[-4:]] == [[], [first], [first], [first]]
+        for queue, batch in zip(asked[-3:], reversed(held[:3]), strict=True):
+            assert {batch.index.address, batch.ctf.defocus_u.address} <= queue.uses
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["raw", "transformed", "polar"])
+def test_the_allocator_is_told_of_each_stream_that_is_given_images(
+    particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    with queues():
+        batches = iter(stream(particles, batch_size=5, device=OTHER, prefetch=1, **options))
+        for _ in range(4):  # of two units
+            asking = Queue()
+            monkeypatch.setattr(torch.cuda, "current_stream", lambda of, asking=asking: asking)
+            batch = next(batches)
+            made = [batch.images, *([batch.fourier, batch.polar_ctf] if "polar" in options else [])]
+            assert {tensor.address for tensor in made} <= asking.uses
+        batches.close()
 
 
 @pytest.mark.parametrize("options", [{}, {"downsample": Downsample(box=16)}, {"polar": GRID}], ids=str)
