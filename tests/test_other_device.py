@@ -337,6 +337,16 @@ def test_a_buffer_is_not_filled_again_before_its_copy_is_done(particles: Indexed
             assert torch.equal(batch.images.cpu(), particles.read(range(5 * k, 5 * k + len(batch))))
 
 
+def test_images_that_were_copied_are_let_go_of_in_the_loop(
+    particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cryolike_data.unit_reader._UNIT_BYTES", 0)
+    with queues():
+        loader = stream(particles, batch_size=5, device=OTHER)
+        assert max(len(loader._copying) for _ in loader) <= UNITS_AHEAD + 2
+        assert len(loader) > UNITS_AHEAD + 4
+
+
 @pytest.mark.parametrize("options", OPTIONS[:2], ids=["raw", "transformed"])
 def test_a_stream_that_is_left_early_waits_for_its_copies(particles: IndexedDataset, queues: Queues, options: dict[str, Any]) -> None:
     with queues() as sides:
@@ -626,7 +636,7 @@ def test_a_consumer_that_changes_streams_counts_as_done_after_the_transforms(
             next(batches)
         now[0] = second
         next(batches)
-        assert sides[1] in second.waited_for[:1]
+        assert second.waited_for == 2 * [sides[1]]  # for those of the unit before, and of this one
         batches.close()
 
 
