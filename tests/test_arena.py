@@ -294,6 +294,21 @@ def test_a_stack_that_shrank_before_it_was_read_is_an_error(tmp_path: Path) -> N
         check(stacks, images, through_arena=True)
 
 
+@pytest.mark.parametrize("read_before", [False, True])
+def test_a_stack_that_shrank_is_an_error_each_time_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_before: bool) -> None:
+    now = [100.0]
+    monkeypatch.setattr(arena_module.time, "monotonic", lambda: now[0])
+    paths, images = written(tmp_path, [2, 2])
+    stacks = open_stacks(paths)
+    if read_before:
+        check(stacks, images, through_arena=True)
+        now[0] += 1.5
+    os.truncate(paths[1], 1024 + 8)
+    for _ in range(2):
+        with pytest.raises(StackError, match=r"1\.mrc has shrunk"):
+            read(stacks, np.array([1, 1]), np.array([0, 1]))
+
+
 def test_sizes_are_looked_at_no_more_than_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths, images = written(tmp_path, [2, 2])
     now = [100.0]
