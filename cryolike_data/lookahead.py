@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 from collections import deque
@@ -85,8 +86,8 @@ class LookAhead:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._end()
-        # Python may collect an abandoned iteration in any thread, this one too.
-        if self._thread is not threading.current_thread():
+        # Python may collect an abandoned iteration in any thread, this one too, and at its own end, where waiting may take for ever.
+        if self._thread is not threading.current_thread() and not sys.is_finalizing():
             self._thread.join()
 
     def _end(self) -> None:
