@@ -987,8 +987,9 @@ def test_two_threads_may_close_a_stream_at_once(ds: IndexedDataset, line: int) -
     assert list(batches) == []
 
 
+# Python 3.12 and newer warn of any fork beside threads.
 FORK = """
-    import os, signal, sys, threading
+    import os, signal, sys, threading, warnings
     from cryolike_data import IndexedDataset, reader
     from cryolike_data.stream import stream
     reader._TOGETHER_BYTES = 0
@@ -1005,6 +1006,7 @@ FORK = """
     batches = iter(loader)
     next(batches)
     assert waiting.wait(10)
+    warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
     child = os.fork()
     if child == 0:
         signal.alarm(20)
@@ -1023,7 +1025,7 @@ def test_a_fork_streams_again_although_the_reader_was_at_work(folder: Path) -> N
 
 
 STARTING_WHILE_FORKED = """
-import os, signal, sys, threading, time
+import os, signal, sys, threading, time, warnings
 from cryolike_data import IndexedDataset, reader, stream
 
 dataset = IndexedDataset(sys.argv[1])
@@ -1037,6 +1039,7 @@ def start():
 thread = threading.Thread(target=start)
 thread.start()
 starting.wait()
+warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
 child = os.fork()
 if child == 0:
     signal.alarm(20)  # where it waits for a lock that nobody holds any more
