@@ -21,6 +21,7 @@ import pytest
 import torch
 from support import another_thread_at, mapped_files, open_files, own_threads, run_python, same_batch, wait_until, write_particles
 from torch.utils.data import DataLoader
+from tqdm import TMonitor
 
 import cryolike_data.reader as reader_module
 import cryolike_data.ring as ring_module
@@ -51,8 +52,9 @@ def nothing_left_behind(tmp_path: Path, request: pytest.FixtureRequest) -> Itera
     """After every test here: no thread more than before, no file open, and the threads of torch as they were."""
 
     def threads() -> list[str]:
-        # Exporting with zarr leaves those of its event loop and of a progress bar.
-        return [thread.name for thread in threading.enumerate() if not thread.name.startswith(("zarr", "asyncio", "tqdm"))]
+        # Exporting with zarr leaves those of its event loop and of a progress bar, which older versions of tqdm give no name.
+        ours = [thread for thread in threading.enumerate() if not isinstance(thread, TMonitor)]
+        return [thread.name for thread in ours if not thread.name.startswith(("zarr", "asyncio"))]
 
     before, intra_op = threads(), torch.get_num_threads()
     yield
