@@ -185,6 +185,20 @@ def test_an_iteration_that_was_broken_off_starts_the_same_epoch_again() -> None:
     assert list(sampler) == whole
 
 
+def test_an_iteration_that_another_one_over_the_same_epoch_followed_moves_nothing() -> None:
+    sampler = ParticleSampler(Rows(30), 7)
+    kept = iter(sampler)
+    next(kept)
+    second = iter(sampler)
+    next(second)
+    next(kept)
+    next(kept)
+    assert sampler.state_dict()["position"] == 7
+    list(second)
+    list(kept)
+    assert sampler.state_dict() == {"seed": 0, "epoch": 1, "position": 0}
+
+
 def test_set_epoch_in_the_loop_is_for_the_next_loop() -> None:
     sampler = ParticleSampler(Rows(30), 7)
     for _ in sampler:
