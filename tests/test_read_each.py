@@ -43,7 +43,8 @@ def test_files_in_memory_are_read_by_one_thread_after_slow_ones_too(slow: int) -
     last: set[int] = set()
 
     def read(number: int) -> None:
-        time.sleep(0.002 if number < slow else 0)
+        if number < slow:
+            time.sleep(0.002)
         if number >= 2000:
             last.add(threading.get_ident())
 
