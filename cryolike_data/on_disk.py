@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
 from .errors import MissingStackError
+
+#: What the system says where nothing can be, by a name that is too long or by links that lead to each other.
+_NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def is_file(path: str | os.PathLike[str]) -> bool:
@@ -23,7 +27,9 @@ def _mode(path: str | os.PathLike[str]) -> int:
     # Not by way of pathlib or os.path, which take what is closed to this user for not there, the one in newer Pythons only.
     try:
         return os.stat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # or a name that no file can have
+    except ValueError:  # a name with a zero byte
         return 0
     except OSError as error:
+        if error.errno in _NOTHING:
+            return 0
         raise MissingStackError(f"{os.fspath(path)} cannot be reached: {error.strerror}.") from error

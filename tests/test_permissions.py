@@ -22,9 +22,10 @@ from cryolike_data import (
 )
 from cryolike_data.cli import main
 from cryolike_data.demo import write_project
-from cryolike_data.errors import CryolikeDataError, ExportError, StackError
+from cryolike_data.errors import CryolikeDataError, ExportError, MissingStackError, StackError
 from cryolike_data.export import finish, plan_export, run
 from cryolike_data.likelihood import Templates, stream_likelihood
+from cryolike_data.on_disk import is_file, is_folder
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,16 @@ def test_what_lies_in_a_closed_folder_is_not_said_to_be_missing(tmp_path: Path, 
     folder.mkdir()
     with with_mode(folder, 0), pytest.raises(CryolikeDataError, match=r"J4/[^ ]+ cannot be (reached|read): Permission denied\.$"):
         OPENERS[what](folder, table)
+
+
+@pytest.mark.parametrize("name", ["absent", "n" * 300, "a\0b", "loop", "file/inside"])
+def test_what_cannot_be_at_all_is_missing_and_not_closed(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    assert not is_file(tmp_path / name)
+    assert not is_folder(tmp_path / name)
+    with pytest.raises(MissingStackError, match="does not exist or is not a file"):
+        ImageDescriptor.load(tmp_path / name)
 
 
 @pytest.mark.parametrize("options", [["a.cs"], ["a.cs", "--half", "A"], ["a.zarr"], [".", "--job", "4"]], ids=" ".join)
