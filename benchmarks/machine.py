@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cryolike_data.cryosparc.rows import processors
+
 
 def describe() -> dict[str, str]:
     """What a reader has to know to compare figures."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "CPU": f"{_cpu_model()}, {usable} cores, L3 {_cache()}",
+        "CPU": f"{_cpu_model()}, {processors()} cores, L3 {_cache()}",
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
         "kernel": f"{platform.system()} {platform.release()}",
         "Python, NumPy": f"{platform.python_version()}, {np.__version__}",

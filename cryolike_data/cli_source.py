@@ -35,7 +35,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, help="where the stacks lie, by file name")
     parser.add_argument("--passthrough", type=Path, action="append", help="a table with further columns, joined by uid; may be repeated")
     parser.add_argument("--index-base", type=int, choices=(0, 1), help="1 if blob/idx counts from 1 (default: 0)")
-    parser.add_argument("--pairing", choices=("sequence", "uid"), help="how rows of a job find their images (default: sequence)")
+    parser.add_argument("--pairing", choices=get_args(Pairing), help="how rows of a job find their images (default: sequence)")
     parser.add_argument("--pixel-size", type=float, help="angstrom (default: from the table or the MRC headers)")
     parser.add_argument("--mode0", choices=get_args(Mode0), help="how to read 8-bit pixels (default: auto)")
     parser.add_argument(

@@ -14,10 +14,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
-try:
-    import resource
-except ImportError:  # on Windows, where no data set can ask ahead
-    resource = None  # type: ignore[assignment]
+from .pages import waits_for_disk
 
 #: Batches that go by without a look when many in a row have been in memory, as long as nobody has to wait for the disk.
 MAX_PATIENCE = 128
@@ -101,9 +98,9 @@ class LookAhead:
         """Let the thread ask for these rows, or not where the last ones were in memory; the number of the request to wait for."""
         if self._skip > 0:
             self._skip -= 1
-            if self._skip % _BETWEEN_LOOKS or self._waits == _waits_for_disk():
+            if self._skip % _BETWEEN_LOOKS or self._waits == waits_for_disk():
                 return 0
-        self._waits = _waits_for_disk()
+        self._waits = waits_for_disk()
         self._skip = self._patience
         self._asked += 1
         with self._changing:
@@ -141,11 +138,6 @@ class LookAhead:
             self._done = request
             if (told := self._told) is not None:
                 told.put(None)
-
-
-def _waits_for_disk() -> int:
-    """How often this process has touched a page that was not in memory."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt if resource else 0
 
 
 class NoLookAhead:

@@ -12,7 +12,7 @@ import numpy as np
 
 try:
     import resource
-except ImportError:  # on Windows, where nothing of this is called
+except ImportError:  # on Windows, where no data set can ask ahead
     resource = None  # type: ignore[assignment]
 
 PAGE = mmap.PAGESIZE
@@ -51,8 +51,13 @@ def _own_pidfd() -> int | None:
         return None
 
 
+def waits_for_disk() -> int:
+    """How often this process has touched a page that was not in memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt if resource else 0
+
+
 def blocks_read() -> int:
-    """Blocks of 512 bytes that this thread has had read from the disk, by asking ahead, too."""
+    """Blocks of 512 bytes that this thread has had read from the disk, by asking ahead, too, as far as the file system counts them."""
     return resource.getrusage(resource.RUSAGE_THREAD).ru_inblock
 
 

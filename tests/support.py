@@ -26,6 +26,7 @@ import torch
 from scipy.special import roots_jacobi
 
 from cryolike_data import ImageDescriptor, ParticleBatch
+from cryolike_data.stream import ParticleStream
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -257,6 +258,15 @@ def another_thread_at(line: int, function: Callable[..., Any], work: Callable[[]
         yield
     finally:
         sys.settrace(before)
+
+
+def close_in_its_loop(loader: ParticleStream) -> int:
+    """Close a stream at each batch of a loop over it; how many came."""
+    seen = 0
+    for _ in loader:
+        seen += 1
+        loader.close()
+    return seen
 
 
 def open_files(folder: Path) -> list[str]:

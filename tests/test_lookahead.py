@@ -25,7 +25,7 @@ import cryolike_data.lookahead as lookahead
 from cryolike_data import IndexedDataset, arena, export_zarr
 from cryolike_data.export import pixels
 from cryolike_data.lookahead import MAX_PATIENCE, LookAhead
-from cryolike_data.pages import is_resident
+from cryolike_data.pages import is_resident, waits_for_disk
 from cryolike_data.sampler import ParticleSampler
 
 
@@ -172,7 +172,7 @@ def test_cold_data_after_warm_ones_are_asked_about_each_time_again() -> None:
 
 def test_data_that_leave_memory_are_asked_for_soon_after_somebody_had_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     waits = [0]
-    monkeypatch.setattr(lookahead, "_waits_for_disk", lambda: waits[0])
+    monkeypatch.setattr(lookahead, "waits_for_disk", lambda: waits[0])
     data = Asked(cold=False)
     with LookAhead(data, 1) as look:
         look._patience = look._skip = MAX_PATIENCE
@@ -193,9 +193,9 @@ def test_a_touch_of_a_page_on_the_disk_counts_as_a_wait(tmp_path: Path) -> None:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         pixels = np.frombuffer(mapped, np.uint8)
-        resident, before = is_resident(pixels.ctypes.data + place, 1), lookahead._waits_for_disk()
+        resident, before = is_resident(pixels.ctypes.data + place, 1), waits_for_disk()
         assert pixels[place] == 0
-        after = lookahead._waits_for_disk()
+        after = waits_for_disk()
         del pixels
     if resident:
         pytest.skip("this file system keeps its pages in memory")

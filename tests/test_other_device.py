@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from other_device import CAN_STAND_IN, OTHER, Queue, other_device
-from support import another_thread_at, own_threads, wait_until
+from support import another_thread_at, close_in_its_loop, own_threads, wait_until
 from torch import Tensor
 
 import cryolike_data.ring as ring_module
@@ -550,11 +550,7 @@ def test_closing_inside_the_loop_ends_it(particles: IndexedDataset, queues: Queu
     monkeypatch.setattr("cryolike_data.unit_reader._UNIT_BYTES", 0)
     with queues():
         loader = stream(particles, batch_size=7, device=OTHER)
-        seen = 0
-        for _ in loader:
-            seen += 1
-            loader.close()
-    assert seen < 9
+        assert close_in_its_loop(loader) < 9
     assert loader.sampler.epoch == 0
 
 
