@@ -11,6 +11,9 @@ import mrcfile
 import numpy as np
 from numpy.typing import NDArray
 
+from .cryosparc.write import save_table as write_table
+from .mrc import HEADER_BYTES
+
 _OPTICS = {0: (300.0, 2.7, 0.10), 3: (200.0, 1.4, 0.07)}  # exposure group: kV, Cs in mm, amplitude contrast
 MRC_MODES = {"float32": 2, "float16": 12}
 FIELDS = {
@@ -75,8 +78,8 @@ def save_table(path: Path, table: NDArray[Any], *slots: str) -> None:
     for name, column in columns.items():
         kept[name] = column
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:  # given a name, np.save would add .npy to it
-        np.save(file, kept, allow_pickle=False)
+    with path.open("wb") as file:
+        write_table([kept], len(kept), file)
 
 
 def write_batches(
@@ -100,14 +103,15 @@ def write_mrc(
 ) -> None:
     """Write an image stack (ispg 0) or a volume chunk by chunk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with mrcfile.new_mmap(path, shape, MRC_MODES[dtype]) as mrc:
+    with mrcfile.new_mmap(path, shape, MRC_MODES[dtype]) as mrc, path.open("r+b") as file:
         if is_stack:
             mrc.set_image_stack()
         mrc.voxel_size = pixel_size
-        start = 0
+        # Not by way of the map, which a full disk turns into an error that ends the process.
+        file.seek(HEADER_BYTES)
         for chunk in chunks:
-            mrc.data[start : start + len(chunk)] = chunk
-            start += len(chunk)
+            file.write(np.ascontiguousarray(chunk, mrc.data.dtype).data)
+        file.flush()
         mrc.update_header_stats()
         mrc.header.label[0] = "cryolike_data demo project"  # in place of mrcfile's, which holds the time of writing
 

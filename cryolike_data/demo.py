@@ -32,8 +32,11 @@ from ._demo_files import (
     write_mrc,
 )
 from .ctf import Ctf, ctf_values, half_plane
+from .descriptor import read_npz_without_pickles
 from .errors import ArgumentError, ExportError, ExportExistsError
 from .files import unfinished, whole_folder
+from .mrc import HEADER_BYTES
+from .on_disk import is_folder
 from .particles import Selection, resolve_rows
 from .rotations import rotation_matrices
 from .transforms.downsample import crop_fourier
@@ -112,7 +115,7 @@ def write_project(
     ExportExistsError
         if the folder holds something that may not be replaced
     ExportError
-        if it may not be written to
+        if it may not be written to, or the disk is full
     """
     _check_arguments(n_particles, box, pixel_size, seed, snr, n_stacks, dtype)
     place = Path(folder).expanduser().resolve()
@@ -120,7 +123,9 @@ def write_project(
         _check_place(place, overwrite)
         with whole_folder(place, _PARTS) as project:
             _write_into(project, n_particles, box, pixel_size, seed, snr, n_stacks, dtype)
-    except PermissionError as error:
+    except ExportExistsError:
+        raise
+    except OSError as error:
         raise ExportError(f"{place} cannot be written: {error}") from error
     return _project(place)
 
@@ -165,10 +170,11 @@ def clean_images(project: DemoProject | str | os.PathLike[str], rows: Selection)
     ------
     RowIndexError
         if a row is out of range
+    MissingStackError, ArgumentError
+        if there is no truth, or it cannot be read
     """
     path = project.truth if isinstance(project, DemoProject) else Path(project).expanduser()
-    with np.load(path / "truth.npz" if path.is_dir() else path, allow_pickle=False) as file:
-        truth = dict(file)
+    truth: dict[str, Any] = read_npz_without_pickles(path / "truth.npz" if is_folder(path) else path)
     chosen = resolve_rows(rows, len(truth["uid"]))
     images = torch.empty(len(chosen), int(truth["box"]), int(truth["box"]), device="cpu")
     for part in chunks_of(len(chosen), images.shape[-1]):
@@ -222,7 +228,7 @@ def _write_into(folder: Path, n: int, box: int, pixel_size: float, seed: int, sn
         images = _noisy(truth, row_of, np.random.default_rng([seed, k + 1]))  # [seed, 0] would be the stream of seed itself
         write_mrc(folder / names[k], (size, box, box), dtype, pixel_size, images, is_stack=True)
 
-    stored = [np.memmap(folder / name, dtype, "r", offset=1024, shape=(size, box, box)) for name, size in zip(names, sizes, strict=True)]
+    stored = [np.memmap(folder / name, dtype, "r", HEADER_BYTES, (size, box, box)) for name, size in zip(names, sizes, strict=True)]
 
     def read(rows: NDArray[np.int64]) -> NDArray[Any]:
         return np.stack([stored[stack[row]][idx[row]] for row in rows])

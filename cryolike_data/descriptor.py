@@ -148,7 +148,7 @@ class ImageDescriptor:
         ArgumentError
             if the name does not end in .npz
         ExportError
-            if its folder does not exist, or may not be written to
+            if its folder does not exist or may not be written to, or the disk is full
         ExportExistsError
             if there is such a file and ``overwrite`` is false
         """
@@ -163,8 +163,8 @@ class ImageDescriptor:
         try:
             with whole_file(target) as partial, partial.open("wb") as stream:
                 np.savez_compressed(stream, **arrays)
-        except PermissionError as error:
-            raise ExportError(f"{target} cannot be written: {error.strerror}.") from error
+        except OSError as error:
+            raise ExportError(f"{target} cannot be written: {error.strerror or error}.") from error
 
     def to_npz_dict(self) -> dict[str, NDArray[Any]]:
         """The eleven arrays of the file, in CryoLike's order and dtypes."""

@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 from support import disk_of, run_python
 
 from cryolike_data.demo import DemoProject, clean_images, project_model, write_project
-from cryolike_data.errors import ArgumentError, ExportExistsError, RowIndexError
+from cryolike_data.errors import ArgumentError, ExportError, ExportExistsError, MissingStackError, RowIndexError
 
 N, BOX, PIXEL_SIZE, SNR = 60, 32, 2.5, 0.5
 SMALL = {"n_particles": N, "box": BOX, "pixel_size": PIXEL_SIZE, "snr": SNR, "seed": 3}
@@ -355,6 +355,14 @@ def test_a_project_may_lie_directly_on_a_disk_of_its_own(tmp_path: Path) -> None
             assert write_project(disk, n_particles=20, box=16, overwrite=overwrite).truth.is_file()
 
 
+@pytest.mark.parametrize(("content", "error"), [(None, MissingStackError), (b"PK", ArgumentError)])
+def test_a_truth_that_cannot_be_read_is_an_error_of_ours(tmp_path: Path, content: bytes | None, error: type[Exception]) -> None:
+    if content is not None:
+        (tmp_path / "truth.npz").write_bytes(content)
+    with pytest.raises(error, match=r"truth\.npz"):
+        clean_images(tmp_path, [0])
+
+
 KILLED = """
     import os
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -413,14 +421,13 @@ def test_what_a_run_that_was_killed_has_left_beside_its_place_makes_no_folder_of
         write_project(tmp_path, n_particles=20, box=16)
 
 
-def test_a_run_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object, **kwargs: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(mrcfile, "new_mmap", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_project(tmp_path / "project", n_particles=20, box=16)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("room", ["12k", "32k", "100k", "300k", "600k"])  # for neither table, truth, volume, all of J1 nor all of J4
+@pytest.mark.parametrize("inside", ["", "project"])
+def test_a_full_disk_is_an_export_error_and_nothing_is_left(tmp_path: Path, room: str, inside: str) -> None:
+    with disk_of(tmp_path / "disk", room) as disk:
+        with pytest.raises(ExportError, match=r"cannot be written: .*No space left on device"):
+            write_project(disk / inside, n_particles=60, box=32)
+        assert not list(disk.iterdir())
 
 
 @pytest.mark.parametrize(

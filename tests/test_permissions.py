@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import EXPORTS, run_python, with_mode, write_particles
+from support import EXPORTS, contents, run_python, with_mode, write_particles
 
 import cryolike_data.arena as arena_module
 from cryolike_data import (
@@ -133,7 +133,7 @@ def test_stacks_that_are_closed_before_an_export_is_sealed_are_an_error_of_ours(
 
 def likelihood(dataset: IndexedDataset, output: Path) -> None:
     grid = PolarGrid.of_box(16, resolution_factor=0.5, n_inplanes=8)
-    templates = Templates.from_volume(torch.rand(16, 16, 16), grid, rotvecs=[[0, 0, 0]], pixel_size=1.5)
+    templates = Templates.from_volume(torch.ones(16, 16, 16), grid, rotvecs=[[0, 0, 0]], pixel_size=1.5)
     stream_likelihood(dataset, templates, [[0.0, 0.0]], output=output, progress=False)
 
 
@@ -171,6 +171,20 @@ def test_results_of_a_likelihood_that_cannot_be_read_are_not_taken_for_something
         likelihood(ds, tmp_path / "out")
 
 
+def test_finished_results_of_somebody_else_can_be_looked_at_and_not_continued(ds: IndexedDataset, tmp_path: Path) -> None:
+    likelihood(ds, tmp_path / "out")
+    file = tmp_path / "out/likelihood.npy"
+    content = file.read_bytes()
+    with with_mode(tmp_path / "out", 0o555), with_mode(file, 0o444):
+        likelihood(ds, tmp_path / "out")
+    assert file.read_bytes() == content
+    file.write_bytes(content[:-8] + bytes(8))  # the last particle is not done
+    with with_mode(file, 0o444), pytest.raises(ExportError, match=r"out cannot be written: .*Permission denied: .*likelihood\.npy"):
+        likelihood(ds, tmp_path / "out")
+    likelihood(ds, tmp_path / "out")
+    assert file.read_bytes() == content
+
+
 @pytest.mark.parametrize(
     ("kind", "closed"), [("zarr", "images/c/0/0/0"), ("zarr", "images/c/0"), ("mrc", "particles/stack_000000.mrcs"), ("mrc", "export.json")]
 )
@@ -194,3 +208,18 @@ def test_a_finished_export_may_be_checked_by_who_cannot_write_to_it(ds: IndexedD
     run(plan)
     with with_mode(tmp_path / "out", 0o555):
         assert (run(plan).written, finish(plan).sealed) == (0, True)
+
+
+@pytest.mark.parametrize(("kind", "closed"), [("zarr", "images/c/0"), ("zarr", "uid"), ("mrc", "particles"), ("cryolike", "phys")])
+def test_an_export_of_which_a_part_cannot_be_removed_is_not_begun_to_be_replaced(
+    ds: IndexedDataset, tmp_path: Path, kind: str, closed: str
+) -> None:
+    out = tmp_path / "out"
+    WRITERS[kind](ds, out)
+    whole = contents(out)
+    others = plan_export(ds.select(slice(6)), out, format=kind, **EXPORTS[kind])
+    for mode in (0, 0o555):
+        with with_mode(out / closed, mode), pytest.raises(CryolikeDataError, match=rf"out/{closed}[^ ]* cannot be .*: Permission denied"):
+            run(others, overwrite=True)
+        assert contents(out) == whole
+    assert run(others, overwrite=True).sealed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..dataset import ParticleDataset
 from ..errors import ExportError, ExportExistsError
+from ..on_disk import is_file
 from .place import LocalPlace, Place
 from .state import Manifest, read_json, read_plan, write_json
 
@@ -48,9 +49,9 @@ class FolderFormat:
         if "zarr" in kinds or (root / "zarr.json").is_file():
             raise ExportExistsError(f"{root} holds a Zarr store; choose another folder.")
         own = [pattern for known in kinds for pattern in _OWN.get(known, ())]
-        found = {path.relative_to(root).as_posix() for pattern in own for path in root.glob(pattern) if path.is_file()}
+        found = {path.relative_to(root).as_posix() for pattern in own for path in root.glob(pattern) if is_file(path)}
         found |= {MANIFEST} if (root / MANIFEST).exists() else set()  # it may be anybody's
         if manifest is not None:
             named = {file.name for record in manifest.units for file in record.files}
-            found |= {name for name in named if (root / name).is_file()}
+            found |= {name for name in named if is_file(root / name)}
         return sorted(found)

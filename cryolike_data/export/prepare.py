@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Literal
 
@@ -13,7 +14,7 @@ from ..errors import ArgumentError, ExportError, ExportExistsError
 from ..file_size import file_size
 from ..fingerprint import differences, input_files
 from ..zarr_store import is_url
-from .place import STATE, LocalPlace, Output, Place
+from .place import STATE, LocalPlace, Output, Place, explained
 from .plan import ExportPlan
 from .state import ANY_UNITS, PLAN, UnitRecord, at_work_on, plan_of, read_plan, read_record, recorded_units, write_plan
 
@@ -73,7 +74,9 @@ def _clear(plan: ExportPlan, place: Place) -> None:
     found = _to_remove(plan, place)
     _require_apart(plan, found)
     if isinstance(place, LocalPlace):
-        _require_room(plan, freed=sum(_size(place.root / name) for name in found))
+        paths = [place.root / name for name in found]
+        _require_room(plan, freed=sum(map(_size, paths)))
+        _require_removable(paths)
     with at_work_on(place, ANY_UNITS):
         found = _to_remove(plan, place)  # once more: others may have written until now, and do not from now on
         write_plan(place, plan.about, clearing=found)
@@ -150,6 +153,17 @@ def _require_room(plan: ExportPlan, *, freed: int) -> None:
             f"{plan.target} needs {human_bytes(plan.needed_bytes)} and the disk has {human_bytes(free)} free. Make room, choose another "
             "disk, or write fewer or smaller images."
         )
+
+
+def _require_removable(paths: Sequence[Path]) -> None:
+    """Raise an ``ExportError`` if some of these files and folders cannot be removed, before the others are."""
+    inside = {Path(folder, name) for path in paths for folder, names, _ in os.walk(path) for name in names}
+    folders = {*(path.parent for path in paths), *paths, *inside}
+    by_effective_user = os.access in os.supports_effective_ids
+    for folder in sorted(path for path in folders if path.is_dir() and not path.is_symlink()):
+        with explained(folder, "emptied"):
+            if not os.access(folder, os.W_OK | os.X_OK, effective_ids=by_effective_user):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def _size(path: Path) -> int:

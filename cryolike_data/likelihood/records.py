@@ -71,13 +71,17 @@ class Results:
         self._shapes = shapes
         try:
             _take_place(folder, shapes, {"kind": _KIND} | about, overwrite)
-            for name in shapes:
-                self._files[name] = os.open(folder / name, os.O_RDWR)
         except ExportExistsError:
             raise
         except OSError as error:
-            self.close()
             raise ExportError(f"{folder} cannot be written: {error}") from error
+        self._open(os.O_RDONLY)
+
+    def begin_writing(self) -> None:
+        """What comes before ``write``; who only looks at results need not be allowed to change them."""
+        if self._folder is not None:
+            self.close()
+            self._open(os.O_RDWR)
 
     def has(self, rows: range) -> bool:
         """Whether all of these are there."""
@@ -106,6 +110,14 @@ class Results:
         if self._folder is None:
             return self._records
         return np.memmap(self._folder / _RECORDS, RECORD, "r", self._offset(_RECORDS), (self._count,))
+
+    def _open(self, flags: int) -> None:
+        try:
+            for name in self._shapes:
+                self._files[name] = os.open(f"{self._folder}/{name}", flags)
+        except OSError as error:
+            self.close()
+            raise ExportError(f"{self._folder} cannot be {'read' if flags == os.O_RDONLY else 'written'}: {error}") from error
 
     def close(self) -> None:
         """Close the files."""

@@ -147,6 +147,8 @@ def stream_likelihood(
     with closing(Results(folder, len(dataset), len(templates) if by_template else 0, about, overwrite=overwrite)) as results:
         mine = [range(start, min(start + batch_size, len(dataset))) for start in range(0, len(dataset), batch_size)][rank::world_size]
         left = [rows for rows in mine if not results.has(rows)]
+        if left:
+            results.begin_writing()
         name = "likelihood" if folder is None else folder.name
         with Progress(name, sum(map(len, mine)), show=progress) as bar:
             bar.skip(sum(map(len, mine)) - sum(map(len, left)))
