@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
@@ -114,6 +115,7 @@ class ParticleStream:
         self._state: dict[str, int] | None = None
         self._resume: dict[str, int] | None = None
         self._reader: Reader | UnitReader | None = None
+        self._drawing: int | None = None  # the thread that is asking for the next batch, or ending the iteration
         # Kept from epoch to epoch, because fresh memory costs as much as the reading of a batch into it.
         self._ring: BufferRing | None = None
         self._copying: Copying = deque()
@@ -150,12 +152,17 @@ class ParticleStream:
             batches = iter(reader) if as_read else map(self._on_host, reader)
         self._take_over(reader)
         try:
+            self._drawing = threading.get_ident()
             for position, batch in batches:
+                if reader.closed:
+                    break
                 state["position"] = position
                 left -= 1
                 if not left:
                     self._move_on(state, begun)  # a loop that knows this batch to be the last asks for no more
+                self._drawing = None
                 yield batch
+                self._drawing = threading.get_ident()
             if not reader.closed:
                 self._move_on(state, begun)
                 if self._state is state:
@@ -163,15 +170,22 @@ class ParticleStream:
             elif self._reader not in (None, reader):
                 raise IterationError("another iteration over this stream has begun, which ended this one; make a stream for each")
         finally:
-            reader.close()
-            for copied, _ in self._copying:
-                copied.synchronize()  # a buffer that is still being copied from must not be filled again
-            self._copying.clear()
-            if self._reader is reader:
-                ring.rest()
+            self._drawing = threading.get_ident()
+            try:
+                reader.close()
+                for copied, _ in self._copying:
+                    copied.synchronize()  # a buffer that is still being copied from must not be filled again
+                self._copying.clear()
+                if self._reader is reader:
+                    ring.rest()
+            finally:
+                self._drawing = None
 
     def close(self) -> None:
-        """End a started iteration, whose thread is gone when this returns, and let go of the buffers. From any thread."""
+        """End a started iteration, whose thread is gone when this returns, and let go of the buffers. From any thread.
+
+        In a signal handler that interrupts a loop while it asks for the next batch, the iteration ends as soon as that goes on.
+        """
         self._take_over(None)
         ring, self._ring = self._ring, None  # at once: another thread may be closing, too
         if ring is not None:
@@ -188,7 +202,7 @@ class ParticleStream:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has a reader and buffers of its own: with these it would end the iteration of the stream that it was made of.
-        return self.__dict__ | {"_reader": None, "_ring": None, "_copying": deque(), "_state": copy.copy(self._state)}
+        return self.__dict__ | {"_reader": None, "_drawing": None, "_ring": None, "_copying": deque(), "_state": copy.copy(self._state)}
 
     def __enter__(self) -> Self:
         return self
@@ -199,7 +213,9 @@ class ParticleStream:
     def _take_over(self, reader: Reader | UnitReader | None) -> None:
         """Close the last reader, once another one, or none, has its place: its iteration looks who has ended it."""
         last, self._reader = self._reader, reader
-        if last is not None:
+        if last is not None and self._drawing == threading.get_ident():
+            last.closed = True  # not now: what the interrupted call holds, the reader's thread may be waiting for
+        elif last is not None:
             last.close()
 
     def _move_on(self, state: dict[str, int], begun: dict[str, int]) -> None:

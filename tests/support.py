@@ -240,17 +240,15 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 @contextlib.contextmanager
-def another_thread_at(line: int, function: Callable[..., Any], work: Callable[[], None]) -> Iterator[None]:
-    """Let another thread do some work when this one comes to a line of a function, counted from 0 as they are passed."""
+def at_line(line: int, function: Callable[..., Any], work: Callable[[], None]) -> Iterator[None]:
+    """Do some work, as a signal handler does, when this thread comes to a line of a function, counted from 0 as they are passed."""
     passed, before = itertools.count(), sys.gettrace()
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         if frame.f_code is not function.__code__:
             return None
         if event == "line" and next(passed) == line:
-            thread = threading.Thread(target=work)
-            thread.start()
-            thread.join()
+            work()
         return trace
 
     sys.settrace(trace)
@@ -258,6 +256,17 @@ def another_thread_at(line: int, function: Callable[..., Any], work: Callable[[]
         yield
     finally:
         sys.settrace(before)
+
+
+def another_thread_at(line: int, function: Callable[..., Any], work: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
+    """The same with the work done by another thread, which is waited for."""
+
+    def let_another_work() -> None:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+    return at_line(line, function, let_another_work)
 
 
 def close_in_its_loop(loader: ParticleStream) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from other_device import CAN_STAND_IN, OTHER, Queue, other_device
-from support import another_thread_at, close_in_its_loop, own_threads, wait_until
+from support import another_thread_at, at_line, close_in_its_loop, own_threads, wait_until
 from torch import Tensor
 
 import cryolike_data.ring as ring_module
@@ -540,6 +540,21 @@ def test_a_loop_ends_wherever_another_thread_closes_the_stream(
     with queues():
         loader = stream(particles, batch_size=7, device=OTHER)
         with another_thread_at(line, UnitReader.take, loader.close):
+            rows = [row for batch in loader for row in batch.index.tolist()]
+    assert rows == list(range(len(rows)))
+    assert len(rows) < len(particles)
+    assert own_threads() == []
+
+
+@pytest.mark.parametrize("function", [UnitReader.refill, UnitReader._lend, UnitReader.take], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("line", range(12))
+def test_a_loop_ends_wherever_a_signal_handler_closes_the_stream(
+    particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch, line: int, function: Callable[..., Any]
+) -> None:
+    monkeypatch.setattr("cryolike_data.unit_reader._UNIT_BYTES", 0)
+    with queues():
+        loader = stream(particles, batch_size=7, device=OTHER)
+        with at_line(line, function, loader.close):
             rows = [row for batch in loader for row in batch.index.tolist()]
     assert rows == list(range(len(rows)))
     assert len(rows) < len(particles)

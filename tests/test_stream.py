@@ -599,6 +599,48 @@ def test_ctrl_c_ends_a_loop_wherever_it_comes_in(folder: Path) -> None:
     assert int(found.stdout) > 20
 
 
+@pytest.mark.parametrize("batches", [2, 4])  # of three: the loop is left, or comes to its end
+def test_a_signal_handler_may_close_a_stream_wherever_it_comes_in(folder: Path, batches: int) -> None:
+    found = run_python(
+        """
+        import faulthandler, itertools, sys
+        from itertools import islice
+        from pathlib import Path
+        import cryolike_data as cd
+        from support import own_threads
+
+        faulthandler.dump_traceback_later(50, exit=True)
+        package = str(Path(cd.__file__).parent)
+        dataset = cd.IndexedDataset(sys.argv[1])
+        for line in itertools.count():
+            passed, closed = itertools.count(), []
+
+            def close(frame, event, _):
+                if not frame.f_code.co_filename.startswith(package):
+                    return None
+                if event == "line" and next(passed) == line:
+                    closed.append(line)
+                    loader.close()
+                return close
+
+            loader = cd.stream(dataset, batch_size=20, prefetch=1)
+            batches = iter(loader)
+            sys.settrace(close)
+            rows = [row for batch in islice(batches, int(sys.argv[2])) for row in batch.index.tolist()]
+            batches.close()
+            sys.settrace(None)
+            assert rows == list(range(len(rows))), rows
+            assert own_threads() == []
+            if not closed:
+                break
+        print(line)
+        """,
+        folder / "J1/particles.cs",
+        batches,
+    )
+    assert int(found.stdout) > 200, found.stderr
+
+
 @pytest.mark.usefixtures("four_torch_threads")
 @pytest.mark.parametrize("name", ["cryolike-reader", "cryolike-lookahead"])
 def test_ctrl_c_while_a_thread_starts_leaves_no_thread(ds: IndexedDataset, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
