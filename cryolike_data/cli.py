@@ -30,6 +30,8 @@ from .transforms import Downsample
 _AS_OPTIONS = (
     (r"(?<![\w/])overwrite=True", "--overwrite"),
     (r"(?<![\w/])star=False", "--no-star"),
+    (r"(?<![\w/])fourier=False", "--no-fourier"),
+    (r"(?<![\w/])plots=False", "without --plots"),
     (r'(?<![\w/])folder="([^"]*)"', r"--folder \1"),
     (r"(?<![\w/])folder=(?= )", "--folder"),
     (r"(?<![\w/])index_base=", "--index-base "),

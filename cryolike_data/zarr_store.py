@@ -49,7 +49,7 @@ def stamp_of(location: str) -> Stamp:
         return ()
     try:
         status = os.stat(os.path.join(location, "zarr.json"))
-    except OSError:
+    except (OSError, ValueError):  # a name with a zero byte
         return ()
     return status.st_size, status.st_mtime_ns
 

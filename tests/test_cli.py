@@ -724,6 +724,14 @@ def test_an_export_without_starfile_names_the_option_that_needs_none(one_group, 
     assert run("export", one_group, tmp_path / "m", "--format", "mrc", "--no-star") == 0
 
 
+def test_an_export_without_finufft_names_the_options_that_need_none(one_group, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "finufft", None)
+    for options, told in ([], "--no-fourier."), (["--plots"], "--no-fourier and without --plots."):
+        assert run("export", one_group, tmp_path / "c", "--format", "cryolike", *options) == 1
+        assert f"write the images alone with {told}" in capsys.readouterr().err
+    assert run("export", one_group, tmp_path / "c", "--format", "cryolike", "--no-fourier") == 0
+
+
 def test_a_picture_without_matplotlib_names_the_extra(one_group, tmp_path, capsys, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)

@@ -782,7 +782,7 @@ def test_a_table_without_optics_is_refused_with_the_remedy(tmp_path):
 
 def test_without_finufft_the_error_names_the_extra(particles, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "finufft", None)
-    with pytest.raises(MissingDependencyError, match=re.escape('pip install "cryolike-data[fourier]"')):
+    with pytest.raises(MissingDependencyError, match=re.escape('pip install "cryolike-data[fourier]", or write the images alone with')):
         export_cryolike(particles, tmp_path / "out", descriptor=GRID)
     assert not list(tmp_path.rglob("*.pt"))
 

@@ -473,9 +473,10 @@ def test_worker_processes_read_the_same_batches(store, particles, method):
 # --- what is no store
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path):
+@pytest.mark.parametrize("name", ["absent.zarr", "a\0b/absent.zarr"])
+def test_a_folder_that_is_not_there_is_named(tmp_path, name):
     with pytest.raises(MissingStackError, match=r"absent\.zarr"):
-        ZarrDataset(tmp_path / "absent.zarr")
+        ZarrDataset(tmp_path / name)
 
 
 def test_a_file_is_no_store(tmp_path):

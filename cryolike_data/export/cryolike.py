@@ -148,7 +148,7 @@ def plan_cryolike(
 
         require_matplotlib()
     if fourier or plots:
-        require_finufft()
+        require_finufft(or_else=f", or write the images alone with fourier=False{' and plots=False' if plots else ''}")
     return plan
 
 

@@ -51,12 +51,12 @@ def stream_of(device: torch.device) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
-def require_finufft() -> Any:
-    """The package finufft, or a ``MissingDependencyError`` that says how to get it."""
+def require_finufft(*, or_else: str = "") -> Any:
+    """The package finufft, or a ``MissingDependencyError`` that says how to get it, or what else to do."""
     try:
         import finufft
     except ImportError as error:
-        raise MissingDependencyError('The polar transform needs finufft: pip install "cryolike-data[fourier]".') from error
+        raise MissingDependencyError(f'The polar transform needs finufft: pip install "cryolike-data[fourier]"{or_else}.') from error
     return finufft
 
 
