@@ -147,6 +147,19 @@ def test_a_table_named_relative_to_the_working_directory_has_folders_above(table
     assert resolve("J1/a.mrc", Path("particles.cs")) == [table.parent.parent / "J1/a.mrc"]
 
 
+@pytest.mark.parametrize("link", ["particles.cs", "J3", "project"])
+def test_a_table_that_is_reached_by_a_link_has_its_stacks_where_it_lies(table: Path, tmp_path: Path, link: str) -> None:
+    touch(stack := table.parent.parent / "J1/a.mrc")
+    elsewhere = tmp_path / "home" / link
+    elsewhere.parent.mkdir()
+    target = next(path for path in (table, *table.parents) if path.name == link)
+    elsewhere.symlink_to(target)
+    by_link = elsewhere / table.relative_to(target)
+    assert [path.resolve() for path in resolve("J1/a.mrc", by_link)] == [stack]
+    touch(beside := tmp_path / "home/J1/a.mrc")
+    assert [path.resolve() for path in resolve("J1/a.mrc", by_link)] == [stack if link == "project" else beside]
+
+
 @pytest.mark.parametrize(("named", "there"), [("a.mrc", "a.mrcs"), ("a.mrcs", "a.mrc")])
 @pytest.mark.parametrize("with_folder", [True, False])
 def test_mrc_and_mrcs_stand_in_for_each_other(table: Path, named: str, there: str, with_folder: bool) -> None:

@@ -32,7 +32,7 @@ class IndexedDataset(ParticleDataset):
     ----------
     file_cs : a ``.cs`` table or a ``.csg`` group
     folder : where the stacks lie, directly in it, found by file name; without it ``blob/path`` is taken as written
-        (absolute or from the working directory), then from the folder of the table and the folders above it
+        (absolute or from the working directory), then from the folder of the table and the folders above it, by links and without
     index_base : 0 as CryoSPARC counts images; 1 if this table counts them from 1
     passthrough : further table(s) with column groups that ``file_cs`` lacks, joined by uid
     pixel_size : angstrom; default ``blob/psize_A``, then the MRC header where it is plausible

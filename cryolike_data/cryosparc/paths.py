@@ -49,9 +49,9 @@ def resolve_paths(
 
     With ``folder`` every stack lies directly in it, by file name. Without, a path is tried as it is (absolute, or from the
     working directory), then from the folder of the table and each folder above it (the project directory is the parent of
-    the job folder); a leading ``>`` says "from the folder of the table" and tries that first. Each place is also tried with
-    ``.mrc`` and ``.mrcs`` swapped, after all places have been tried without. ``remedy`` says what to do where a file is missing and no
-    ``folder`` was given.
+    the job folder), and if links lead to the table, from its own folder and those above; a leading ``>`` says "from the folder of
+    the table" and tries that first. Each place is also tried with ``.mrc`` and ``.mrcs`` swapped, after all places have been tried
+    without. ``remedy`` says what to do where a file is missing and no ``folder`` was given.
 
     Raises
     ------
@@ -133,13 +133,13 @@ def _places(name: str, *, roots: tuple[list[str], list[str]], folder: str | None
 
 
 def _roots(table: Path) -> tuple[list[str], list[str]]:
-    """The working directory, if it has not been removed; the folder of a table and all folders above it."""
-    beside = table.absolute().parent
+    """The working directory, if it has not been removed; the folder of a table and all folders above it, and where links lead those too."""
+    beside, behind = table.absolute().parent, Path(os.path.realpath(table)).parent
     try:
         here = [os.getcwd()]
     except FileNotFoundError:
         here = []
-    return here, [str(beside), *map(str, beside.parents)]
+    return here, list(dict.fromkeys(map(str, (beside, *beside.parents, behind, *behind.parents))))
 
 
 def _swapped(name: str) -> str:
