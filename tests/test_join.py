@@ -210,6 +210,14 @@ def test_a_group_is_read_in_place_of_its_tables(tmp_path: Path) -> None:
     np.testing.assert_array_equal(ds.particles.ctf.defocus_u, defocus)
 
 
+@pytest.mark.parametrize("metafile", [">particles.cs", "J1/particles.cs"])
+def test_a_group_that_is_reached_by_a_link_finds_its_tables_and_stacks(tmp_path: Path, metafile: str) -> None:
+    cs, images = write_particles(tmp_path / "project", N)
+    group = write_group(cs.parent / "particles.csg", {"blob": metafile})
+    (link := tmp_path / "mine.csg").symlink_to(group)
+    np.testing.assert_array_equal(IndexedDataset(link).read(range(N)).numpy(), images)
+
+
 def test_images_may_be_named_by_the_passthrough_table_of_a_group(tmp_path: Path) -> None:
     # As in refinements: the rows are those of the main table, the blob columns lie in the passthrough table.
     cs, images = write_particles(tmp_path, N, **dict.fromkeys(ctf_columns(1)))

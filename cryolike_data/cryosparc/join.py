@@ -14,6 +14,7 @@ import numpy as np
 from ..errors import ArgumentError, MissingDependencyError, MissingStackError, PairingError, TableError
 from ..on_disk import is_file
 from .columns import require_known_columns
+from .paths import folders_around
 from .table import Table, read_table
 
 Unmatched = Literal["error", "drop"]
@@ -241,7 +242,6 @@ def csg_results(path: Path) -> dict[str, dict[str, Any]]:
 def find_metafile(group: Path, name: str) -> Path:
     """The table a group names: ``>file`` lies beside the group, any other path starts at the project directory above it."""
     beside = group.parent / name.removeprefix(">")
-    if name.startswith(">"):
-        return beside
-    candidates = [beside, *(folder / name for folder in group.absolute().parents)]
+    around = [Path(os.path.realpath(group)).parent] if name.startswith(">") else folders_around(group)
+    candidates = [beside, *(folder / name.removeprefix(">") for folder in around)]
     return next((file for file in candidates if os.path.isfile(file)), beside)

@@ -133,13 +133,18 @@ def _places(name: str, *, roots: tuple[list[str], list[str]], folder: str | None
 
 
 def _roots(table: Path) -> tuple[list[str], list[str]]:
-    """The working directory, if it has not been removed; the folder of a table and all folders above it, and where links lead those too."""
-    beside, behind = table.absolute().parent, Path(os.path.realpath(table)).parent
+    """The working directory, if it has not been removed; the folders around a table."""
     try:
         here = [os.getcwd()]
     except FileNotFoundError:
         here = []
-    return here, list(dict.fromkeys(map(str, (beside, *beside.parents, behind, *behind.parents))))
+    return here, [str(folder) for folder in folders_around(table)]
+
+
+def folders_around(table: Path) -> list[Path]:
+    """The folder of a table and all folders above it, then those where it lies if it is reached by links."""
+    by_link, itself = table.absolute(), Path(os.path.realpath(table))
+    return list(dict.fromkeys((*by_link.parents, *itself.parents)))
 
 
 def _swapped(name: str) -> str:
