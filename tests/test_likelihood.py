@@ -375,6 +375,18 @@ def test_templates_of_a_volume_look_from_all_directions(demo: DemoProject) -> No
     np.testing.assert_allclose(templates.fourier, expected, rtol=0, atol=1e-4 * expected.abs().max())
 
 
+def test_templates_in_double_precision_are_that_accurate(demo: DemoProject) -> None:
+    volume, voxel_size = read_volume(demo.volume)
+    grid = PolarGrid(4.0, 0.5, 12)
+    made = [
+        Templates.from_volume(volume, grid, rotvecs=torch.zeros(1, 3), pixel_size=voxel_size, dtype=dtype).fourier
+        for dtype in (torch.complex64, torch.complex128)
+    ]
+    exact = to_polar_exact(volume.double().sum(0)[None], grid)
+    off = [float((fourier - exact).abs().max() / exact.abs().max()) for fourier in made]
+    assert off[1] < 1e-11 < off[0] < 1e-5
+
+
 def test_a_tensor_makes_the_templates_that_its_file_makes(demo: DemoProject) -> None:
     volume, voxel_size = read_volume(demo.volume)
     rotvecs, grid = torch.tensor([[0.1, 0.2, 0.3]]), PolarGrid(4.0, 0.5, 12)

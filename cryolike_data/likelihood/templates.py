@@ -15,6 +15,7 @@ from torch import Tensor
 from ..arguments import device_here, square_pixel_size
 from ..errors import ArgumentError
 from ..transforms import PolarGrid
+from ..transforms.polar import EPS
 from ..transforms.polar_grid import require_grid, require_within_nyquist
 from .projection import project_volume, read_volume, viewing_directions
 
@@ -104,11 +105,11 @@ class Templates:
         step_deg : templates look from directions that are so many degrees apart, all over the sphere
         rotvecs : (S, 3) orientations, in place of ``step_deg``
         pixel_size : voxel size, angstrom; of an MRC map by default what its header says
-        device, dtype : where the templates go, and their complex dtype
+        device, dtype : where the templates go, and their complex dtype: finufft is asked for 1e-6, for complex128 for 1e-12
         """
         if (step_deg is None) == (rotvecs is None):
             raise ArgumentError("pass either step_deg= (directions all over the sphere) or rotvecs= (orientations of your own)")
-        if dtype not in (torch.complex64, torch.complex128):
+        if dtype not in EPS:
             raise ArgumentError(f"dtype of templates is torch.complex64 or torch.complex128, not {dtype}")
         require_grid(grid)
         require_even(grid)
@@ -125,7 +126,7 @@ class Templates:
         if step_deg is not None:
             rotvecs, weights = viewing_directions(step_deg)
         poses = _on_cpu(rotvecs, torch.float64)
-        parts = [project_volume(density, some, grid).to(device, dtype) for some in torch.split(poses, _AT_ONCE)]
+        parts = [project_volume(density, some, grid, eps=EPS[dtype]).to(device, dtype) for some in torch.split(poses, _AT_ONCE)]
         return cls(torch.cat(parts), grid, density.shape[-1] * pixel_size, poses, weights)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Templates:
