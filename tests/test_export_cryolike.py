@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -827,6 +828,15 @@ def test_counts_that_make_no_sense_are_refused(particles, tmp_path, options):
     with pytest.raises(ArgumentError, match="batch_size is at least 1"):
         export_cryolike(particles, tmp_path / "out", descriptor=GRID, **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_grid_beyond_nyquist_is_written_as_it_is_with_a_warning(particles, tmp_path, caplog):
+    for grid, told in (GRID, False), (replace(GRID, radius_max=1.5 * GRID.radius_max), True):
+        export_cryolike(particles, tmp_path / f"out {told}", descriptor=grid)
+        assert ("beyond 8, the Nyquist frequency of 32 pixels, where there are only aliases" in caplog.text) == told
+    caplog.clear()
+    export_cryolike(particles, tmp_path / "images", descriptor=grid, fourier=False)
+    assert "Nyquist" not in caplog.text
 
 
 def test_dark_particles_become_bright_ones(particles, tmp_path, caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import os
 from collections import Counter
@@ -24,6 +25,7 @@ from ..errors import ArgumentError
 from ..memory import kept_tensor
 from ..transforms import Downsample, Normalize, PolarTransform, normalize_polar
 from ..transforms.finufft_plan import require_finufft
+from ..transforms.polar_grid import describe_aliases
 from .cryolike_optics import require_stack_optics, stack_optics
 from .folder import FolderFormat
 from .pixels import Contrast, Pixels, warn_of_dark_particles
@@ -35,6 +37,8 @@ from .tensor_file import around_tensor
 
 if TYPE_CHECKING:
     from distributed import Client
+
+log = logging.getLogger(__name__)
 
 #: Bytes of images that are normalised at a time: what is made of them is still in the cache when it is written.
 _PIECE_BYTES = 4 << 20
@@ -142,6 +146,8 @@ def plan_cryolike(
         dataset = dataset.select(slice(0, n_stacks_max * batch_size))
     plan = make_plan(dataset, folder, CryoLikeFormat(pixels, grid, batch_size, fourier, plots))
     require_stack_optics(dataset.particles, batch_size)
+    if fourier and (told := describe_aliases(grid.polar_grid, pixels.box)):
+        log.warning("%s They are written, as CryoLike does; give a descriptor that ends at Nyquist if they are not wanted.", told)
     warn_of_dark_particles(dataset, pixels, "The cross-correlation of CryoLike")
     if plots:
         from ..plots import require_matplotlib

@@ -94,11 +94,16 @@ def require_grid(grid: object) -> None:
 
 def require_within_nyquist(grid: PolarGrid, box: int) -> None:
     """Raise ``ArgumentError`` if a grid goes beyond what images of ``box`` pixels hold."""
-    if grid.radius_max > box / 4 * (1 + 1e-6):
-        raise ArgumentError(
-            f"The grid goes to radius {grid.radius_max:g}, beyond {box / 4:g}, the Nyquist frequency of {box} pixels, where there are only "
-            f"aliases. Take PolarGrid.of_box({box}), or images that are not downsampled so far."
-        )
+    if told := describe_aliases(grid, box):
+        raise ArgumentError(f"{told} Take PolarGrid.of_box({box}), or images that are not downsampled so far.")
+
+
+def describe_aliases(grid: PolarGrid, box: int) -> str:
+    """What to say of a grid that goes beyond what images of ``box`` pixels hold; nothing of others."""
+    if grid.radius_max <= box / 4 * (1 + 1e-6):
+        return ""
+    limit = f"{box / 4:g}, the Nyquist frequency of {box} pixels"
+    return f"The grid goes to radius {grid.radius_max:g}, beyond {limit}, where there are only aliases."
 
 
 @lru_cache(maxsize=8)
