@@ -64,6 +64,17 @@ def test_the_first_elements_of_a_long_permutation_take_no_memory(n: int) -> None
     assert peak < 1 << 20
 
 
+def test_permutations_of_many_keys_take_no_more_memory_than_those_of_a_few() -> None:
+    tracemalloc.start()
+    try:
+        for key in range(100):
+            permute(np.arange(2), 10**8, key)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 << 20
+
+
 def test_keys_that_differ_in_one_bit_give_other_permutations() -> None:
     orders = {tuple(permute(np.arange(50), 50, 1 << bit).tolist()) for bit in range(64)}
     assert len(orders) == 64
@@ -92,6 +103,23 @@ def test_neighbours_do_not_stay_together() -> None:
 def test_epochs_of_one_seed_are_not_alike() -> None:
     first, second = (permute(np.arange(10_000), 10_000, mix(0, epoch)) for epoch in (0, 1))
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.05
+
+
+def test_a_key_is_what_others_get_from_the_same_generator() -> None:
+    assert mix(0) == 0xE220A8397B1DCDAF  # the first number of SplitMix64 from the seed 0, wherever it is published
+
+
+@pytest.mark.parametrize(
+    ("n", "key", "first"),
+    [
+        (10, 1, [2, 8, 3, 6, 5, 4, 9, 7, 0, 1]),
+        (10**8, 3, [32790780, 53809715, 91235125]),
+        (2**40 + 1, 7, [396363391687, 856064080711, 576193408974]),
+    ],
+)
+def test_a_job_that_was_stopped_finds_its_order_again_in_later_versions(n: int, key: int, first: list[int]) -> None:
+    # Worked out number by number with Python's integers. Another order would repeat some particles of the epoch and lose others.
+    assert permute(np.arange(len(first)), n, key).tolist() == first
 
 
 def test_a_key_mixes_all_its_numbers_in_order() -> None:
