@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import own_threads, run_python, write_particles
+from support import own_threads, run_python, wait_until, write_particles
 
 import cryolike_data.lookahead as lookahead
-from cryolike_data import IndexedDataset, arena, export_zarr
+from cryolike_data import IndexedDataset, arena, export_zarr, pages
 from cryolike_data.export import pixels
 from cryolike_data.lookahead import MAX_PATIENCE, LookAhead
 from cryolike_data.pages import is_resident, waits_for_disk
@@ -433,6 +433,23 @@ def test_stacks_that_cannot_be_written_to_are_asked_for() -> None:
         cold(IndexedDataset(table))  # on the disk, which is all that another user may drop
         result = run_python(NOT_TO_BE_WRITTEN, table)
     assert result.stdout.split() == ["True", "False"], result.stderr
+
+
+def test_asking_ahead_works_where_the_kernel_takes_no_list_of_ranges(written: IndexedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_first_stack(written)
+    rows, paths = cold(written)
+    monkeypatch.setattr(pages, "_SYS_PROCESS_MADVISE", 100_000)  # a call that there is not, as before Linux 5.10
+    assert written.ask_ahead(rows)
+    assert all_come(paths)
+
+
+def test_more_images_than_the_kernel_takes_at_a_time_are_all_asked_for(tmp_path: Path) -> None:
+    dataset = IndexedDataset(write_particles(tmp_path, 7000, box=32)[0])
+    rows, (path,) = cold(dataset)
+    apart = rows[dataset.particles.slice[rows] % 3 == 0]  # an image of 4096 bytes lies on two pages, and the third is for nobody
+    assert len(apart) > 1024
+    assert dataset.ask_ahead(apart)
+    wait_until(lambda: bool(residence(path)[np.arange(len(apart)) * 3].all()))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM, errno.EMFILE])
