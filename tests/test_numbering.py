@@ -89,8 +89,21 @@ def test_values_that_look_alike_to_the_keys_are_told_apart(monkeypatch: pytest.M
     check(np.random.default_rng(0).permutation(np.repeat([f"{k:040d}".encode() for k in range(50)], 9)))
 
 
-@pytest.mark.parametrize(("bits", "most"), [(12, 3000), (5, 20_000)])
-def test_python_sees_few_of_many_rows(monkeypatch: pytest.MonkeyPatch, bits: int, most: int) -> None:
+def test_a_word_that_changes_where_hardly_any_row_does_tells_later_values_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "BLOCK_ROWS", 16)
+    varied = [f"{k % 8:08d}".encode() for k in range(16)]
+    first, last = [value + b"a" * 8 for value in varied], [value + b"b" * 8 for value in varied]
+    between = [first[-1]] * 8 + [last[-1]] * 8
+    check(np.array(first + between + last))
+
+
+PATHS = [f"J7/{k:09d}_particles.mrc".encode() for k in range(700)]
+#: What tells these apart are the last bytes of words, which are the first bits of numbers.
+LAST_BYTES = [f"0000000{chr(65 + k // 27)}0000000{chr(65 + k % 27)}".encode() for k in range(700)]
+
+
+@pytest.mark.parametrize(("values", "bits", "most"), [(PATHS, 12, 3000), (PATHS, 5, 20_000), (LAST_BYTES, 12, 20_000)], ids=range(3))
+def test_python_sees_few_of_many_rows(monkeypatch: pytest.MonkeyPatch, values: list[bytes], bits: int, most: int) -> None:
     monkeypatch.setattr(numbering_module, "_PLACE_BITS", bits)  # with 5 there are far too few places at first
     monkeypatch.setattr(rows_module, "BLOCK_ROWS", 1 << 12)
     monkeypatch.setattr(rows_module, "processors", lambda: 1)
@@ -101,7 +114,7 @@ def test_python_sees_few_of_many_rows(monkeypatch: pytest.MonkeyPatch, bits: int
         return by_python(self, rows)
 
     monkeypatch.setattr(numbering_module.Numbering, "_by_python", count)
-    check(np.random.default_rng(0).permutation(np.repeat([f"J7/{k:09d}_particles.mrc".encode() for k in range(700)], 200)))
+    check(np.random.default_rng(0).permutation(np.repeat(values, 200)))
     assert 700 <= sum(seen) <= most
 
 
