@@ -119,7 +119,9 @@ def test_python_sees_few_of_many_rows(monkeypatch: pytest.MonkeyPatch, values: l
 
 
 FIELDS = st.lists(
-    st.sampled_from(["u1", "<u2", "<u4", "<f8", ">f4", "S3", "S24", "(2,)<f4", "(3,)<f4", "(2,2)>u2", "<c16", "U3"]), min_size=1, max_size=7
+    st.sampled_from(["u1", "<u2", "<u4", "<f8", ">f4", "S3", "S24", "(2,)<f4", "(3,)<f4", "(2,2)>u2", "<c16", "U3", "S0", "(0,)<f4"]),
+    min_size=1,
+    max_size=7,
 )
 
 
@@ -134,7 +136,7 @@ def test_columns_are_copied_whatever_lies_between_and_beside_them(formats: list[
         "names": names,
         "formats": dtypes,
         "offsets": offsets.tolist(),
-        "itemsize": int(offsets[-1]) + dtypes[-1].itemsize + gaps[-1],
+        "itemsize": max(1, int(offsets[-1]) + dtypes[-1].itemsize + gaps[-1]),
     }
     rows = np.zeros(n, np.dtype(layout))
     rng = np.random.default_rng(n)

@@ -199,7 +199,6 @@ def _runs(row: np.dtype[Any], names: Collection[str], size: int) -> tuple[np.dty
             runs[-1][2] += bytes_
         else:
             runs.append([start, start_packed, bytes_])
-    runs = [run for run in runs if run[2]]
     both = [([start for start, _, _ in runs], row.itemsize), ([start for _, start, _ in runs], size)]
     shared = {"names": [f"run {k}" for k in range(len(runs))], "formats": [f"V{run[2]}" for run in runs]}
     layouts: list[Any] = [shared | {"offsets": offsets, "itemsize": itemsize} for offsets, itemsize in both]
