@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import own_threads, run_python, wait_until, write_particles
+from support import another_thread_at, own_threads, run_python, wait_until, write_particles
 
 import cryolike_data.lookahead as lookahead
 from cryolike_data import IndexedDataset, arena, export_zarr, pages
@@ -171,18 +171,18 @@ def test_cold_data_after_warm_ones_are_asked_about_each_time_again() -> None:
 
 
 def test_data_that_leave_memory_are_asked_for_soon_after_somebody_had_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits = [0]
+    waits = [3]
     monkeypatch.setattr(lookahead, "waits_for_disk", lambda: waits[0])
     data = Asked(cold=False)
     with LookAhead(data, 1) as look:
+        look._ask(np.arange(2))
+        wait_until(lambda: look._done == 1)
         look._patience = look._skip = MAX_PATIENCE
-        for _ in range(20):
-            look._ask(np.arange(2))
-        assert data.calls == []  # all is in memory
+        assert not any(look._ask(np.arange(2)) for _ in range(20))  # all is in memory
         waits[0] += 1
         for _ in range(lookahead._BETWEEN_LOOKS):
             look._ask(np.arange(2))
-        data.wait_for_calls(1)
+        data.wait_for_calls(2)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="nobody says here what is in memory")
@@ -266,6 +266,14 @@ def test_the_thread_ends_when_its_start_is_broken_off(monkeypatch: pytest.Monkey
         raise AssertionError("nothing is to be done inside")
     look._thread.join(10)
     assert own_threads() == []
+
+
+def test_the_thread_ends_when_it_wakes_before_the_end_goes_on() -> None:
+    look = LookAhead(Asked(), 1)
+    look._thread.join = partial(look._thread.join, 10)  # type: ignore[method-assign]
+    with another_thread_at(1, LookAhead._end, lambda: wait_until(look._wake.empty)), look:
+        pass
+    assert not look._thread.is_alive()
 
 
 def test_the_thread_ends_wherever_ctrl_c_comes_in() -> None:
