@@ -124,6 +124,31 @@ def test_a_slow_disk_does_not_hold_the_reader_up_and_old_requests_are_forgotten(
         data.go_on.set()
 
 
+def test_a_reader_that_waits_for_a_request_is_told_when_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookahead, "_LONGEST_WAIT", 10)
+    monkeypatch.setattr(lookahead, "Empty", ())  # that the time ran out is an error
+
+    class Awaited(Asked):
+        def ask_ahead(self, rows: np.ndarray) -> bool:
+            wait_until(lambda: look._told is not None)
+            return super().ask_ahead(rows)
+
+    with LookAhead(Awaited(), 1) as look:
+        assert len(list(look.pass_on(batches(3)))) == 3
+
+
+def test_a_disk_that_was_slow_for_a_while_is_asked_on() -> None:
+    data = Asked()
+    data.go_on.clear()
+    with LookAhead.over(data, 1) as look:
+        drawn = look.pass_on(batches(12))
+        for _ in range(4):
+            next(drawn)
+        data.go_on.set()
+        for k, _ in drawn:
+            data.wait_for(min(11, k + 1))
+
+
 @pytest.mark.parametrize(("image_bytes", "expected"), [(1, 4), (100, 2), (1000, 1)])
 def test_no_more_than_a_bounded_number_of_bytes_is_asked_for_ahead(
     monkeypatch: pytest.MonkeyPatch, image_bytes: int, expected: int
@@ -136,7 +161,8 @@ def test_no_more_than_a_bounded_number_of_bytes_is_asked_for_ahead(
             assert max(rows[0] // 2 for rows in data.calls) <= k + expected
 
 
-def test_data_in_memory_are_asked_about_less_and_less_often() -> None:
+def test_data_in_memory_are_asked_about_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookahead, "MAX_PATIENCE", 20)
     data = Asked(cold=False)
     at: list[int] = []
     with LookAhead.over(data, 1) as look:
@@ -147,7 +173,7 @@ def test_data_in_memory_are_asked_about_less_and_less_often() -> None:
             at = [call[0] // 2 for call in data.calls]
             assert k >= 0
     gaps = np.diff(at)
-    assert gaps.max() <= MAX_PATIENCE + 1
+    assert gaps.max() <= 21
     assert len(at) < 40
 
 
