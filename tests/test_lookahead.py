@@ -228,6 +228,24 @@ def test_a_touch_of_a_page_on_the_disk_counts_as_a_wait(tmp_path: Path) -> None:
     assert after > before
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="nobody says here what is in memory")
+def test_a_stretch_is_in_memory_if_all_its_pages_are(tmp_path: Path) -> None:
+    path, place = tmp_path / "pages", 1 << 19
+    path.write_bytes(bytes(2 * place))
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        os.pread(file.fileno(), 1, place)  # one page alone
+        pixels = np.frombuffer(mapped, np.uint8)
+        address = pixels.ctypes.data + place
+        del pixels
+        resident = [is_resident(address + first, 2) for first in (-mmap.PAGESIZE - 1, -1, 0, mmap.PAGESIZE - 1)]
+    if resident[0]:
+        pytest.skip("this file system keeps its pages in memory")
+    assert resident == [False, False, True, False]
+
+
 def test_nothing_runs_where_nothing_can_be_asked() -> None:
     sampler = ParticleSampler(range(10), 2)
     drawn = iter(sampler)
