@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import pickle
@@ -8,6 +9,7 @@ import stat
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -411,3 +413,14 @@ def test_a_table_that_was_written_again_has_changed(tmp_path: Path) -> None:
     os.utime(write_table(path, uid=uids(20, seed=1)), ns=(0, 0))
     with pytest.raises(TableError, match="has changed since"):
         table["uid"]
+
+
+def test_a_file_system_that_gives_less_than_is_asked_for_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(io.FileIO):
+        def readinto(self, buffer: Any, /) -> int:
+            return super().readinto(memoryview(buffer)[:1000])
+
+    path = write_table(tmp_path / "a.cs", uid=np.arange(3000, dtype="u8"), blob__idx=np.arange(3000, dtype="u4"))
+    table = read_table(path)
+    monkeypatch.setattr(Path, "open", lambda path, *_, **__: Slow(path))
+    np.testing.assert_array_equal(table["uid"], np.arange(3000))

@@ -108,8 +108,11 @@ class RowsOnDisk:
             file.seek(self.start + start * size)
             for first in range(start, stop, rows):
                 block = buffer[: stop - first]
-                if file.readinto(block.view(np.uint8).data) != block.nbytes:
-                    raise TableError(f"{self.path} has become shorter since it was opened; open the data set again.")
+                left = block.view(np.uint8).data
+                while len(left):
+                    if not (got := file.readinto(left)):
+                        raise TableError(f"{self.path} has become shorter since it was opened; open the data set again.")
+                    left = left[got:]  # a network file system may give less at a time
                 yield block
 
     def load(self, fields: Collection[str], rows: np.ndarray | None) -> dict[str, np.ndarray]:
