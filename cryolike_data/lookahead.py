@@ -61,9 +61,11 @@ class LookAhead:
     def pass_on(self, drawn: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
         """The same items in the same order, each held back until those after it have been asked for."""
         held: deque[tuple[int, tuple[int, np.ndarray]]] = deque()
+        depth = 0
         for item in drawn:
+            depth = depth or self._depth(len(item[1]))  # no later batch is larger than the first
             held.append((self._ask(item[1]), item))
-            if len(held) > self._depth(len(item[1])):  # no batch is larger than those before it
+            if len(held) > depth:
                 request, item = held.popleft()
                 self._wait_for(request)
                 yield item
