@@ -213,37 +213,21 @@ def test_data_that_leave_memory_are_asked_for_soon_after_somebody_had_to_wait(mo
 
 @pytest.mark.skipif(sys.platform != "linux", reason="nobody says here what is in memory")
 def test_a_touch_of_a_page_on_the_disk_counts_as_a_wait(tmp_path: Path) -> None:
-    path, place = tmp_path / "pages", 1 << 19
-    path.write_bytes(bytes(2 * place))
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        pixels = np.frombuffer(mapped, np.uint8)
-        resident, before = is_resident(pixels.ctypes.data + place, 1), waits_for_disk()
-        assert pixels[place] == 0
-        after = waits_for_disk()
-        del pixels
-    if resident:
-        pytest.skip("this file system keeps its pages in memory")
-    assert after > before
+    pixels = mapped_and_forgotten(tmp_path / "pages")
+    before = waits_for_disk()
+    assert pixels[len(pixels) // 2] == 0
+    assert waits_for_disk() > before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="nobody says here what is in memory")
 def test_a_stretch_is_in_memory_if_all_its_pages_are(tmp_path: Path) -> None:
-    path, place = tmp_path / "pages", 1 << 19
-    path.write_bytes(bytes(2 * place))
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    pixels = mapped_and_forgotten(tmp_path / "pages")
+    place = len(pixels) // 2
+    with (tmp_path / "pages").open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         os.pread(file.fileno(), 1, place)  # one page alone
-        pixels = np.frombuffer(mapped, np.uint8)
-        address = pixels.ctypes.data + place
-        del pixels
-        resident = [is_resident(address + first, 2) for first in (-mmap.PAGESIZE - 1, -1, 0, mmap.PAGESIZE - 1)]
-    if resident[0]:
-        pytest.skip("this file system keeps its pages in memory")
-    assert resident == [False, False, True, False]
+    around = (-mmap.PAGESIZE - 1, -1, 0, mmap.PAGESIZE - 1)
+    assert [is_resident(pixels.ctypes.data + place + first, 2) for first in around] == [False, False, True, False]
 
 
 def test_nothing_runs_where_nothing_can_be_asked() -> None:
@@ -394,12 +378,24 @@ def cold(dataset: IndexedDataset) -> tuple[np.ndarray, list[Path]]:
     """Rows of all stacks but the first, and those stacks, none of whose pixels are in the page cache any more."""
     paths = [Path(path) for path in dataset.particles.paths[1:]]
     for path in paths:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if residence(path).any():
-            pytest.skip(f"the file system of {path.parent} does not let go of cached pages")
+        forget(path)
     return np.flatnonzero(dataset.particles.file), paths
+
+
+def forget(path: Path) -> None:
+    """Let the page cache go of a file, or skip the test where it does not."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if residence(path).any():
+        pytest.skip(f"the file system of {path.parent} does not let go of cached pages")
+
+
+def mapped_and_forgotten(path: Path) -> np.ndarray:
+    """A megabyte of zeros in a file that is mapped, none of it in the page cache."""
+    path.write_bytes(bytes(1 << 20))
+    forget(path)
+    return np.memmap(path, np.uint8, "r")
 
 
 def read_first_stack(dataset: IndexedDataset) -> None:
