@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import hashlib
 import itertools
+import mmap
 import os
 import resource
 import shutil
@@ -291,6 +292,29 @@ def mapped_files(folder: Path) -> list[str]:
     """Files below a folder that this process has mapped into memory (Linux)."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     return [line.split(maxsplit=5)[5] for line in lines if str(folder) in line]
+
+
+def residence(path: Path) -> np.ndarray:
+    """Which pages of a file are in the page cache."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+        pages = -(-len(mapped) // mmap.PAGESIZE)
+        state = (ctypes.c_ubyte * pages)()
+        buffer = (ctypes.c_ubyte * len(mapped)).from_buffer(mapped)
+        address = ctypes.addressof(buffer)
+        del buffer
+        library = ctypes.CDLL(None)
+        library.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+        assert library.mincore(address, len(mapped), state) == 0
+        return np.array(state, np.uint8) & 1 > 0
+
+
+def forget(path: Path) -> None:
+    """Let the page cache go of a file, or skip the test where it does not."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if residence(path).any():
+        pytest.skip(f"the file system of {path.parent} does not let go of cached pages")
 
 
 def anonymous_bytes() -> int:

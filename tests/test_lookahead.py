@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import itertools
 import mmap
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import another_thread_at, own_threads, run_python, wait_until, write_particles
+from support import another_thread_at, forget, own_threads, residence, run_python, wait_until, write_particles
 
 import cryolike_data.lookahead as lookahead
 from cryolike_data import IndexedDataset, arena, export_zarr, pages
@@ -355,20 +354,6 @@ def test_an_iteration_closed_by_the_garbage_collector_in_the_asking_thread_ends_
     assert errors == []
 
 
-def residence(path: Path) -> np.ndarray:
-    """Which pages of a file are in the page cache."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
-        pages = -(-len(mapped) // mmap.PAGESIZE)
-        state = (ctypes.c_ubyte * pages)()
-        buffer = (ctypes.c_ubyte * len(mapped)).from_buffer(mapped)
-        address = ctypes.addressof(buffer)
-        del buffer
-        library = ctypes.CDLL(None)
-        library.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-        assert library.mincore(address, len(mapped), state) == 0
-        return np.array(state, np.uint8) & 1 > 0
-
-
 @pytest.fixture
 def written(tmp_path: Path) -> IndexedDataset:
     return IndexedDataset(write_particles(tmp_path, 64, box=64, stacks=3)[0])
@@ -380,15 +365,6 @@ def cold(dataset: IndexedDataset) -> tuple[np.ndarray, list[Path]]:
     for path in paths:
         forget(path)
     return np.flatnonzero(dataset.particles.file), paths
-
-
-def forget(path: Path) -> None:
-    """Let the page cache go of a file, or skip the test where it does not."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if residence(path).any():
-        pytest.skip(f"the file system of {path.parent} does not let go of cached pages")
 
 
 def mapped_and_forgotten(path: Path) -> np.ndarray:
