@@ -24,8 +24,9 @@ demo: $(STAMP)
 	@echo "  for_cryosparc/   the same as MRC stacks, with particles.cs and particles.star"
 	@echo "  cryolike/        one exposure group of job J4 as CryoLike stacks, with pictures in plots/"
 
+# Two at a time: most tests leave a core idle. Those of one file stay together, as they share what it sets up.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
