@@ -376,6 +376,16 @@ def test_blob_columns_of_an_earlier_job_prove_nothing_and_are_not_used(tmp_path:
     assert "names other stacks" in caplog.text
 
 
+def test_blob_columns_that_name_no_stack_give_pixel_size_and_sign(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, images = write_job(tmp_path, 4, COUNTS, blob__psize_A=np.full(N, 2.25, "f4"), blob__sign=np.full(N, -1, "f4"))
+    with caplog.at_level(logging.WARNING, "cryolike_data"):
+        ds = JobDirectoryDataset(tmp_path, 4)
+    same_images(ds, images)
+    assert ds.pixel_size == 2.25
+    assert (ds.particles.sign == -1).all()
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("pairing", ["sequence", "uid"])
 def test_blob_columns_of_another_restack_job_are_no_record_of_this_one(tmp_path: Path, pairing: Any) -> None:
     # J4 restacked what J2 had restacked; its passthrough still says where the images lay in J2, under the same file names.

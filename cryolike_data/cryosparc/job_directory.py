@@ -113,7 +113,7 @@ def _pair_in_sequence(table: Table, stacks: JobStacks, record: Table | None, mod
     image = np.arange(n_images) - np.repeat(np.cumsum(counts) - counts, counts)
     if record is not None:
         table = _check_sequence(table, record, stacks, file, image)
-    elif "blob" in table.slots:
+    elif "blob/path" in table:
         # A passthrough may carry the blob of an earlier job, whose pixel size and box are not those of these stacks.
         log.warning("blob/* of %s names other stacks than those in %s and is not used.", table.path, stacks.folder)
         table = without_blob(table)
