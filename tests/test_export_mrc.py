@@ -561,10 +561,18 @@ def test_a_star_file_of_dark_particles_is_warned_of(tmp_path: Path, caplog: pyte
         export_mrc(IndexedDataset(cs), tmp_path / "c", contrast="positive")  # which is another export
 
 
-@pytest.mark.parametrize("sign", [None, np.zeros(N, "f4")], ids=["no sign", "zeros"])
-def test_nothing_is_turned_where_the_contrast_is_not_known(tmp_path: Path, sign: np.ndarray | None) -> None:
+@pytest.mark.parametrize(
+    ("sign", "told"),
+    [
+        (None, "no such column"),
+        (np.zeros(N, "f4"), f"it is 0 in row 0, one of {N} such rows. Leave them out"),
+        (np.array([1, -1, np.nan] + [1] * (N - 3), "f4"), "it is nan in row 2, one of 1 such rows. Leave them out"),
+    ],
+    ids=["no sign", "zeros", "one is NaN"],
+)
+def test_nothing_is_turned_where_the_contrast_is_not_known(tmp_path: Path, sign: np.ndarray | None, told: str) -> None:
     cs, _ = write_particles(tmp_path, N, box=BOX, **({} if sign is None else {"blob__sign": sign}))
-    with pytest.raises(TableError, match="needs blob/sign"):
+    with pytest.raises(TableError, match=f"needs blob/sign, .*{told}"):
         export_mrc(IndexedDataset(cs), tmp_path / "out", contrast="positive")
     with pytest.raises(ArgumentError, match="contrast is one of"):
         export_mrc(IndexedDataset(cs), tmp_path / "out", contrast="white")  # type: ignore[arg-type]

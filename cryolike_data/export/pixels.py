@@ -218,5 +218,9 @@ def _are_to_turn(dataset: ParticleDataset, contrast: Contrast) -> bool:
         return False
     sign = dataset.particles.sign
     if sign is None or not np.isin(once(sign), (-1, 1)).all():
-        raise TableError("contrast='positive' needs blob/sign, which is 1 or -1 for each particle; the table has no such column.")
+        other = "the table has no such column."
+        if sign is not None:
+            wrong = np.flatnonzero(~np.isin(sign, (-1, 1)))
+            other = f"it is {sign[wrong[0]]:g} in row {wrong[0]}, one of {len(wrong)} such rows. Leave them out with select=."
+        raise TableError(f"contrast='positive' needs blob/sign, which is 1 or -1 for each particle; {other}")
     return bool((once(sign) < 0).any())
