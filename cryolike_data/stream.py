@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
@@ -118,7 +117,7 @@ class ParticleStream:
         self._drawing: int | None = None  # the thread that is asking for the next batch, or ending the iteration
         # Kept from epoch to epoch, because fresh memory costs as much as the reading of a batch into it.
         self._ring: BufferRing | None = None
-        self._copying: Copying = deque()
+        self._copying = Copying()
 
     def __repr__(self) -> str:
         place = "" if self.device is None else f" to {self.device}"
@@ -141,11 +140,12 @@ class ParticleStream:
         self.sampler.set_epoch(state["epoch"])
         begun = self.sampler.next_state()
         left = len(sampler)
+        copying = self._copying = Copying()  # its own: one that is ending may still wait for its copies when the next begins
         ring = self._ring = self._ring or self._new_ring()
         reader: Reader | UnitReader
         if self.device is not None and self._cuda:
             reader = UnitReader(self.dataset, sampler, self.prefetch, ring)
-            batches = on_device(reader, self.device, self.collate, self._copying)
+            batches = on_device(reader, self.device, self.collate, copying)
         else:
             reader = Reader(self.dataset, sampler, self.prefetch, ring)
             as_read = self.device is None and self.collate is None
@@ -173,9 +173,9 @@ class ParticleStream:
             self._drawing = threading.get_ident()
             try:
                 reader.close()
-                for copied, _ in self._copying:
+                for copied, _ in copying:
                     copied.synchronize()  # a buffer that is still being copied from must not be filled again
-                self._copying.clear()
+                copying.clear()
                 if self._reader is reader:
                     ring.rest()
             finally:
@@ -202,7 +202,7 @@ class ParticleStream:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has a reader and buffers of its own: with these it would end the iteration of the stream that it was made of.
-        return self.__dict__ | {"_reader": None, "_drawing": None, "_ring": None, "_copying": deque(), "_state": copy.copy(self._state)}
+        return self.__dict__ | {"_reader": None, "_drawing": None, "_ring": None, "_copying": Copying(), "_state": copy.copy(self._state)}
 
     def __enter__(self) -> Self:
         return self

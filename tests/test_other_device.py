@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from other_device import CAN_STAND_IN, OTHER, Queue, other_device
+from other_device import CAN_STAND_IN, OTHER, Event, Queue, other_device
 from support import another_thread_at, at_line, close_in_its_loop, own_threads, wait_until
 from torch import Tensor
 
@@ -359,6 +359,31 @@ def test_a_stream_that_is_left_early_waits_for_its_copies(particles: IndexedData
         assert loader.state_dict()["position"] == 5
         expected = next(iter(stream(particles, batch_size=5, **options)))
         assert torch.equal(batch.images.cpu(), expected.images)
+
+
+def test_an_iteration_that_begins_while_another_waits_for_its_copies_keeps_its_own(
+    particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As in another thread, or where an iteration that was abandoned is collected while the next one is under way.
+    begun: list[Iterator[ParticleBatch]] = []
+    synchronize = Event.synchronize
+
+    def begin_another(event: Event) -> None:
+        synchronize(event)
+        if not begun:
+            begun.append(iter(loader))
+            next(begun[0])
+
+    with queues():
+        loader = stream(particles, batch_size=20, device=OTHER)
+        first = iter(loader)
+        next(first)
+        monkeypatch.setattr(Event, "synchronize", begin_another)
+        first.close()
+        (second,) = begun
+        assert len(loader._copying) > 0
+        for k, batch in enumerate(second, 1):
+            assert torch.equal(batch.images.cpu(), particles.read(range(20 * k, 20 * k + len(batch))))
 
 
 @pytest.mark.parametrize("unit_bytes", [32 << 20, 0], ids=["second unit of several batches", "one of many units"])
