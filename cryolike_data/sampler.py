@@ -206,6 +206,6 @@ def _block_order(positions: np.ndarray, n: int, key: int) -> np.ndarray:
         length = min(BLOCK_ROWS * WINDOW_BLOCKS, n - first)
         rows[inside] = first + permute(rows[inside] - first, length, mix(key, number, 1))
     blocked = rows < whole
-    block = permute(rows[blocked] // BLOCK_ROWS, n_blocks, mix(key, 2)) if n_blocks else rows[blocked]
+    block = permute(rows[blocked] // BLOCK_ROWS, n_blocks, mix(key, 2))
     rows[blocked] = block * BLOCK_ROWS + rows[blocked] % BLOCK_ROWS
     return rows

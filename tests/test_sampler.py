@@ -169,6 +169,24 @@ def test_the_epoch_moves_on_after_the_last_batch() -> None:
     assert sampler.state_dict() == {"seed": 0, "epoch": 1, "position": 0}
 
 
+def test_ranks_that_get_no_batch_move_on_with_the_others() -> None:
+    samplers = ranks(1, 4, 3)
+    assert [list(sampler) for sampler in samplers for _ in range(2)] == [[], [], [], [], [[0]], [[0]]]
+    assert [sampler.state_dict() for sampler in samplers] == 3 * [{"seed": 0, "epoch": 2, "position": 0}]
+
+
+def test_a_loop_that_fails_before_its_first_batch_is_where_it_was_resumed() -> None:
+    class Fails(ParticleSampler):
+        def rows(self, positions: np.ndarray, epoch: int) -> np.ndarray:
+            raise MemoryError
+
+    sampler = Fails(Rows(30), 7)
+    sampler.load_state_dict({"seed": 0, "epoch": 4, "position": 21})
+    with pytest.raises(MemoryError):
+        list(sampler)
+    assert sampler.state_dict() == {"seed": 0, "epoch": 4, "position": 21}
+
+
 def test_the_epoch_after_one_that_was_resumed_is_whole() -> None:
     sampler = ParticleSampler(Rows(30), 7)
     sampler.load_state_dict({"seed": 0, "epoch": 4, "position": 21})
@@ -275,6 +293,7 @@ def test_rows_that_come_close_together_lie_in_few_blocks() -> None:
     # Blocks of a window come from everywhere, and rows within it in no order.
     assert np.ptp(order[:window]) > 10 * window
     assert (np.diff(order[:window]) == 1).sum() < 10
+    assert len({tuple(part % BLOCK_ROWS) for part in np.split(order, 20)}) == 20  # nor in that of another window
 
 
 def test_the_first_batch_of_a_hundred_million_particles_takes_little_memory() -> None:
@@ -433,17 +452,19 @@ DISTRIBUTED = """
     try:
         sampler = ParticleSampler(range(20), 3, seed=1)
         print(sampler.rank, sampler.world_size, list(sampler))
+        print(list(ParticleSampler(range(20), 3, seed=1, rank=2, world_size=3)))
     finally:
         dist.destroy_process_group()
 """
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
-def test_the_ranks_are_those_of_torch_distributed(tmp_path: Path) -> None:
+def test_the_ranks_are_those_of_torch_distributed_unless_others_are_passed(tmp_path: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(2) as pool:
         runs = list(pool.map(lambda rank: run_python(DISTRIBUTED, rank, tmp_path / "store"), range(2)))
     assert [run.returncode for run in runs] == [0, 0], runs[0].stderr + runs[1].stderr
-    expected = [f"{s.rank} {s.world_size} {list(s)}" for s in ranks(20, 3, 2, seed=1)]
+    given = list(ranks(20, 3, 3, seed=1)[2])
+    expected = [f"{s.rank} {s.world_size} {list(s)}\n{given}" for s in ranks(20, 3, 2, seed=1)]
     assert [run.stdout.strip() for run in runs] == expected
