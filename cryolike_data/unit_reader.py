@@ -92,13 +92,12 @@ class UnitReader:
             try:
                 with self._drawing:
                     steps = list(islice(self._steps, self._together))
+                self._drawn = len(steps) < self._together
+                if steps:
+                    self._to_copy.put(self._prepared(steps))
+                    self._under_way += 1
             except Exception as error:  # for the consumer, after the batches before it
                 self._error, self._drawn = error, True
-                return
-            self._drawn = len(steps) < self._together
-            if steps:
-                self._to_copy.put(self._prepared(steps))
-                self._under_way += 1
 
     def take(self, *, wait: bool) -> Unit | None:
         """The next unit; None at the end, and where it is not there yet and nobody is to wait for it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 import time
 import warnings
@@ -41,6 +42,7 @@ from cryolike_data.likelihood import Templates, displacement_grid, integrated_lo
 from cryolike_data.on_device import UNITS_AHEAD, lanes_of
 from cryolike_data.polar_batch import polar_ctf
 from cryolike_data.precision import full_precision
+from cryolike_data.ring import BufferRing
 from cryolike_data.stream import ParticleStream
 from cryolike_data.transforms import normalize_polar, to_polar, to_polar_exact
 from cryolike_data.unit_reader import UnitReader
@@ -337,6 +339,28 @@ def test_a_buffer_is_not_filled_again_before_its_copy_is_done(particles: Indexed
             assert torch.equal(batch.images.cpu(), particles.read(range(5 * k, 5 * k + len(batch))))
 
 
+def test_a_unit_is_copied_and_transformed_before_the_consumer_asks_for_it(
+    particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformed: list[Tensor] = []
+    process = Collate.process_images
+
+    def process_images(collate: Collate, images: Tensor) -> Tensor:
+        transformed.append(process(collate, images))
+        return transformed[-1]
+
+    monkeypatch.setattr(Collate, "process_images", process_images)
+    monkeypatch.setattr("cryolike_data.unit_reader._UNIT_BYTES", 0)
+    with queues():
+        loader = stream(particles, batch_size=5, device=OTHER, normalize="std")
+        batches = iter(loader)
+        next(batches)
+        wait_until(lambda: loader._reader._copied.qsize() >= 2)
+        next(batches)
+        assert len(transformed) == 2 + UNITS_AHEAD
+        batches.close()
+
+
 def test_images_that_were_copied_are_let_go_of_in_the_loop(
     particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -448,6 +472,25 @@ def test_an_error_of_the_sampler_comes_after_the_batches_before_it(particles: In
             seen.append(batch.index.tolist())
             break
     assert seen[-1] == list(range(5))
+    assert own_threads() == []
+
+
+def test_a_lack_of_memory_for_a_buffer_comes_after_the_batches_before_it(
+    particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cryolike_data.unit_reader._UNIT_BYTES", 0)
+    lend, lent = BufferRing.lend, itertools.count()
+
+    def lend_two(ring: BufferRing, images: int) -> Tensor:
+        if next(lent) == 2:
+            raise MemoryError
+        return lend(ring, images)
+
+    monkeypatch.setattr(BufferRing, "lend", lend_two)
+    seen: list[int] = []
+    with queues(), pytest.raises(MemoryError):
+        seen.extend(row for batch in stream(particles, batch_size=5, device=OTHER) for row in batch.index.tolist())
+    assert seen == list(range(10))
     assert own_threads() == []
 
 
