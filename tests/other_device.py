@@ -133,6 +133,7 @@ class _Device(TorchDispatchMode):
             return There(target)
         if there and self.queue is not None and not function.is_view:
             self.queue.run()  # what comes later in a queue sees what came before
+            self.queue.add(lambda: None)  # and counts as done when somebody waits for it
         here_args, here_kwargs = tree_map(lambda leaf: leaf.numbers if isinstance(leaf, There) else leaf, (args, kwargs))
         result = function(*here_args, **here_kwargs)
         target_is_here = name == "aten::copy_" and not isinstance(args[0], There)

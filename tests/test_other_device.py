@@ -323,6 +323,15 @@ def test_streamed_batches_are_those_of_the_cpu_and_stay(
                 torch.testing.assert_close(ours.polar_ctf.cpu(), theirs.polar_ctf)
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=["raw", "transformed", "polar"])
+def test_the_consumer_waits_for_all_that_is_done_to_its_batch(particles: IndexedDataset, queues: Queues, options: dict[str, Any]) -> None:
+    with queues() as sides:
+        batches = iter(stream(particles, batch_size=len(particles), device=OTHER, **options))
+        next(batches)
+        assert not any(queue.waiting for queue in sides)
+        batches.close()
+
+
 def test_batches_too_large_for_a_unit_are_units_by_themselves(
     particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
