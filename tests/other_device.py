@@ -83,7 +83,8 @@ class There(torch.Tensor):
     def __new__(cls, numbers: torch.Tensor) -> There:
         numbers = numbers.resolve_conj().resolve_neg()  # torch asks the tensor itself, which knows of neither
         size, stride, start = numbers.size(), numbers.stride(), numbers.storage_offset()
-        made = torch.Tensor._make_wrapper_subclass(cls, size, strides=stride, storage_offset=start, dtype=numbers.dtype, device=OTHER)
+        with torch.inference_mode(numbers.is_inference()):  # a part of a tensor that was made in that mode is one, too
+            made = torch.Tensor._make_wrapper_subclass(cls, size, strides=stride, storage_offset=start, dtype=numbers.dtype, device=OTHER)
         made.numbers = numbers
         return made
 

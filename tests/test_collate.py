@@ -103,6 +103,12 @@ def test_half_precision_is_for_the_result_and_not_for_the_computation(tmp_path: 
     np.testing.assert_allclose(found.float().numpy().ravel(), images.mean((1, 2)), rtol=1e-2, atol=5)
 
 
+def test_pixels_beyond_half_precision_are_normalised_before_they_are_rounded_to_it() -> None:
+    images = 1e5 + torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = Collate(normalize="std", dtype=torch.float16).process_images(images)
+    assert torch.equal(found, Normalize("std")(images).half())
+
+
 @pytest.mark.parametrize("dtype", ["float16", np.float32, torch.int8, torch.complex64])
 def test_a_dtype_that_no_batch_can_have_is_an_error(ds: IndexedDataset, dtype: Any) -> None:
     with pytest.raises(ArgumentError, match="dtype of a batch is a floating one"):

@@ -21,6 +21,7 @@ def some_columns() -> dict[str, torch.Tensor]:
         "ctf/defocus_u": torch.tensor([1.0, 2.0, 3.0]),
         "ctf/tilt_A": torch.arange(6.0).reshape(3, 2),
         "pose": torch.arange(9, dtype=torch.float64).reshape(3, 3),
+        "index": torch.arange(3),
     }
 
 
@@ -96,6 +97,12 @@ def test_a_pickle_holds_the_values_and_not_what_makes_them() -> None:
     columns = Columns(lambda: some_columns())  # a lambda cannot be pickled
     again = pickle.loads(pickle.dumps(columns))
     assert torch.equal(again.tensors["pose"], some_columns()["pose"])
+
+
+def test_columns_on_another_device_can_be_pickled() -> None:
+    there = pickle.loads(pickle.dumps(Columns(some_columns).to("meta")))
+    assert {column.device.type for column in there.tensors.values()} == {"meta"}
+    assert there.tensors["ctf/tilt_A"].shape == (3, 2)
 
 
 def test_concatenated_columns_follow_each_other() -> None:

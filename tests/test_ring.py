@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import another_thread_at
 from torch import Tensor
 
 from cryolike_data.ring import BufferRing
@@ -186,6 +187,27 @@ def test_buffers_that_came_back_before_a_ring_rests_are_kept_up_to_a_number() ->
     lent.clear()
     source.rest()
     assert len(free(source)) == KEEP
+
+
+@pytest.mark.parametrize("line", range(5))
+def test_a_ring_may_be_closed_by_another_thread_while_it_rests(line: int) -> None:
+    source = ring()
+    lent = [source.lend(4) for _ in range(3 * KEEP)]
+    with another_thread_at(line, BufferRing.rest, source.close):
+        source.rest()
+    lent.clear()
+    assert free(source) == []
+
+
+@pytest.mark.parametrize("line", range(5))
+def test_a_buffer_may_come_back_from_another_thread_while_a_ring_rests(line: int) -> None:
+    source = ring()
+    lent = [source.lend(4) for _ in range(3 * KEEP)]
+    with another_thread_at(line, BufferRing.rest, lambda: lent.__delitem__(0)):
+        source.rest()
+    lent.clear()
+    assert len({source.lend(4).data_ptr() for _ in range(3)}) == 1
+    assert KEEP <= len(free(source)) <= KEEP + 1
 
 
 def test_a_closed_ring_keeps_nothing_that_came_back_before() -> None:
