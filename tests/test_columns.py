@@ -99,10 +99,23 @@ def test_a_pickle_holds_the_values_and_not_what_makes_them() -> None:
     assert torch.equal(again.tensors["pose"], some_columns()["pose"])
 
 
-def test_columns_on_another_device_can_be_pickled() -> None:
-    there = pickle.loads(pickle.dumps(Columns(some_columns).to("meta")))
-    assert {column.device.type for column in there.tensors.values()} == {"meta"}
-    assert there.tensors["ctf/tilt_A"].shape == (3, 2)
+NOT_FOR_NUMPY: dict[str, torch.Tensor] = {
+    "elsewhere": torch.ones(3, device="meta"),
+    "with a gradient": torch.ones(3, requires_grad=True),
+    "bfloat16": torch.ones(3, dtype=torch.bfloat16),
+    "conjugate": torch.full((3,), 1j).conj(),
+    "negative": torch.full((3,), 1j).conj().imag,
+    "sparse": torch.ones(3).to_sparse(),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_FOR_NUMPY)
+def test_columns_that_numpy_cannot_show_can_be_pickled(kind: str) -> None:
+    column = NOT_FOR_NUMPY[kind]
+    again = pickle.loads(pickle.dumps(Columns({"x": column}))).tensors["x"]
+    assert (again.dtype, again.device, again.layout) == (column.dtype, column.device, column.layout)
+    assert again.requires_grad == column.requires_grad
+    assert kind == "elsewhere" or torch.equal(again.to_dense().detach(), column.to_dense().detach())
 
 
 def test_concatenated_columns_follow_each_other() -> None:

@@ -34,7 +34,7 @@ from cryolike_data import (
     PolarGrid,
     stream,
 )
-from cryolike_data.columns import Columns
+from cryolike_data.columns import Columns, concatenate_tensors
 from cryolike_data.ctf import ctf_values, half_plane
 from cryolike_data.demo import DemoProject
 from cryolike_data.errors import StackError
@@ -142,6 +142,14 @@ def test_collation_on_the_cpu_of_a_batch_from_elsewhere_waits_for_its_pixels(
         Collate(normalize="std", device=OTHER)(there)
     assert here.images.device.type == "cpu"
     assert asked == [False, False, True]
+
+
+def test_joining_pixels_of_two_dtypes() -> None:
+    signed, unsigned = torch.tensor([-1, 2], dtype=torch.int16), torch.tensor([65535], dtype=torch.uint16)
+    with other_device():
+        joined = concatenate_tensors([signed.to(OTHER), unsigned.to(OTHER)])
+        assert joined.device == OTHER
+        assert joined.tolist() == [-1, 2, 65535]
 
 
 @pytest.mark.parametrize("n_inplanes", [64, 63])
@@ -595,13 +603,16 @@ def test_a_batch_taken_in_inference_mode_leaves_its_unit_to_autograd(
     assert "read one by one" not in caplog.text
 
 
-def test_no_column_is_moved_that_nobody_asks_for(particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("smaller", [Downsample(box=16), Downsample(factor=2, method="mean")], ids=repr)  # which moves the centre
+def test_no_column_is_moved_that_nobody_asks_for(
+    particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch, smaller: Downsample
+) -> None:
     def moved(*_: Any, **__: Any) -> Any:
         raise AssertionError("columns are moved")
 
     monkeypatch.setattr(Columns, "to", moved)
     with queues():
-        count = sum(len(batch) for batch in stream(particles, batch_size=7, device=OTHER, downsample=Downsample(box=16)))
+        count = sum(len(batch) for batch in stream(particles, batch_size=7, device=OTHER, downsample=smaller))
     assert count == len(particles)
 
 
