@@ -115,6 +115,7 @@ class UnitReader:
             self._units.extend(read.units)
             if read.error is not None:
                 self._error, self._drawn, self._under_way = read.error, True, 0
+                read.error = None  # which holds the frame that holds this
         with suppress(IndexError):  # none is left, or another thread has just closed the reader
             return self._units.popleft()
         if self._error is not None and wait:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
+import os
 import threading
 import time
 import warnings
@@ -18,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from other_device import CAN_STAND_IN, OTHER, Event, Queue, other_device
-from support import another_thread_at, at_line, close_in_its_loop, own_threads, wait_until
+from support import another_thread_at, at_line, close_in_its_loop, mapped_files, own_threads, wait_until, write_particles
 from torch import Tensor
 
 import cryolike_data.ring as ring_module
@@ -482,6 +484,24 @@ def test_what_fails_while_it_is_copied_is_read_batch_by_batch(
         found = [batch.images.cpu() for batch in stream(particles, batch_size=7, device=OTHER)]
     assert all(map(torch.equal, found, [batch.images for batch in expected]))
     assert "read one by one: for a moment" in caplog.text
+
+
+def test_an_error_that_was_dealt_with_keeps_no_stack_mapped(tmp_path: Path, particles: IndexedDataset, queues: Queues) -> None:
+    with queues():
+        list(stream(particles, device=OTHER))  # what torch imports when it is first needed keeps who called it
+    dataset = IndexedDataset(write_particles(tmp_path, 30, stacks=3)[0])
+    dataset.read(np.flatnonzero(dataset.particles.file == 0))
+    os.truncate(dataset.particles.paths[1], 1100)
+    gc.collect()
+    gc.disable()
+    try:
+        with queues(), contextlib.suppress(StackError):
+            list(stream(dataset, batch_size=30, device=OTHER))
+        assert mapped_files(tmp_path) != []
+        del dataset
+        assert mapped_files(tmp_path) == []
+    finally:
+        gc.enable()
 
 
 def test_an_error_of_the_sampler_comes_after_the_batches_before_it(particles: IndexedDataset, queues: Queues) -> None:
