@@ -441,9 +441,22 @@ def test_an_iteration_that_begins_while_another_waits_for_its_copies_keeps_its_o
             assert torch.equal(batch.images.cpu(), particles.read(range(20 * k, 20 * k + len(batch))))
 
 
+def test_a_stream_that_is_left_early_has_its_buffers_back(
+    particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cryolike_data.unit_reader._UNIT_BYTES", 0)
+    with queues():
+        loader = stream(particles, batch_size=5, device=OTHER)
+        for _ in loader:
+            wait_until(lambda: loader._reader._copied.qsize() >= 2)
+            break
+        loader._ring.rest()
+        assert not loader._ring._lent
+
+
 @pytest.mark.parametrize("unit_bytes", [32 << 20, 0], ids=["second unit of several batches", "one of many units"])
 def test_batches_before_one_that_cannot_be_read_reach_the_consumer_and_none_after_it(
-    particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch, unit_bytes: int
+    particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, unit_bytes: int
 ) -> None:
     # As when a stack is cut off.
     monkeypatch.setattr("cryolike_data.unit_reader._UNIT_BYTES", unit_bytes)
@@ -466,6 +479,7 @@ def test_batches_before_one_that_cannot_be_read_reach_the_consumer_and_none_afte
     with queues(), pytest.raises(StackError, match="gone"):
         seen.extend(row for batch in stream(particles, batch_size=5, device=OTHER) for row in batch.index.tolist())
     assert seen == list(range(30))
+    assert caplog.text.count("read one by one") == caplog.text.count("read one by one: gone") == (unit_bytes > 0)
     assert own_threads() == []
 
 
@@ -641,9 +655,11 @@ def test_closing_from_another_thread_ends_who_waits(
     particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch, delay: float
 ) -> None:
     reading = threading.Event()
+    copied: list[int] = []
 
     def slowly(dataset: IndexedDataset, rows: np.ndarray, out: Tensor) -> Callable[[], object]:
         def copy() -> None:
+            copied.append(len(rows))
             reading.set()
             wait_until(lambda: reader is None or reader.closed)
 
@@ -663,6 +679,7 @@ def test_closing_from_another_thread_ends_who_waits(
         closing.start()
         assert list(loader) == []
         closing.join()
+    assert len(copied) == 1  # and what was to be read after it is not waited for
     assert own_threads() == []
 
 
