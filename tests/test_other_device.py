@@ -518,6 +518,24 @@ def test_an_error_that_was_dealt_with_keeps_no_stack_mapped(tmp_path: Path, part
         gc.enable()
 
 
+def test_what_ends_the_reading_reaches_the_consumer_whatever_it_is(
+    particles: IndexedDataset, queues: Queues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ends(BaseException):
+        pass
+
+    def reading(dataset: IndexedDataset, rows: np.ndarray, out: Tensor) -> Callable[[], object]:
+        def end() -> None:
+            raise Ends
+
+        return end
+
+    monkeypatch.setattr(IndexedDataset, "reading", reading)
+    with queues(), pytest.raises(Ends):
+        list(stream(particles, batch_size=5, device=OTHER))
+    assert own_threads() == []
+
+
 def test_an_error_of_the_sampler_comes_after_the_batches_before_it(particles: IndexedDataset, queues: Queues) -> None:
     class Fails(ParticleSampler):
         def steps(self) -> Any:
