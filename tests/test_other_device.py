@@ -150,7 +150,7 @@ def test_joining_pixels_of_two_dtypes() -> None:
     signed, unsigned = torch.tensor([-1, 2], dtype=torch.int16), torch.tensor([65535], dtype=torch.uint16)
     with other_device():
         joined = concatenate_tensors([signed.to(OTHER), unsigned.to(OTHER)])
-        assert joined.device == OTHER
+        assert (joined.device, joined.dtype) == (OTHER, torch.int32)
         assert joined.tolist() == [-1, 2, 65535]
 
 
