@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .errors import StackError
 from .file_size import CHECK_EVERY, file_size
+from .memory import alive
 from .mrc import open_to_map, require_size
 from .pages import PAGE, blocks_read, is_resident, libc, page_runs, tells_what_is_resident, will_need
 
@@ -220,11 +221,7 @@ class Arena:
 
 def _maps_in_use() -> int:
     """Maps of all arenas of the process, with the gaps between them."""
-    while True:
-        try:
-            return sum(arena._maps for arena in _ARENAS)
-        except RuntimeError:  # another thread has made an arena meanwhile; a lock might stay locked in a fork
-            continue
+    return sum(arena._maps for arena in alive(_ARENAS))
 
 
 def can_map(n_files: int, starts: np.ndarray, dtype: np.dtype[Any]) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 from .compiled import not_compiled
 from .ctf import Ctf
 from .errors import CryolikeDataError
+from .memory import alive
 from .repeated import take
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ _WAITING: weakref.WeakSet[Later] = weakref.WeakSet()
 
 def _read_all() -> None:
     """Read what is still to be read before a fork: every worker process would otherwise read it again and keep it for itself."""
-    for later in list(_WAITING):
+    for later in alive(_WAITING):
         try:
             later["uid"]
         except CryolikeDataError as error:  # whoever asks for them is told so again

@@ -6,11 +6,14 @@ import math
 import mmap
 import threading
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor
+
+ObjectT = TypeVar("ObjectT")
 
 #: Bytes of an array that is worth pages of its own.
 _OWN_PAGES = 1 << 16
@@ -76,3 +79,12 @@ def keep_freed_memory() -> None:
     each time: finding their pages again then takes as long as the work on them.
     """
     np.empty(_LEARNED_BYTES, np.uint8)  # freed at once; it was never written, so that it costs nothing
+
+
+def alive(objects: WeakSet[ObjectT]) -> list[ObjectT]:
+    """Those that are still there, while other threads may add some; a lock might stay locked in a fork."""
+    while True:
+        try:
+            return list(objects)
+        except RuntimeError:  # one was added in between
+            continue

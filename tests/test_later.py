@@ -173,6 +173,26 @@ def test_forked_processes_share_the_columns_of_the_one_they_come_from(cs: Path) 
     assert (run.returncode, run.stderr) == (0, "")
 
 
+FORKED_MEANWHILE = """
+    import os, sys
+    from weakref import WeakSet
+    from support import another_thread_at
+    from cryolike_data import IndexedDataset
+    ds, selected = IndexedDataset(sys.argv[1]), []
+    with another_thread_at(2, WeakSet.__iter__, lambda: selected.append(ds.particles[[1, 2]])):
+        child = os.fork()
+    os.remove(sys.argv[1]) if child == 0 else os.waitpid(child, 0)
+    assert len(ds.particles.uid) == 30
+    assert len(selected) == 1
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_selection_that_another_thread_makes_meanwhile_does_not_keep_columns_from_a_forked_process(cs: Path) -> None:
+    run = run_python(FORKED_MEANWHILE, cs)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_fork_goes_on_where_a_table_cannot_be_loaded(cs: Path) -> None:
     script = FORKED.replace("Table.load = only_here", "os.remove(sys.argv[1])").replace("0 if len(ds.particles.uid) == 30 else 1", "0")
