@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
 import torch
-from support import mapped_files, numbered_images, open_files, read_images, run_python, write_stack
+from support import another_thread_at, mapped_files, numbered_images, open_files, read_images, run_python, write_stack
 
 import cryolike_data.arena as arena_module
 import cryolike_data.file_size as file_size_module
 import cryolike_data.stacks as stacks_module
-from cryolike_data.arena import Arena, NoMoreMapsError
+from cryolike_data.arena import Arena
 from cryolike_data.errors import StackError
 from cryolike_data.pages import page_runs
 from cryolike_data.stacks import Stacks, open_stacks
@@ -98,8 +99,9 @@ def test_headers_of_different_lengths_share_an_arena(tmp_path: Path) -> None:
     check(open_stacks(paths), images, through_arena=True)
 
 
-def test_images_as_large_as_whole_pages_are_read(tmp_path: Path) -> None:
-    paths, images = written(tmp_path, [2, 3], 128)
+@pytest.mark.parametrize(("box", "extended"), [(128, 0), (32, 3072), (96, 35 << 10)], ids=["pages", "to the end", "from the same on"])
+def test_images_as_large_as_whole_pages_are_read(tmp_path: Path, box: int, extended: int) -> None:
+    paths, images = written(tmp_path, [2, 3], box, extended=extended)
     check(open_stacks(paths), images, through_arena=True)
 
 
@@ -155,6 +157,24 @@ def test_numbers_of_32_bits_reach_the_end_of_a_large_stack(tmp_path: Path) -> No
     np.testing.assert_array_equal(out, last)
 
 
+def test_an_image_beyond_eight_gigabytes_is_seen_where_it_lies(tmp_path: Path) -> None:
+    box, n = 256, 40_000
+    path = write_stack(tmp_path / "large.mrc", np.zeros((1, box, box), "f4"), nz=n)
+    last = numbered_images(1, box)
+    with path.open("r+b") as file:
+        file.seek(1024 + (n - 1) * box * box * 4)
+        file.write(last.tobytes())
+    view = open_stacks([path]).locate(np.zeros(1, np.int32), np.full(1, n - 1, np.int32)).view(np.zeros(1, np.int64))
+    assert view is not None
+    np.testing.assert_array_equal(view.numpy(), last)
+
+
+def test_all_rows_of_a_large_table_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena_module, "_LOCATED", 3)
+    paths, images = written(tmp_path, [4, 1, 5])
+    check(open_stacks(paths), images, through_arena=True)
+
+
 def test_files_are_mapped_when_they_are_first_read(tmp_path: Path) -> None:
     paths, _ = written(tmp_path, [2, 2, 2])
     stacks = open_stacks(paths)
@@ -195,6 +215,20 @@ def test_an_arena_takes_no_more_maps_than_it_is_reckoned_to(tmp_path: Path, monk
     assert len(Path("/proc/self/maps").read_text().splitlines()) - before <= 60 + 5
 
 
+def test_files_with_other_images_take_no_maps_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_use = sum(arena._maps for arena in arena_module._ARENAS)
+    monkeypatch.setattr(arena_module, "_max_maps", lambda: arena_module._SPARE_MAPS + in_use + 31)
+    paths, images = written(tmp_path, [1] * 60)
+    for k in range(1, 60, 2):
+        write_stack(paths[k], numbered_images(1, 4))
+    stacks, file = open_stacks(paths), np.arange(0, 60, 2)
+    read(stacks, file[:1], np.zeros(1, int))
+    before = len(Path("/proc/self/maps").read_text().splitlines())
+    np.testing.assert_array_equal(read(stacks, file, np.zeros(30, int)), np.concatenate(images[::2]))
+    assert isinstance(stacks._arena, Arena)
+    assert len(Path("/proc/self/maps").read_text().splitlines()) - before <= 30 + 5
+
+
 @pytest.mark.parametrize(("counts", "box", "multiple"), [([1, 2, 3], 8, 4096), ([2, 1, 5, 2], 128, 64 << 10), ([1, 33, 2], 128, 2 << 20)])
 def test_files_lie_at_round_addresses_side_by_side(tmp_path: Path, counts: list[int], box: int, multiple: int) -> None:
     paths, images = written(tmp_path, counts, box)
@@ -220,22 +254,35 @@ def test_running_out_of_maps_falls_back_to_the_pool(tmp_path: Path, monkeypatch:
     stacks = open_stacks(paths)
     read(stacks, np.array([0]), np.array([0]))
 
-    def refuse(self: Arena, number: int) -> None:
-        raise NoMoreMapsError(os.strerror(errno.ENOMEM))
-
-    monkeypatch.setattr(Arena, "_map", refuse)
+    refusing = SimpleNamespace(mmap=lambda *_: arena_module._FAILED, munmap=arena_module.libc().munmap)
+    monkeypatch.setattr(arena_module, "libc", lambda: refusing)
     check(stacks, images, through_arena=False)
     assert str(paths[1]) in mapped_files(tmp_path)
 
 
-def test_a_range_of_addresses_that_cannot_be_reserved_falls_back_to_the_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Under a limit on address space (ulimit -v, as some batch systems set).
-    def refuse(length: int) -> int:
-        raise arena_module.NoMoreMapsError(f"No range of {length} bytes of addresses can be reserved: {os.strerror(errno.ENOMEM)}.")
+LIMITED = """
+    import os, resource, sys, numpy as np
+    from pathlib import Path
+    from support import numbered_images, read_images, write_stack
+    from cryolike_data.stacks import open_stacks
+    n, images = 200, numbered_images(200, 8)
+    paths = [write_stack(Path(sys.argv[1]) / f"{k}.mrc", images[k : k + 1], nz=30_000) for k in range(n)]
+    for path in paths:
+        os.truncate(path, 8 << 20)
+    stacks = open_stacks(paths)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (400 << 20), -1))
+    out = np.empty((n, 8, 8), "f4")
+    read_images(stacks, np.arange(n), np.zeros(n, int), out)
+    assert np.array_equal(out, images)
+    assert stacks._arena is False
+"""
 
-    monkeypatch.setattr(arena_module, "_reserve", refuse)
-    paths, images = written(tmp_path, [2, 2])
-    check(open_stacks(paths), images, through_arena=False)
+
+def test_stacks_are_read_where_their_addresses_cannot_be_reserved(tmp_path: Path) -> None:
+    """As under a limit on address space (``ulimit -v``), which some batch systems set."""
+    run = run_python(LIMITED, tmp_path)
+    assert run.returncode == 0, run.stderr
 
 
 def test_another_thread_that_gives_the_arena_up_does_not_disturb_a_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -575,7 +622,7 @@ def test_rows_in_order_are_seen_without_a_copy(tmp_path: Path, dtype: str) -> No
     np.testing.assert_array_equal(other[0].numpy().view(first.dtype), first[2])
 
 
-@pytest.mark.parametrize("rows", [[1, 0], [0, 2], [3, 4], [2, 2]], ids=["back", "gap", "two files", "twice"])
+@pytest.mark.parametrize("rows", [[1, 0], [0, 2], [3, 4], [2, 2], [0, 2, 1, 3]], ids=["back", "gap", "two files", "twice", "mixed"])
 def test_rows_that_do_not_lie_in_order_are_not_seen(tmp_path: Path, rows: list[int]) -> None:
     paths, _ = written(tmp_path, [4, 5])
     assert open_stacks(paths).locate(np.repeat([0, 1], [4, 5]), np.r_[0:4, 0:5]).view(np.array(rows)) is None
@@ -623,6 +670,14 @@ def test_what_lies_between_files_that_are_mapped_counts_as_maps(tmp_path: Path, 
         np.testing.assert_array_equal(found, np.stack([images[file][0] for file in every_other]))
     # Sixty of the first arena, and those of the files that are read one by one instead.
     assert len(Path("/proc/self/maps").read_text().splitlines()) - before <= 60 + 2 * 30 + 10
+
+
+def test_an_arena_that_another_thread_makes_meanwhile_does_not_disturb_a_read(tmp_path: Path) -> None:
+    paths, images = written(tmp_path, [3, 4])
+    stacks, other = open_stacks(paths), open_stacks(paths)
+    with another_thread_at(2, WeakSet.__iter__, lambda: check(other, images, through_arena=True)):
+        check(stacks, images, through_arena=True)
+    assert other._arena is not None
 
 
 def test_views_outlive_the_arena(tmp_path: Path) -> None:
