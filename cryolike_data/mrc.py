@@ -6,7 +6,6 @@ mz, ispg, the statistics and the cell are often wrong. A stack is always (nz, ny
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 import struct
@@ -169,7 +168,7 @@ def open_to_map(path: str | os.PathLike[str], needed: int) -> int:
         if the file cannot be opened or is shorter
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
         raise StackError(f"{path} cannot be opened any more: {error.strerror}.") from error
     try:
@@ -222,7 +221,7 @@ def _pixel_size(raw: bytes, order: str, nx: int, ny: int) -> float | None:
     """Pixel size from the cell, unless it is a placeholder: zero, exactly 1 A, not square, absurd, or of another grid."""
     mx, my = struct.unpack_from(f"{order}2i", raw, 28)
     cell_x, cell_y = struct.unpack_from(f"{order}2f", raw, 40)
-    if (mx, my) != (nx, ny) or not (math.isfinite(cell_x) and math.isfinite(cell_y)):
+    if (mx, my) != (nx, ny):
         return None
     size_x, size_y = cell_x / nx, cell_y / ny
     plausible = 0.05 < size_x < 100 and abs(size_x - size_y) < 1e-3 * size_x and abs(size_x - 1.0) > 1e-6

@@ -98,6 +98,13 @@ def test_a_stack_of_volumes_reads_as_a_stack_of_their_sections(tmp_path: Path) -
     np.testing.assert_array_equal(by_mrcfile(path), images)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 0x5A42), (1, 1, 0x8B1F), (1, 1 << 17, 1), (300_000, 1, 1)])
+def test_stacks_may_be_large_in_any_direction(tmp_path: Path, shape: tuple[int, int, int]) -> None:
+    # The widths begin as files of bzip2 and gzip do.
+    images = np.resize(numbered_images(1, 512, dtype="i2"), shape)
+    np.testing.assert_array_equal(read(write_stack(tmp_path / "a.mrc", images)), images)
+
+
 # Headers that are wrong in what does not matter
 
 WRONG = {
@@ -195,6 +202,15 @@ def test_the_byte_order_of_a_truncated_stack_is_found_without_a_stamp(tmp_path: 
     path.write_bytes(path.read_bytes()[:-1])
     assert read_header(path).nz == 2
     np.testing.assert_array_equal(read(path), images[:1])
+
+
+@pytest.mark.parametrize(("box", "stamp"), [(8, bytes(4)), (256, None)], ids=["as it makes sense", "as stamped"])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_the_byte_order_of_a_stack_without_a_complete_image_is_found(tmp_path: Path, order: str, box: int, stamp: bytes | None) -> None:
+    path = write_stack(tmp_path / "a.mrc", numbered_images(2, box, dtype="i1"), order=order, stamp=stamp)
+    path.write_bytes(path.read_bytes()[:1030])
+    header = read_header(path)
+    assert (header.nx, header.ny, header.nz, header.n_complete) == (box, box, 2, 0)
 
 
 @pytest.mark.parametrize("extended", [0, 4096])

@@ -178,7 +178,7 @@ def test_a_pool_lets_go_of_its_maps_where_the_system_gives_no_more(tmp_path: Pat
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-@pytest.mark.parametrize("left", [2048, 1024 + 40 * BOX * BOX * 4 - 4], ids=["some images", "all but a pixel"])
+@pytest.mark.parametrize("left", [0, 2048, 1024 + 40 * BOX * BOX * 4 - 4], ids=["nothing", "some images", "all but a pixel"])
 def test_a_stack_that_shrank_while_it_was_mapped_is_an_error_and_not_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str, left: int
 ) -> None:
@@ -209,12 +209,17 @@ def test_a_truncated_stack_is_read_on_after_its_size_was_looked_at_again(
 
 
 @pytest.mark.parametrize("order", ["<", ">"], ids=["arena", "pool"])
-@pytest.mark.parametrize("change", ["dtype", "box", "header"])
+@pytest.mark.parametrize("change", ["size of pixels", "kind of pixels", "box", "sides", "header", "byte order"])
 def test_another_stack_in_the_place_of_one_is_an_error_before_its_pixels_are_misread(tmp_path: Path, order: str, change: str) -> None:
-    path = write_stack(tmp_path / "a.mrc", numbered_images(4, BOX), order=order)
+    path = write_stack(tmp_path / "a.mrc", numbered_images(4, BOX, dtype="i2"), order=order)
     stacks = open_stacks([path])
-    dtype, box = "f2" if change == "dtype" else "f4", 2 * BOX if change == "box" else BOX
-    write_stack(path, numbered_images(16, box, dtype=dtype), order=order, extended=64 if change == "header" else 0)
+    dtype = {"size of pixels": "f4", "kind of pixels": "f2"}.get(change, "i2")
+    images = numbered_images(16, 2 * BOX if change == "box" else BOX, dtype=dtype)
+    if change == "sides":
+        images = images.reshape(16, BOX // 2, 2 * BOX)
+    if change == "byte order":
+        order = {"<": ">", ">": "<"}[order]
+    write_stack(path, images, order=order, extended=64 if change == "header" else 0)
     with pytest.raises(StackError, match=r"a\.mrc has images of .* now, and had images of .* when it was opened"):
         read(stacks, [0], [0])
 
