@@ -342,14 +342,17 @@ def test_a_stack_that_shrank_before_it_was_read_is_an_error(tmp_path: Path) -> N
         check(stacks, images, through_arena=True)
 
 
+@pytest.mark.parametrize("order", ["<", ">"], ids=["arena", "pool"])
 @pytest.mark.parametrize("read_before", [False, True])
-def test_a_stack_that_shrank_is_an_error_each_time_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_before: bool) -> None:
+def test_a_stack_that_shrank_is_an_error_each_time_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_before: bool, order: str
+) -> None:
     now = [100.0]
     monkeypatch.setattr(arena_module.time, "monotonic", lambda: now[0])
-    paths, images = written(tmp_path, [2, 2])
+    paths, images = written(tmp_path, [2, 2], order=order)
     stacks = open_stacks(paths)
     if read_before:
-        check(stacks, images, through_arena=True)
+        check(stacks, images, through_arena=order == "<")
         now[0] += 1.5
     os.truncate(paths[1], 1024 + 8)
     for _ in range(2):

@@ -22,7 +22,7 @@ from cryolike_data import (
 )
 from cryolike_data.cli import main
 from cryolike_data.demo import write_project
-from cryolike_data.errors import CryolikeDataError, ExportError, MissingStackError, StackError
+from cryolike_data.errors import CryolikeDataError, ExportError, MissingStackError, StackError, TableError
 from cryolike_data.export import finish, plan_export, run
 from cryolike_data.likelihood import Templates, stream_likelihood
 from cryolike_data.on_disk import is_file, is_folder
@@ -119,6 +119,12 @@ def test_stacks_that_are_closed_while_they_are_read_are_an_error_of_ours(tmp_pat
     dataset.batch(range(6))
     with with_mode(tmp_path / "J1/extract", 0), pytest.raises(StackError, match=r"mrc cannot be reached any more: Permission denied"):
         dataset.batch(range(6))
+
+
+def test_a_table_that_is_closed_before_its_columns_are_asked_for_is_an_error_of_ours(table: Path) -> None:
+    particles = IndexedDataset(table).particles
+    with with_mode(table, 0), pytest.raises(TableError, match=r"particles\.cs cannot be read any more: Permission denied"):
+        _ = particles.uid
 
 
 def test_stacks_that_are_closed_before_an_export_is_sealed_are_an_error_of_ours(tmp_path: Path) -> None:
