@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from support import numbered_images, read_images, write_stack
 
+import cryolike_data.stacks as stacks_module
 from cryolike_data import arena, map_pool
 from cryolike_data.errors import StackError
 from cryolike_data.map_pool import MapPool
@@ -220,8 +221,9 @@ def test_another_stack_in_the_place_of_one_is_an_error_before_its_pixels_are_mis
     if change == "byte order":
         order = {"<": ">", ">": "<"}[order]
     write_stack(path, images, order=order, extended=64 if change == "header" else 0)
-    with pytest.raises(StackError, match=r"a\.mrc has images of .* now, and had images of .* when it was opened"):
-        read(stacks, [0], [0])
+    for opened in (stacks, pickle.loads(pickle.dumps(stacks))):
+        with pytest.raises(StackError, match=r"a\.mrc has images of .* now, and had images of .* when it was opened"):
+            read(opened, [0], [0])
 
 
 def test_a_stack_with_more_images_in_the_place_of_one_is_read(tmp_path: Path) -> None:
@@ -299,26 +301,28 @@ def test_a_stack_that_vanishes_before_it_is_read_is_an_error_that_names_it(tmp_p
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_a_process_forked_while_a_thread_reads_can_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("through", ["pool", "arena"])
+def test_a_process_forked_while_a_thread_reads_can_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, through: str) -> None:
     # A DataLoader may fork its workers while another thread of the main process is reading from the same data set.
     paths, images = write_stacks(tmp_path, [2])
-    opened = open_stacks(paths)
-    pool = MapPool(opened.paths, opened.headers)
-    original, mapping, may_go_on = map_pool.map_stack, threading.Event(), threading.Event()
+    stacks = open_stacks(paths)
+    pool = MapPool(stacks.paths, stacks.headers) if through == "pool" else stacks
+    module, name = (map_pool, "map_stack") if through == "pool" else (stacks_module, "can_map")
+    original, mapping, may_go_on = getattr(module, name), threading.Event(), threading.Event()
 
-    def paused(path: str, header: map_pool.StackHeader) -> np.ndarray:
+    def paused(*arguments: object) -> object:
         mapping.set()
         may_go_on.wait()
-        return original(path, header)
+        return original(*arguments)
 
-    monkeypatch.setattr(map_pool, "map_stack", paused)
+    monkeypatch.setattr(module, name, paused)
     thread = threading.Thread(target=read, args=(pool, [0], [0]))
     thread.start()
     mapping.wait()
     child = os.fork()
     if child == 0:
-        signal.alarm(2)  # ends a child that waits for a lock which nobody in it will release
-        map_pool.map_stack = original
+        signal.alarm(10)  # ends a child that waits for a lock which nobody in it will release
+        setattr(module, name, original)
         os._exit(0 if np.array_equal(read(pool, [0, 0], [1, 0]), images[0][[1, 0]]) else 1)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     may_go_on.set()
