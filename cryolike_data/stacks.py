@@ -134,11 +134,7 @@ class Stacks:
         counts = np.where(fits, self.counts, 0)
         # Not a method of this object, which would keep the arena mapped until Python looks for cycles.
         check = None if self._check is None else partial(_check_number, self._check, self.paths, self.headers)
-        try:
-            return Arena(self.paths, starts, counts, shape=(header.ny, header.nx), dtype=dtype, check=check)
-        except NoMoreMapsError as error:
-            log.info("%s Files are read one by one.", error)
-            return False
+        return Arena(self.paths, starts, counts, shape=(header.ny, header.nx), dtype=dtype, check=check)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(Stacks, check=self._check, headers_read=self.headers_read), (self.paths, self.headers)
