@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,11 @@ def test_stretches_make_up_the_columns(
     assert all(part.columns().keys() == whole.keys() for part in stretches)
 
 
-def test_no_more_of_a_table_is_read_than_the_stretch(tmp_path: Path, rows_read: list[list[int] | None]) -> None:
-    all_rows = in_order(tmp_path).particles
+@pytest.mark.parametrize("there", [lambda here: here, lambda here: pickle.loads(pickle.dumps(here))], ids=["here", "another process"])
+def test_no_more_of_a_table_is_read_than_the_stretch(
+    tmp_path: Path, rows_read: list[list[int] | None], there: Callable[[Particles], Particles]
+) -> None:
+    all_rows = there(in_order(tmp_path).particles)
     for part in all_rows.stretches(20):
         assert part.uid.tolist() == uids(N)[part.row].tolist()
     assert rows_read == [list(range(20)), list(range(20, 40)), list(range(40, 50))]
