@@ -16,7 +16,8 @@ from .errors import StackError
 from .file_size import CHECK_EVERY, file_size
 from .mrc import Check, StackHeader, map_stack, require_size
 
-#: Maps kept open at once. Each costs a file descriptor, of which 1024 is a common limit for a process; where that is reached, fewer are.
+#: Maps kept open at once, at most. Each costs a file descriptor, and a pool takes no more than a quarter of those that a process may have:
+#: 1024 is a common limit on Linux, 256 that of macOS. Where others have used them up, fewer maps are open.
 _MAX_OPEN_MAPS = 256
 _NO_MORE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -30,7 +31,7 @@ class MapPool:
     Parameters
     ----------
     paths, headers : the stacks
-    max_open : how many stay mapped
+    max_open : how many stay mapped; None for as many as may be
     check : called before a stack is mapped; raises if its header is not what is expected
 
     Attributes
@@ -39,9 +40,10 @@ class MapPool:
     """
 
     def __init__(
-        self, paths: Sequence[str], headers: Sequence[StackHeader], *, max_open: int = _MAX_OPEN_MAPS, check: Check | None = None
+        self, paths: Sequence[str], headers: Sequence[StackHeader], *, max_open: int | None = None, check: Check | None = None
     ) -> None:
-        self._paths, self._headers, self._max_open, self._check = paths, headers, max_open, check
+        self._paths, self._headers, self._check = paths, headers, check
+        self._max_open = max_open or _max_open_maps()
         kinds = {dtype.newbyteorder("=") for dtype in {header.dtype for header in headers}}
         self.dtype: np.dtype[Any] = np.result_type(*kinds) if kinds else np.dtype("f4")
         self._forget_maps()
@@ -94,3 +96,8 @@ class MapPool:
         self._seen: dict[int, float] = {}
         self._lock = threading.Lock()
         self._process = os.getpid()
+
+
+def _max_open_maps() -> int:
+    descriptors = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1  # of which -1 is no limit
+    return min(_MAX_OPEN_MAPS, descriptors // 4) if descriptors > 0 else _MAX_OPEN_MAPS

@@ -115,6 +115,15 @@ def test_at_most_max_open_files_stay_open(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, np.concatenate(images))
 
 
+def test_a_pool_leaves_descriptors_to_others_where_a_process_may_have_few(tmp_path: Path, few_files: None) -> None:
+    paths, images = write_stacks(tmp_path, [1] * 150)
+    opened = open_stacks(paths)
+    pool = MapPool(opened.paths, opened.headers)
+    before = open_files()
+    np.testing.assert_array_equal(read(pool, list(range(150)), [0] * 150), np.concatenate(images))
+    assert open_files() - before <= 100
+
+
 def test_the_least_recently_used_file_is_closed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths, _ = write_stacks(tmp_path, [1] * 3)
     opened = open_stacks(paths)
