@@ -1051,8 +1051,9 @@ def test_a_run_that_ended_while_its_disk_was_away_is_not_at_work(dataset, tmp_pa
     assert results(tmp_path / "out") == list(undisturbed["zarr"])
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["of another user", "of this user, where there is no /proc"])
 @pytest.mark.parametrize("hides", [FileNotFoundError, PermissionError])
-def test_a_run_of_another_user_whose_processes_are_hidden_counts_as_one_on_another_machine(dataset, tmp_path, monkeypatch, hides):
+def test_a_run_of_which_the_system_does_not_tell_when_it_began_counts_as_one_on_another_machine(dataset, tmp_path, monkeypatch, hides, own):
     plan, there = plan_of("zarr", dataset, tmp_path / "out"), open
     with at_work_on(LocalPlace(tmp_path / "out"), plan.units):
         (path,) = (tmp_path / "out/.export/runs").iterdir()
@@ -1063,11 +1064,12 @@ def test_a_run_of_another_user_whose_processes_are_hidden_counts_as_one_on_anoth
             raise hides
         return there(name, *arguments, **options)
 
-    def of_another_user(*_: Any) -> None:
-        raise PermissionError
+    def kill(*_: Any) -> None:
+        if not own:
+            raise PermissionError
 
     monkeypatch.setattr("builtins.open", hidden)
-    monkeypatch.setattr(os, "kill", of_another_user)
+    monkeypatch.setattr(os, "kill", kill)
     claim(tmp_path / "out", **other)
     with pytest.raises(ExportError, match="Another run is at work on this target: process 4711 on"):
         run(plan)

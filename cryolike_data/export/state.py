@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -265,8 +266,11 @@ def _record_name(unit: int) -> str:
 
 
 def _is_alive(run: dict[str, Any], name: str) -> bool:
-    if run["machine"] == _machine() and (began := _process_start(run["pid"])) is not None:
-        return name in _OURS if run["pid"] == os.getpid() else bool(run["began"] == began)
+    if run["machine"] == _machine():
+        if run["pid"] == os.getpid():
+            return name in _OURS
+        if (began := _process_start(run["pid"])) is not None:
+            return bool(run["began"] == began)
     return time.time() - float(run["seen"]) < _SILENCE_SECONDS
 
 
@@ -283,15 +287,15 @@ def _machine() -> str:
 def _process_start(pid: int) -> str | None:
     """When a process began, on the clock of its machine; "" if there is no such process. Tells it from a later one of its number.
 
-    None if the process is that of another user, and the system does not tell of such.
+    None if the system does not tell: macOS of any process that there is, Linux of those of other users, it may be.
     """
     with suppress(FileNotFoundError, PermissionError), open(f"/proc/{pid}/stat") as file:  # or there is no /proc
         state, *rest = file.read().rpartition(")")[2].split()
         return "" if state in "ZX" else rest[18]
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return ""
-    except PermissionError:
-        return None
-    return "alive"
+    with suppress(PermissionError):
+        try:
+            if sys.platform != "win32":  # where that would interrupt the process
+                os.kill(pid, 0)
+        except ProcessLookupError:
+            return ""
+    return None
