@@ -31,8 +31,6 @@ from .pages import PAGE, blocks_read, is_resident, libc, page_runs, tells_what_i
 #: Files start at multiples of the largest of these that any of them fills. Where pages lie together in memory and start here as they
 #: do there, the kernel maps and the processor looks them up together, up to the largest (figure ``stream``, 5,000 stacks).
 _ALIGNMENTS = (2 << 20, 64 << 10, PAGE)
-# The range is only reserved: no memory stands behind it, and touching it outside a file would be an error.
-_RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
 _MAP_FIXED = 0x10
 _FAILED = ctypes.c_void_p(-1).value
 #: Images of a request whose presence in memory is looked at.
@@ -248,7 +246,8 @@ def _max_maps() -> int:
 
 
 def _reserve(length: int) -> int:
-    address = libc().mmap(None, length, 0, _RESERVED, -1, 0)
+    # No memory stands behind it, and touching it outside a file would be an error.
+    address = libc().mmap(None, length, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0), -1, 0)
     if address in (None, _FAILED):
         raise NoMoreMapsError(f"No range of {length} bytes of addresses can be reserved: {os.strerror(ctypes.get_errno())}.")
     return int(address)

@@ -18,7 +18,7 @@ CHECK_EVERY = 1.0
 def _statx() -> Any:
     # Through PyDLL, which keeps the interpreter lock: the call takes microseconds, and giving the lock up for each file would
     # hand it to a busy main thread for milliseconds.
-    return getattr(ctypes.PyDLL(None, use_errno=True), "statx", None)
+    return getattr(ctypes.PyDLL(None, use_errno=True), "statx", None) if sys.platform == "linux" else None
 
 
 _STATX_BUFFER = 256

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import re
+import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -91,8 +92,8 @@ def keep_room(descriptor: int, size: int) -> None:
     OSError
         if there is not enough room
     """
-    fallocate = getattr(libc(), "fallocate", None)  # not posix_fallocate, which writes into every block where the system cannot do it
-    if size and fallocate is not None and fallocate(descriptor, _KEEP_SIZE, 0, size) != 0:
+    # Not posix_fallocate, which writes into every block where the system cannot do it.
+    if size and sys.platform == "linux" and libc().fallocate(descriptor, _KEEP_SIZE, 0, size) != 0:
         code = ctypes.get_errno()
         if code in _FULL:
             raise OSError(code, os.strerror(code))

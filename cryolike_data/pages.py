@@ -81,14 +81,13 @@ def will_need(begin: np.ndarray, length: np.ndarray) -> None:
 
 @cache
 def libc() -> Any:
-    """The C library, with the types of the functions that are called here, in ``arena`` and in ``files``."""
+    """The C library of Linux, with the types of the functions that are called here, in ``arena`` and in ``files``."""
     library = ctypes.CDLL(None, use_errno=True)
     library.mmap.restype = ctypes.c_void_p
     library.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
     library.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    if hasattr(library, "fallocate"):  # Linux
-        library.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    library.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     library.syscall.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint]
     return library
 

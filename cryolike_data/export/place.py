@@ -134,7 +134,7 @@ class LocalPlace(Place):
         make_folder(target.parent)
         try:
             with explained(target):
-                descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+                descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
             try:
                 with explained(target):
                     keep_room(descriptor, room)
