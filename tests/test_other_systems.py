@@ -52,6 +52,7 @@ MAKE = """
             sys.modules["resource"] = sys.modules["fcntl"] = None
         sys.platform = system
     import cryolike_data as cd
+    from cryolike_data.likelihood import Templates, displacement_grid, stream_likelihood
 
     dataset = cd.IndexedDataset(project)
     np.save(out / "images.npy", np.concatenate([b.images.numpy() for b in cd.stream(dataset, batch_size=7, shuffle=True, seed=1)]))
@@ -61,18 +62,21 @@ MAKE = """
     cd.export_cryolike(
         dataset.select(lambda p: p.ctf.voltage_kv == 300), out / "cryolike", descriptor=cd.ImageDescriptor(32, 2.0, 8.0, 0.25, 32)
     )
+    templates = Templates.from_volume(sys.argv[5], cd.PolarGrid(8.0, 0.25, 32), step_deg=60)
+    found = stream_likelihood(dataset, templates, displacement_grid(5, 2.5), batch_size=8, output=Path(f"{out}-likelihood"))
+    np.save(out / "template.npy", found["template"][found["done"] == 1])
 """
 
 
 def made(demo: DemoProject, folder: Path, system: str, gone: dict[str, str]) -> dict[str, str]:
     folder.mkdir()
-    done = run_python(MAKE, system, json.dumps(gone), demo.indexed, folder)
+    done = run_python(MAKE, system, json.dumps(gone), demo.indexed, folder, demo.volume, timeout=300)
     assert done.returncode == 0, done.stderr
     # An archive says which system made it, and a seal has its checksum.
     return {name: content for name, content in contents(folder).items() if not name.endswith((".npz", "cryolike/export.json"))}
 
 
-def test_other_systems_read_stream_and_export_the_same(tmp_path: Path, demo: DemoProject) -> None:
+def test_other_systems_read_stream_export_and_compute_the_same(tmp_path: Path, demo: DemoProject) -> None:
     here = made(demo, tmp_path / "here", "", {})
     for system, gone in GONE.items():
         assert made(demo, tmp_path / system, system, gone) == here

@@ -88,9 +88,9 @@ class Results:
         if self._folder is None:
             return bool(self._records["done"][rows.start : rows.stop].all())
         # Not by way of a map, which a full disk turns into an error that ends the process.
-        size = RECORD.itemsize
-        found = os.pread(self._files[_RECORDS], len(rows) * size, self._offset(_RECORDS) + rows.start * size)
-        return len(found) == len(rows) * size and bool(np.frombuffer(found, RECORD)["done"].all())
+        size = len(rows) * RECORD.itemsize
+        found = os.read(self._at(_RECORDS, rows.start), size)
+        return len(found) == size and bool(np.frombuffer(found, RECORD)["done"].all())
 
     def write(self, rows: range, table_rows: np.ndarray, uid: np.ndarray, found: ImageLikelihood) -> None:
         """Keep what was found about these rows of the data set."""
@@ -114,7 +114,7 @@ class Results:
     def _open(self, flags: int) -> None:
         try:
             for name in self._shapes:
-                self._files[name] = os.open(f"{self._folder}/{name}", flags)
+                self._files[name] = os.open(f"{self._folder}/{name}", flags | getattr(os, "O_BINARY", 0))
         except OSError as error:
             self.close()
             raise ExportError(f"{self._folder} cannot be {'read' if flags == os.O_RDONLY else 'written'}: {error}") from error
@@ -127,13 +127,18 @@ class Results:
     def _offset(self, name: str) -> int:
         return len(_header(*self._shapes[name]))
 
+    def _at(self, name: str, row: int) -> int:
+        """The descriptor of a file, to be read or written from this row on; not ``os.pread``, which Windows does not have."""
+        dtype, shape = self._shapes[name]
+        os.lseek(self._files[name], self._offset(name) + row * _numbers(dtype, (1, *shape[1:])), os.SEEK_SET)
+        return self._files[name]
+
     def _put(self, name: str, first: int, block: np.ndarray) -> None:
         content = memoryview(block.tobytes())
-        offset = self._offset(name) + first * block[:1].nbytes
         try:
+            descriptor = self._at(name, first)
             while content:
-                written = os.pwrite(self._files[name], content, offset)
-                content, offset = content[written:], offset + written
+                content = content[os.write(descriptor, content) :]
         except OSError as error:
             what = f"{self._folder}/{name} cannot be written: {error}"
             raise ExportError(f"{what}. What is there is kept; the same call continues it.") from error
