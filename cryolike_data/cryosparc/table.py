@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 import struct
 import tokenize
 from collections.abc import Callable, Collection, Mapping
@@ -160,9 +162,14 @@ def read_table(path: str | os.PathLike[str]) -> Table:
     """Open one table, of any container format; groups are for ``load_table``, which says more."""
     path = Path(path).expanduser()
     try:
-        opened = path.open("rb") if path.is_file() else None
+        # Not by way of pathlib, which in newer Pythons takes what is closed to this user for not there.
+        opened = path.open("rb") if stat.S_ISREG(os.stat(path).st_mode) else None
+    except ValueError:  # a name with a zero byte
+        opened = None
     except OSError as error:
-        raise TableError(f"{path} cannot be read: {error.strerror}.") from error
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise TableError(f"{path} cannot be read: {error.strerror}.") from error
+        opened = None
     if opened is None:
         raise MissingStackError(f"There is no table {path}{_what_is_there(path)}.")
     with opened as file:
