@@ -130,9 +130,9 @@ def plan_cryolike(
     plots: bool = False,
 ) -> ExportPlan:
     """A plan to write CryoLike stacks, see ``export_cryolike``; what cannot be exported is found out here."""
-    batch_size, n_stacks_max = integer("batch_size", batch_size), integer("n_stacks_max", n_stacks_max)
-    if batch_size < 1 or (n_stacks_max < 1 and n_stacks_max != -1):
-        raise ArgumentError(f"batch_size and n_stacks_max are at least 1 (n_stacks_max=-1: no limit), not {batch_size} and {n_stacks_max}")
+    batch_size, n_stacks_max = integer("batch_size", batch_size, least=1), integer("n_stacks_max", n_stacks_max)
+    if n_stacks_max < 1 and n_stacks_max != -1:
+        raise ArgumentError(f"n_stacks_max is at least 1, or -1 for no limit, not {n_stacks_max}")
     pixels = Pixels.of(dataset, downsample=downsample, dtype="float32", contrast=contrast)
     if not isinstance(descriptor, ImageDescriptor | str | os.PathLike):
         kind = f"{type(descriptor).__module__}.{type(descriptor).__qualname__}"
