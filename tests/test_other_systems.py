@@ -25,15 +25,17 @@ GONE = {
 GONE["win32"] = {module: f"{GONE['darwin'][module]} {names}" for module, names in GONE["win32"].items()}
 
 MAKE = """
-    import builtins, importlib, json, sys
+    import asyncio, builtins, importlib, json, os, sys
     from pathlib import Path
     import finufft, mrcfile, numpy as np, torch, tqdm, zarr
 
     system, gone, project, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+    asyncio.new_event_loop().close()  # others take this system for what it is
     if gone:
         for module, names in gone.items():
             for name in names.split():
                 vars(importlib.import_module(module)).pop(name, None)
+        os.process_cpu_count = os.cpu_count  # which asks for it where there is one
         import ctypes
         load, there = ctypes.CDLL, open
 

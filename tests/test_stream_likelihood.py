@@ -291,8 +291,10 @@ FORKED = """
     from cryolike_data import IndexedDataset
     from cryolike_data.likelihood import Templates, stream_likelihood
     from cryolike_data.transforms import PolarGrid
+    from tqdm import tqdm
 
     torch.set_num_threads(1)
+    tqdm.get_lock()  # a child that made its own would leave it behind, as newer Pythons say
     dataset, root = IndexedDataset(sys.argv[1]), Path(sys.argv[2])
     grid = PolarGrid.of_box(dataset.box, resolution_factor=0.75, n_inplanes=12)
     fourier = torch.randn(3, grid.n_shells, 6, dtype=torch.complex64, generator=torch.Generator().manual_seed(1))

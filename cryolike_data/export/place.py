@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -188,14 +189,16 @@ class LocalPlace(Place):
     def holds(self, file: WrittenFile, *, checked: bool) -> bool:
         """See ``Place``."""
         path = self.root / file.name
-        with explained(path, "read"):
-            if not path.is_file() or path.stat().st_size != file.size:
+        with explained(path, "read"), suppress(FileNotFoundError, NotADirectoryError):
+            found = path.stat()  # not ``is_file``, which in newer Pythons takes what is closed to this user for not there
+            if not stat.S_ISREG(found.st_mode) or found.st_size != file.size:
                 return False
             if not checked:
                 return True
             buffer = np.empty(min(file.size, _READ_BYTES), np.uint8)
             with path.open("rb", buffering=0) as stream:
                 return all(_checksum_of(stream, size, buffer) == crc for size, crc in file.parts)
+        return False
 
 
 class _LocalOutput:
