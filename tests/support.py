@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import hashlib
 import itertools
 import mmap
@@ -26,7 +27,8 @@ import pytest
 import torch
 from scipy.special import roots_jacobi
 
-from cryolike_data import ImageDescriptor, ParticleBatch
+from cryolike_data import ImageDescriptor, IndexedDataset, ParticleBatch, stream
+from cryolike_data.errors import StackError
 from cryolike_data.stream import ParticleStream
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -292,6 +294,23 @@ def mapped_files(folder: Path) -> list[str]:
     """Files below a folder that this process has mapped into memory (Linux)."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     return [line.split(maxsplit=5)[5] for line in lines if str(folder) in line]
+
+
+def check_that_an_error_keeps_no_stack_mapped(folder: Path, **options: Any) -> None:
+    """Once the error of a stack that was cut off is dealt with, the data set goes at once, and not when Python looks for cycles."""
+    dataset = IndexedDataset(write_particles(folder, 30, stacks=3)[0])
+    dataset.read(np.flatnonzero(dataset.particles.file == 0))
+    os.truncate(dataset.particles.paths[1], 1100)
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(StackError):
+            list(stream(dataset, batch_size=30, **options))
+        assert mapped_files(folder) != []
+        del dataset
+        assert mapped_files(folder) == []
+    finally:
+        gc.enable()
 
 
 def residence(path: Path) -> np.ndarray:

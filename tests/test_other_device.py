@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import itertools
-import os
 import threading
 import time
 import warnings
@@ -20,7 +18,14 @@ import numpy as np
 import pytest
 import torch
 from other_device import CAN_STAND_IN, OTHER, Event, Queue, other_device
-from support import another_thread_at, at_line, close_in_its_loop, mapped_files, own_threads, wait_until, write_particles
+from support import (
+    another_thread_at,
+    at_line,
+    check_that_an_error_keeps_no_stack_mapped,
+    close_in_its_loop,
+    own_threads,
+    wait_until,
+)
 from torch import Tensor
 
 import cryolike_data.ring as ring_module
@@ -503,19 +508,7 @@ def test_what_fails_while_it_is_copied_is_read_batch_by_batch(
 def test_an_error_that_was_dealt_with_keeps_no_stack_mapped(tmp_path: Path, particles: IndexedDataset, queues: Queues) -> None:
     with queues():
         list(stream(particles, device=OTHER))  # what torch imports when it is first needed keeps who called it
-    dataset = IndexedDataset(write_particles(tmp_path, 30, stacks=3)[0])
-    dataset.read(np.flatnonzero(dataset.particles.file == 0))
-    os.truncate(dataset.particles.paths[1], 1100)
-    gc.collect()
-    gc.disable()
-    try:
-        with queues(), contextlib.suppress(StackError):
-            list(stream(dataset, batch_size=30, device=OTHER))
-        assert mapped_files(tmp_path) != []
-        del dataset
-        assert mapped_files(tmp_path) == []
-    finally:
-        gc.enable()
+        check_that_an_error_keeps_no_stack_mapped(tmp_path, device=OTHER)
 
 
 def test_what_ends_the_reading_reaches_the_consumer_whatever_it_is(

@@ -21,6 +21,7 @@ import pytest
 import torch
 from support import (
     another_thread_at,
+    check_that_an_error_keeps_no_stack_mapped,
     close_in_its_loop,
     mapped_files,
     open_files,
@@ -489,19 +490,7 @@ def test_a_stack_that_was_truncated_is_an_error_of_the_loop(tmp_path: Path) -> N
 
 
 def test_an_error_that_was_dealt_with_keeps_no_stack_mapped(tmp_path: Path) -> None:
-    dataset = IndexedDataset(write_particles(tmp_path, 30, stacks=3)[0])
-    dataset.read(np.flatnonzero(dataset.particles.file == 0))
-    os.truncate(dataset.particles.paths[1], 1100)
-    gc.collect()
-    gc.disable()
-    try:
-        with contextlib.suppress(StackError):
-            list(stream(dataset, batch_size=30))
-        assert mapped_files(tmp_path) != []
-        del dataset
-        assert mapped_files(tmp_path) == []
-    finally:
-        gc.enable()
+    check_that_an_error_keeps_no_stack_mapped(tmp_path)
 
 
 def test_an_error_in_a_transform_shows_its_place_and_leaves_nothing(ds: IndexedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
