@@ -285,7 +285,7 @@ def test_ranks_in_memory_have_the_records_of_their_own_batches(ds, templates, wo
 FORKED = """
     import os
     os.environ["OMP_NUM_THREADS"] = "1"
-    import itertools, json, os, random, signal, sys, time
+    import itertools, json, os, random, signal, sys, threading, time
     from pathlib import Path
     import finufft, numpy as np, torch
     from cryolike_data import IndexedDataset
@@ -294,7 +294,7 @@ FORKED = """
     from tqdm import tqdm
 
     torch.set_num_threads(1)
-    tqdm.get_lock()  # a child that made its own would leave it behind, as newer Pythons say
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a child that is killed leaves behind or, if it was shared, locked
     dataset, root = IndexedDataset(sys.argv[1]), Path(sys.argv[2])
     grid = PolarGrid.of_box(dataset.box, resolution_factor=0.75, n_inplanes=12)
     fourier = torch.randn(3, grid.n_shells, 6, dtype=torch.complex64, generator=torch.Generator().manual_seed(1))
