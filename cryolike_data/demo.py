@@ -36,7 +36,7 @@ from .descriptor import read_npz_without_pickles
 from .errors import ArgumentError, ExportError, ExportExistsError
 from .files import unfinished, whole_folder
 from .mrc import HEADER_BYTES
-from .on_disk import is_folder
+from .on_disk import is_file, is_folder
 from .particles import Selection, resolve_rows
 from .rotations import rotation_matrices
 from .transforms.downsample import crop_fourier
@@ -204,7 +204,7 @@ def _check_arguments(n_particles: int, box: int, pixel_size: float, seed: int, s
 
 def _check_place(place: Path, overwrite: bool) -> None:
     """Raise unless the place is free, an empty folder, what a run that was killed has left, or a demo project that may be replaced."""
-    if _project(place).truth.is_file() and _project(place).indexed.is_file():
+    if is_file(_project(place).truth) and is_file(_project(place).indexed):
         if not overwrite:
             raise ExportExistsError(f"{place} holds a demo project already; pass overwrite=True to replace it.")
     elif place.exists() and not (place.is_dir() and (unfinished(place) or not any(place.iterdir()))):

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from support import EXPORTS, contents, run_python, with_mode, write_particles
+from support import EXPORTS, contents, run_python, uids, with_mode, write_job, write_particles, write_table
 
 import cryolike_data.arena as arena_module
 from cryolike_data import (
@@ -22,7 +23,7 @@ from cryolike_data import (
 )
 from cryolike_data.cli import main
 from cryolike_data.demo import write_project
-from cryolike_data.errors import CryolikeDataError, ExportError, MissingStackError, StackError, TableError
+from cryolike_data.errors import CryolikeDataError, ExportError, MissingStackError, PairingError, StackError, TableError
 from cryolike_data.export import finish, plan_export, run
 from cryolike_data.likelihood import Templates, stream_likelihood
 from cryolike_data.on_disk import is_file, is_folder
@@ -65,6 +66,48 @@ def test_what_lies_in_a_closed_folder_is_not_said_to_be_missing(tmp_path: Path, 
     folder.mkdir()
     with with_mode(folder, 0), pytest.raises(CryolikeDataError, match=r"J4/[^ ]+ cannot be (reached|read): Permission denied\.$"):
         OPENERS[what](folder, table)
+
+
+def test_a_closed_folder_in_place_of_a_table_is_said_to_be_a_folder(folder: Path) -> None:
+    with with_mode(folder, 0), pytest.raises(MissingStackError, match=r"it is a folder; give the \.cs file in it\.$"):
+        IndexedDataset(folder)
+
+
+def test_jobs_that_are_there_are_told_beside_a_link_to_what_is_closed(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "J7").symlink_to(folder / "J7")
+    (tmp_path / "J8").mkdir()
+    with with_mode(folder, 0), pytest.raises(MissingStackError, match=r"no job folder .*/J9; there are J8\.$"):
+        JobDirectoryDataset(tmp_path, 9)
+
+
+def record_behind_a_link(job: Path, table: Path) -> Path:
+    (job / "restacked_particles.cs").symlink_to(table)
+    return table.parent
+
+
+def record_of_a_group(job: Path, table: Path) -> Path:
+    (job / "particles.csg").write_text("results: {blob: {metafile: J5/record.cs, type: particle.blob}}")
+    return table.parent
+
+
+def group_in_a_closed_folder(job: Path, table: Path) -> Path:
+    record_of_a_group(job, table)
+    return job
+
+
+@pytest.mark.parametrize("record", [record_behind_a_link, record_of_a_group, group_in_a_closed_folder])
+def test_a_record_that_contradicts_the_sequence_is_not_passed_over_because_it_is_closed(
+    tmp_path: Path, record: Callable[[Path, Path], Path]
+) -> None:
+    job, _ = write_job(tmp_path, 4, [2, 2])
+    names = [f"J4/restack/batch_{k // 2:06d}_restacked.mrc" for k in range(4)]
+    columns = {"blob__path": names, "blob__idx": np.arange(4, dtype="u4") % 2}
+    (tmp_path / "J5").mkdir()
+    closed = record(job, write_table(tmp_path / "J5/record.cs", uid=uids(4, seed=4)[::-1], **columns))
+    with pytest.raises(PairingError, match="4 of 4 rows belong to another image"):
+        JobDirectoryDataset(tmp_path, 4)
+    with with_mode(closed, 0o111 if closed == job else 0), pytest.raises(MissingStackError, match=r" cannot be .*: Permission denied\.$"):
+        JobDirectoryDataset(tmp_path, 4)
 
 
 @pytest.mark.parametrize("name", ["absent", "n" * 300, "a\0b", "loop", "file/inside"])
@@ -171,6 +214,12 @@ def test_a_folder_of_somebody_else_as_the_target_is_an_export_error(ds: IndexedD
     assert not list(folder.iterdir())
 
 
+def test_a_demo_project_that_is_closed_is_not_said_to_be_something_else(folder: Path) -> None:
+    write_project(folder, n_particles=12, box=16, n_stacks=2)
+    with with_mode(folder, 0o444), pytest.raises(ExportError, match=rf"{folder} cannot be .*Permission denied"):
+        write_project(folder, n_particles=12, box=16, n_stacks=2)
+
+
 def test_results_of_a_likelihood_that_cannot_be_read_are_not_taken_for_something_else(ds: IndexedDataset, tmp_path: Path) -> None:
     likelihood(ds, tmp_path / "out")
     with with_mode(tmp_path / "out/likelihood.json", 0), pytest.raises(ExportError, match=r"Permission denied: .*likelihood\.json"):
@@ -224,7 +273,7 @@ def test_an_export_of_which_a_part_cannot_be_removed_is_not_begun_to_be_replaced
     WRITERS[kind](ds, out)
     whole = contents(out)
     others = plan_export(ds.select(slice(6)), out, format=kind, **EXPORTS[kind])
-    for mode in (0, 0o555):
+    for mode in (0, 0o333, 0o444, 0o555):
         with with_mode(out / closed, mode), pytest.raises(CryolikeDataError, match=rf"out/{closed}[^ ]* cannot be .*: Permission denied"):
             run(others, overwrite=True)
         assert contents(out) == whole

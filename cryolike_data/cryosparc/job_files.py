@@ -56,7 +56,7 @@ class JobStacks:
 def read_passthrough(job: Path, number: int) -> Table:
     """The table of a job folder, whose rows go in step with its stacks."""
     if not is_folder(job):
-        near = sorted(path.name for path in job.parent.glob("J*") if path.is_dir())[:8]
+        near = sorted(path.name for path in job.parent.glob("J*") if os.path.isdir(path))[:8]
         told = f"there are {', '.join(near)}" if near else f"give the project folder, the one that holds {job.name}"
         raise MissingStackError(f"There is no job folder {job}; {told}.")
     path = job / f"J{number}_passthrough_particles.cs"
@@ -126,9 +126,9 @@ def find_record(job: Path, stacks: JobStacks, passthrough: Table, *, needed: boo
 
 def _possible_records(job: Path, stacks: JobStacks, *, needed: bool) -> Iterator[Table]:
     named = job / stacks.record_name
-    if named.is_file():
+    if is_file(named):
         yield read_table(named)
-    for group in sorted(job.glob("*.csg")):
+    for group in (path for path in _listed(job) if path.suffix == ".csg"):
         try:
             blob = csg_results(group).get("blob")
         except (TableError, MissingStackError, MissingDependencyError) as error:
@@ -137,7 +137,7 @@ def _possible_records(job: Path, stacks: JobStacks, *, needed: bool) -> Iterator
             log.warning("%s is left aside: %s", group, error)
             continue
         path = None if blob is None else find_metafile(group, str(blob["metafile"]))
-        if path is not None and not os.path.isfile(path):
+        if path is not None and not is_file(path):
             log.warning("The order of the images cannot be checked against %s, which %s names: it is not there.", path, group)
         elif path is not None and path != named:
             yield read_table(path)

@@ -244,4 +244,4 @@ def find_metafile(group: Path, name: str) -> Path:
     beside = group.parent / name.removeprefix(">")
     around = [Path(os.path.realpath(group)).parent] if name.startswith(">") else folders_around(group)
     candidates = [beside, *(folder / name.removeprefix(">") for folder in around)]
-    return next((file for file in candidates if os.path.isfile(file)), beside)
+    return next((file for file in candidates if is_file(file)), beside)

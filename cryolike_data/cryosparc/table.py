@@ -193,7 +193,7 @@ def read_table(path: str | os.PathLike[str]) -> Table:
 def _what_is_there(path: Path) -> str:
     """What a path leads to that is no file, for messages."""
     if path.is_dir():
-        store = (path / "zarr.json").is_file()
+        store = os.path.isfile(path / "zarr.json")
         return f": it is {'a Zarr store; open it with ZarrDataset' if store else 'a folder; give the .cs file in it'}"
     return f": it is a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else ""
 

@@ -160,9 +160,9 @@ def _require_removable(paths: Sequence[Path]) -> None:
     inside = {Path(folder, name) for path in paths for folder, names, _ in os.walk(path) for name in names}
     folders = {*(path.parent for path in paths), *paths, *inside}
     by_effective_user = os.access in os.supports_effective_ids
-    for folder in sorted(path for path in folders if path.is_dir() and not path.is_symlink()):
+    for folder in sorted(path for path in folders if os.path.isdir(path) and not path.is_symlink()):
         with explained(folder, "emptied"):
-            if not os.access(folder, os.W_OK | os.X_OK, effective_ids=by_effective_user):
+            if not os.access(folder, os.R_OK | os.W_OK | os.X_OK, effective_ids=by_effective_user):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
