@@ -63,7 +63,7 @@ def whole_folder(path: Path, parts: Sequence[str]) -> Iterator[Path]:
             os.replace(made, path)
             return
         for old in [*(path / name for name in reversed(parts)), *unfinished(path)]:
-            if old.exists() and old != Path(scratch):
+            if os.path.lexists(old) and old != Path(scratch):
                 os.replace(old, Path(scratch, old.name))
         for name in parts:
             os.replace(made / name, path / name)

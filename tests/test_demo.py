@@ -349,6 +349,16 @@ def test_an_empty_folder_is_filled_and_a_project_is_replaced_in_its_folder(tmp_p
     assert sorted(os.listdir()) == ["J1", "J3", "J4", "J5", "notes.txt", "truth.npz", "volume.mrc"]
 
 
+def test_a_link_that_leads_nowhere_is_replaced_with_the_project(tmp_path: Path) -> None:
+    tiny = {"n_particles": 20, "box": 16}
+    project = write_project(tmp_path / "project", **tiny)
+    before = contents(project.folder)
+    (project.folder / "J5").rename(tmp_path / "on another disk")
+    (project.folder / "J5").symlink_to(tmp_path / "not mounted")
+    write_project(project.folder, **tiny, overwrite=True)
+    assert contents(project.folder) == before
+
+
 def test_a_project_may_lie_directly_on_a_disk_of_its_own(tmp_path: Path) -> None:
     with disk_of(tmp_path / "disk", "4m") as disk:
         for overwrite in (False, True):
