@@ -35,12 +35,11 @@ class Later:
     ) -> None:
         self._read, self._rows, self.by_rows = read, rows, by_rows
         self._columns: dict[str, Any] | None = None
-        _WAITING.add(self)
+        _ALL.add(self)
 
     def __getitem__(self, name: str) -> Any:
         if self._columns is None:
             self._columns = _for_reading(not_compiled(self._read)(self._rows))  # torch knows nothing of NumPy's records
-            _WAITING.discard(self)
         return self._columns.get(name)
 
     def take(self, rows: np.ndarray) -> Later:
@@ -48,7 +47,6 @@ class Later:
         taken = Later(self._read, rows if self._rows is None else self._rows[rows], by_rows=self.by_rows)
         if self._columns is not None:
             taken._columns = _for_reading({name: take_rows_of(column, rows) for name, column in self._columns.items()})
-            _WAITING.discard(taken)
         return taken
 
     def apart(self) -> Later:
@@ -68,12 +66,12 @@ def _for_reading(columns: dict[str, Any]) -> dict[str, Any]:
     return columns
 
 
-_WAITING: weakref.WeakSet[Later] = weakref.WeakSet()
+_ALL: weakref.WeakSet[Later] = weakref.WeakSet()
 
 
 def _read_all() -> None:
     """Read what is still to be read before a fork: every worker process would otherwise read it again and keep it for itself."""
-    for later in alive(_WAITING):
+    for later in alive(_ALL):
         try:
             later["uid"]
         except CryolikeDataError as error:  # whoever asks for them is told so again

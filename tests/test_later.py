@@ -199,6 +199,7 @@ def test_a_fork_goes_on_where_a_table_cannot_be_loaded(cs: Path) -> None:
     run: Any = run_python(script, cs)
     assert run.returncode == 0
     assert "cannot be read any more" in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 def test_who_looks_at_all_columns_once_leaves_none_behind(cs: Path, loads: list[Path]) -> None:
