@@ -363,6 +363,18 @@ def test_a_stack_that_shrank_is_an_error_each_time_it_is_read(
             read(stacks, np.array([1, 1]), np.array([0, 1]))
 
 
+@pytest.mark.parametrize("order", ["<", ">"], ids=["arena", "pool"])
+def test_a_stack_behind_a_link_is_as_long_as_the_file_that_it_leads_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str) -> None:
+    now = [100.0]
+    monkeypatch.setattr(arena_module.time, "monotonic", lambda: now[0])
+    (path,), images = written(tmp_path, [2], order=order)
+    (tmp_path / "link.mrc").symlink_to(path)
+    stacks = open_stacks([tmp_path / "link.mrc"])
+    for _ in range(2):
+        check(stacks, images, through_arena=order == "<")
+        now[0] += 1.5
+
+
 def test_sizes_are_looked_at_no_more_than_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths, images = written(tmp_path, [2, 2])
     now = [100.0]

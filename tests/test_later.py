@@ -83,6 +83,11 @@ def test_selections_are_those_of_the_loaded_columns(cs: Path, select: str, loads
     assert len(loads) == 1
 
 
+def test_no_particles_have_columns_without_rows(cs: Path) -> None:
+    none = IndexedDataset(cs).particles[np.arange(0)]
+    assert [len(column) for column in none.columns().values()] == [0] * len(none.columns())
+
+
 def test_nothing_stays_open_or_mapped(cs: Path, tmp_path: Path) -> None:
     ds = IndexedDataset(cs)
     assert open_files(tmp_path) == mapped_files(tmp_path) == []
