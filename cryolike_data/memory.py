@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import threading
+from contextlib import suppress
 from functools import cache
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -42,7 +43,8 @@ def own_array(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     room = whole if huge_pages and whole - size < size // 8 else size
     pages = mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if huge_pages:
-        pages.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a kernel that is made without large pages, as one for real time is
+            pages.madvise(mmap.MADV_HUGEPAGE)
         # Found now, by the thread that asks: the one that gave such memory back before is given it again, and others may be given some
         # that a virtual machine has to ask its host for, page by page.
         np.frombuffer(pages, np.uint8)[::_HUGE_PAGE] = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import platform
 import sys
@@ -79,6 +80,15 @@ def test_an_array_of_its_own_is_zero_and_writable(shape: tuple[int, ...]) -> Non
     assert not array.any()
     array[...] = 1
     assert array.sum() == array.size
+
+
+def test_an_array_needs_no_kernel_with_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pages(mmap.mmap):
+        def madvise(self, *_: int) -> None:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(mmap, "mmap", Pages)
+    assert not own_array((1_000_000,), np.float32).any()
 
 
 SHRINKING = """
