@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -24,7 +25,7 @@ import cryolike_data.lookahead as lookahead
 from cryolike_data import IndexedDataset, arena, export_zarr, pages
 from cryolike_data.export import pixels
 from cryolike_data.lookahead import MAX_PATIENCE, LookAhead
-from cryolike_data.pages import is_resident, waits_for_disk
+from cryolike_data.pages import blocks_read, is_resident, waits_for_disk
 from cryolike_data.sampler import ParticleSampler
 
 
@@ -211,11 +212,13 @@ def test_data_that_leave_memory_are_asked_for_soon_after_somebody_had_to_wait(mo
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="nobody says here what is in memory")
-def test_a_touch_of_a_page_on_the_disk_counts_as_a_wait(tmp_path: Path) -> None:
+def test_a_touch_of_a_page_on_the_disk_counts_as_a_wait_in_all_threads_and_as_read_in_the_one(tmp_path: Path) -> None:
     pixels = mapped_and_forgotten(tmp_path / "pages")
-    before = waits_for_disk()
-    assert pixels[len(pixels) // 2] == 0
-    assert waits_for_disk() > before
+    waits, blocks = waits_for_disk(), blocks_read()
+    with ThreadPoolExecutor(1) as reader:
+        assert reader.submit(pixels.item, len(pixels) // 2).result() == 0
+    assert waits_for_disk() > waits
+    assert blocks_read() == blocks
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="nobody says here what is in memory")
@@ -476,12 +479,12 @@ def test_more_images_than_the_kernel_takes_at_a_time_are_all_asked_for(tmp_path:
     wait_until(lambda: bool(residence(path)[np.arange(len(apart)) * 3].all()))
 
 
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM, errno.EMFILE])
+@pytest.mark.parametrize("error", [*map(OSError, [errno.ENOSYS, errno.EPERM, errno.EMFILE]), AttributeError("old headers")], ids=repr)
 def test_asking_ahead_works_where_the_kernel_gives_no_descriptor_of_a_process(
-    written: IndexedDataset, monkeypatch: pytest.MonkeyPatch, number: int
+    written: IndexedDataset, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def refuse(*_: int) -> int:
-        raise OSError(number, os.strerror(number))
+        raise error
 
     read_first_stack(written)
     rows, paths = cold(written)
