@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -121,6 +121,25 @@ def test_a_slow_disk_does_not_hold_the_reader_up_and_old_requests_are_forgotten(
         list(drawn)  # all the others come although the first request is not over
         assert len(data.calls) == 1
         assert not look._waiting  # too late for all of them
+        data.go_on.set()
+
+
+def test_what_comes_too_late_for_one_batch_is_asked_for_those_after_it_all_the_same() -> None:
+    data = Asked()
+    data.go_on.clear()
+    with LookAhead.over(data, 3) as look:
+        next(look.pass_on(batches(10)))  # although the request for it is not over
+        data.go_on.set()
+        for batch in (1, 2, 3):
+            data.wait_for(batch)
+
+
+def test_a_reader_that_is_held_up_for_longer_than_it_waits_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookahead, "time", SimpleNamespace(monotonic=itertools.count().__next__))
+    data = Asked()
+    data.go_on.clear()
+    with LookAhead.over(data, 1) as look:
+        assert len(list(look.pass_on(batches(3)))) == 3
         data.go_on.set()
 
 
