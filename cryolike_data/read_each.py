@@ -47,7 +47,7 @@ def read_each(
             if time.perf_counter() - start > _ALONE * _SLOW:
                 several = items[len(results) : len(results) + _SHARED]
                 # In a few portions, because handing a task to a thread takes as long as reading a header.
-                portions = [several[k::_THREADS] for k in range(min(_THREADS, len(several)))]
+                portions = [several[k::_THREADS] for k in range(_THREADS)]
                 shared: list[Any] = [None] * len(several)
                 for k, found in enumerate(pool.map(lambda portion: list(map(result_or_error, portion)), portions)):
                     shared[k::_THREADS] = found
