@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -26,6 +28,17 @@ def test_values_are_those_of_the_standard(data: bytes) -> None:
     assert crc32c(data) == KNOWN[data]
     assert crc32c(np.frombuffer(data, np.uint8)) == KNOWN[data]
     assert crc32c(np.frombuffer(data, "<f4")) == KNOWN[data]
+
+
+@pytest.mark.parametrize("error", [OSError("cannot be loaded"), AttributeError("no such function")], ids=repr)
+def test_a_library_whose_function_cannot_be_had_by_itself_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    monkeypatch.setattr(checksum, "_extend", checksum._extend.__wrapped__)
+    for data, known in KNOWN.items():
+        assert crc32c(np.frombuffer(data, np.uint8)) == known
 
 
 @given(data=st.binary(max_size=300), cut=st.integers(0, 300))

@@ -1280,6 +1280,12 @@ def test_a_bar_is_shown_when_asked_for(dataset, tmp_path, capsys, caplog):
     assert caplog.records == []
 
 
+@pytest.mark.parametrize("progress", [None, True])
+def test_a_process_without_an_error_stream_exports(dataset, tmp_path, monkeypatch, progress):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run(plan_of("zarr", dataset, tmp_path / "out"), progress=progress).sealed
+
+
 def test_nothing_is_shown_when_not_wanted(dataset, tmp_path, monkeypatch, caplog, capsys):
     monkeypatch.setattr("cryolike_data.progress._EVERY", 0)
     caplog.set_level(logging.INFO, "cryolike_data")

@@ -59,6 +59,13 @@ def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(tmp_path
     assert raised.value.errno == errno.ENOSPC
 
 
+@pytest.mark.parametrize("code", [errno.EDQUOT, errno.EFBIG])
+def test_so_is_a_quota_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    monkeypatch.setattr(files, "libc", failing(code))
+    with pytest.raises(OSError, match=os.strerror(code)):
+        room_of(tmp_path, ROOM)
+
+
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR])
 def test_a_file_system_that_sets_no_room_aside_is_written_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     monkeypatch.setattr(files, "libc", failing(code))
