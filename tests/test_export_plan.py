@@ -18,7 +18,9 @@ import time
 from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,7 @@ from cryolike_data.export.pixels import Pixels
 from cryolike_data.export.place import LocalPlace
 from cryolike_data.export.state import at_work_on, living_runs
 from cryolike_data.export.zarr import ZarrFormat
+from cryolike_data.progress import Progress
 
 N, BOX, UNIT = 23, 16, 5
 FORMATS = list(EXPORTS)
@@ -555,6 +558,17 @@ def test_8_bits_with_and_without_a_sign_are_other_inputs(tmp_path, other, there)
         run(unsigned)
     assert contents(tmp_path / "out") == before
     assert plan_of("zarr", IndexedDataset(table), tmp_path / "out", dtype="float32").about == signed.about
+
+
+def test_a_stack_of_which_no_image_is_chosen_is_no_input(copied, tmp_path):
+    def inputs():
+        dataset = IndexedDataset(copied / "J1/particles.cs")
+        others = dataset.select(lambda p: ~np.char.endswith(p.paths, "stack_1.mrc")[p.file])
+        return plan_of("mrc", others, tmp_path / "out").about["inputs"]
+
+    before = inputs()
+    touch_stack(copied)
+    assert inputs() == before
 
 
 def use_absolute_paths(project: Path) -> None:
@@ -1261,6 +1275,25 @@ def test_without_a_terminal_lines_are_logged_every_so_often(dataset, tmp_path, m
     assert None not in found
     assert sorted(int(match[1]) for match in found if match)[-1] == 23
     assert len(found) == 4
+
+
+def test_lines_tell_what_was_done_since_the_work_began_every_half_minute(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "cryolike_data")
+    clock = count(0, 10)
+    monkeypatch.setattr("cryolike_data.progress.time", SimpleNamespace(monotonic=clock.__next__, time=time.time))
+    with Progress("work", 1260, show=None) as progress:
+        progress.skip(60)
+        next(clock)  # to find out what is there takes a while
+        progress.start()
+        for _ in range(12):
+            progress.advance(100)
+    assert [record.getMessage() for record in caplog.records] == [
+        "work: 60 of 1260 images are there already.",
+        "work: 360 of 1260 images (29 %), 10 images/s, 90 s left",
+        "work: 660 of 1260 images (52 %), 10 images/s, 60 s left",
+        "work: 960 of 1260 images (76 %), 10 images/s, 30 s left",
+        "work: 1260 of 1260 images (100 %), 10 images/s, 0 s left",
+    ]
 
 
 def test_few_lines_are_logged_of_a_short_run(dataset, tmp_path, caplog, capsys):

@@ -417,6 +417,11 @@ def test_asking_ahead_brings_the_pages_in(written: IndexedDataset) -> None:
     assert all_come(paths)
 
 
+def test_pages_count_as_asked_for_where_the_file_system_counts_no_blocks(written: IndexedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena, "blocks_read", lambda: 0)
+    assert written.ask_ahead(cold(written)[0])
+
+
 def test_asking_ahead_works_before_anything_was_read(written: IndexedDataset) -> None:
     # In a DataLoader with workers the main process, where the sampler lives, never reads anything.
     rows, paths = cold(written)

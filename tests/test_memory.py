@@ -98,6 +98,26 @@ def test_an_array_needs_no_kernel_with_large_pages(monkeypatch: pytest.MonkeyPat
     assert not own_array((1_000_000,), np.float32).any()
 
 
+FORKED = """
+    import os
+    import numpy as np
+    from cryolike_data.memory import own_array
+    array = own_array((1_000_000,), np.float32)
+    child = os.fork()
+    if child == 0:
+        array[:] = 1
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert not array.any()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_writes_to_an_array_of_its_own() -> None:
+    run = run_python(FORKED)
+    assert run.returncode == 0, run.stderr
+
+
 SHRINKING = """
     import resource, sys
     from cryolike_data import Downsample, IndexedDataset, export_zarr
