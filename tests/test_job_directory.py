@@ -180,6 +180,8 @@ def test_more_rows_than_images_are_a_warning_with_both_counts(tmp_path: Path) ->
     assert caught[0].filename == __file__
     same_images(ds, images)
     np.testing.assert_array_equal(ds.particles.uid, uids(N + 3)[:N])
+    with pytest.warns(UserWarning, match=f"The first {N} rows are used"):
+        assert len(JobDirectoryDataset(tmp_path, 4, pixel_size=3.0).particles.pixel_size) == N
 
 
 def test_stacks_beyond_a_gap_are_left_out_with_a_warning_that_names_them(tmp_path: Path) -> None:

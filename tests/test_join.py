@@ -75,10 +75,17 @@ def test_a_column_group_of_both_tables_comes_whole_from_the_first(tmp_path: Path
     assert "blob/psize_A" not in table
 
 
+def test_of_several_passthrough_tables_the_first_wins(tmp_path: Path) -> None:
+    blob, ctf = halves(tmp_path)
+    stale = write_table(tmp_path / "stale.cs", uid=uids(N), ctf__df1_A=np.full(N, 99, "f4"))
+    assert load_table(blob, passthrough=[ctf, stale])["ctf/df1_A"].tolist() == [0, 10, 20, 30, 40, 50]
+
+
 def test_each_column_knows_the_file_it_came_from(tmp_path: Path) -> None:
     blob, ctf = halves(tmp_path)
-    table = load_table(blob, passthrough=ctf)
-    assert (table.origin("blob/idx"), table.origin("ctf/df1_A")) == (blob, ctf)
+    pose = write_table(tmp_path / "pose.cs", uid=uids(N), alignments3D__pose=np.zeros((N, 3), "f4"))
+    table = load_table(blob, passthrough=[ctf, pose])
+    assert [table.origin(name) for name in ("blob/idx", "ctf/df1_A", "alignments3D/pose")] == [blob, ctf, pose]
 
 
 def test_a_data_set_pairs_images_and_optics_of_two_tables_by_uid(tmp_path: Path) -> None:
@@ -117,6 +124,7 @@ def test_rows_without_a_partner_are_an_error_with_both_counts_and_the_first_uids
 def test_dropping_keeps_the_common_rows_in_the_order_of_the_first_table(tmp_path: Path) -> None:
     blob, ctf = halves(tmp_path, [5, 1, 9, 2, 7], [7, 2, 8, 5])
     table = load_table(blob, passthrough=ctf, unmatched="drop")
+    assert len(table) == 3
     assert table["uid"].tolist() == [5, 2, 7]
     assert table["blob/idx"].tolist() == [0, 3, 4]
     assert table["ctf/df1_A"].tolist() == [30, 10, 0]
@@ -248,15 +256,41 @@ def test_a_group_works_as_passthrough(tmp_path: Path) -> None:
     assert "ctf/df1_A" in load_table(blob, passthrough=write_group(tmp_path / "g.csg", {"ctf": ">ctf.cs"}))
 
 
+@pytest.mark.parametrize("place", ["first", "passthrough"])
+def test_rows_without_a_partner_inside_a_group_can_be_dropped(tmp_path: Path, place: str) -> None:
+    blob, _ = halves(tmp_path, [5, 1, 9, 2], [2, 8, 7, 5])
+    group = write_group(tmp_path / "g.csg", {"blob": ">blob.cs", "ctf": ">ctf.cs"}, items=4)
+    with pytest.raises(PairingError, match="do not hold the same particles"):
+        load_table(group)
+    table = load_table(group, unmatched="drop") if place == "first" else load_table(blob, passthrough=group, unmatched="drop")
+    assert table["uid"].tolist() == [5, 2]
+    assert table["ctf/df1_A"].tolist() == [30, 0]
+
+
+def test_a_group_takes_every_column_group_that_it_names_a_table_for(tmp_path: Path) -> None:
+    main = write_table(tmp_path / "main.cs", uid=uids(N), blob__idx=np.arange(N, dtype="u4"), ctf__df1_A=np.zeros(N, "f4"))
+    write_table(tmp_path / "pose.cs", uid=uids(N), alignments3D__pose=np.zeros((N, 3), "f4"))
+    group = write_group(tmp_path / "g.csg", {"blob": f">{main.name}", "ctf": f">{main.name}", "alignments3D": ">pose.cs"})
+    assert set(load_table(group).slots) == {"blob", "ctf", "alignments3D"}
+
+
 def test_a_group_that_names_one_table_for_all_columns_needs_no_uids(tmp_path: Path) -> None:
     write_table(tmp_path / "t.cs", uid=np.zeros(N, "u8"), blob__idx=np.arange(N, dtype="u4"), ctf__df1_A=np.zeros(N, "f4"))
     assert len(load_table(write_group(tmp_path / "g.csg", {"blob": ">t.cs", "ctf": ">t.cs"}))) == N
 
 
-def test_a_group_with_another_number_of_rows_than_its_table_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("items", [3, 9])
+def test_a_group_with_another_number_of_rows_than_its_table_is_an_error(tmp_path: Path, items: int) -> None:
     halves(tmp_path)
-    with pytest.raises(TableError, match=r"promises 9 rows in blob\.cs, which has 6"):
-        load_table(write_group(tmp_path / "g.csg", {"blob": ">blob.cs"}, items=9))
+    with pytest.raises(TableError, match=rf"promises {items} rows in blob\.cs, which has 6"):
+        load_table(write_group(tmp_path / "g.csg", {"blob": ">blob.cs"}, items=items))
+
+
+def test_a_table_that_should_lie_beside_its_group_is_not_taken_from_elsewhere(tmp_path: Path) -> None:
+    halves(tmp_path / "project")
+    (tmp_path / "project/J7").mkdir()
+    with pytest.raises(MissingStackError, match=r"1 tables named by .*g\.csg were not found"):
+        load_table(write_group(tmp_path / "project/J7/g.csg", {"blob": ">blob.cs"}))
 
 
 def test_all_missing_metafiles_are_listed_together(tmp_path: Path) -> None:
