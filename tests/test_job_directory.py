@@ -173,6 +173,14 @@ def test_a_fitting_job_gives_no_warning(tmp_path: Path) -> None:
         JobDirectoryDataset(tmp_path, 4)
 
 
+def test_a_record_that_names_other_stacks_too_is_still_checked(tmp_path: Path) -> None:
+    job, _ = write_job(tmp_path, 4, COUNTS)
+    elsewhere = [*names(FILE[:-1]), "J2/restack/batch_000002_restacked.mrc"]
+    write_record(job, np.arange(N), blob__path=elsewhere)
+    with pytest.raises(PairingError, match=f"1 of {N} rows belong to another image"):
+        JobDirectoryDataset(tmp_path, 4)
+
+
 def test_more_rows_than_images_are_a_warning_with_both_counts(tmp_path: Path) -> None:
     _, images = write_job(tmp_path, 4, COUNTS, uid=uids(N + 3), **ctf_columns(N + 3))
     with pytest.warns(UserWarning, match=f"has {N + 3} rows and .* has {N} images") as caught:
