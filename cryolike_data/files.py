@@ -31,7 +31,7 @@ class Writable(Protocol):
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name in the same folder, renamed to ``path`` at the end; removed if writing fails."""
+    """A temporary name in the same folder, which has to be there, renamed to ``path`` at the end; removed if writing fails."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")  # as ``is_partial`` knows it
     try:
         yield partial
