@@ -132,14 +132,21 @@ class Arena:
             rows[part] = places
         return rows
 
-    def gathering(self, rows: np.ndarray, out: Tensor) -> Callable[[], Tensor]:
-        """What copies the images at ``rows``, none of them -1 and their files touched, into ``out``, (B, H, W) contiguous."""
+    def pieces_of(self, rows: np.ndarray) -> Tensor:
+        """What ``gathering`` takes for the images at ``rows``, (..., B), none of them -1."""
         if self._pieces > 1:
             steps = np.arange(self._pieces, dtype=rows.dtype) * (self._rows_per_image // self._pieces)
-            rows = (rows[:, None] + steps).reshape(-1)
+            rows = (rows[..., None] + steps).reshape(*rows.shape[:-1], -1)
+        return torch.from_numpy(rows)
+
+    def numbers_of(self, out: np.ndarray) -> Tensor:
+        """Memory for (B, H, W) images, B > 0, as ``gathering`` writes to it."""
         # Seen anew through NumPy: each call of torch gives the interpreter lock away, and a busy main thread keeps it for 5 ms.
-        wanted = out.numpy().reshape(len(rows), -1).view(self._number)
-        return partial(torch.index_select, self._rows, 0, torch.from_numpy(rows), out=torch.from_numpy(wanted))
+        return torch.from_numpy(out.reshape(len(out) * self._pieces, -1).view(self._number))
+
+    def gathering(self, pieces: Tensor, numbers: Tensor) -> Callable[[], Tensor]:
+        """What copies images, their files touched."""
+        return partial(torch.index_select, self._rows, 0, pieces, out=numbers)
 
     def view(self, rows: np.ndarray) -> Tensor | None:
         """The images at ``rows`` where they lie, if that is one after the other; touched files, and for reading only."""
@@ -172,6 +179,10 @@ class Arena:
                 self._map(number)
         self._seen[due] = now
 
+    def in_memory(self, rows: np.ndarray, file: np.ndarray) -> bool:
+        """Whether all the images at ``rows`` are known to be in memory, in which case their files are mapped."""
+        return self._can_look and bool(self._mapped[file].all()) and self._are_resident(self._addresses(rows))
+
     def ask_ahead(self, rows: np.ndarray) -> bool:
         """Have the pages of the images (their files touched) read into memory, unless a sample is there; returns before they are.
 
@@ -181,13 +192,18 @@ class Arena:
         All ranges go to the kernel in one system call where it takes many (``process_madvise``), so that a busy main thread
         gets the interpreter lock back once and not once per image.
         """
-        begin = np.sort(self._address + rows.astype(np.int64) * self._step)
-        sample = begin[:: max(1, len(begin) // _SAMPLED)]
-        if self._can_look and all(is_resident(int(address), self._image_bytes) for address in sample):
+        begin = np.sort(self._addresses(rows))
+        if self._can_look and self._are_resident(sample_of(begin)):
             return False
         before = blocks_read()
         will_need(*page_runs(begin, self._image_bytes))
         return self._can_look or blocks_read() > before
+
+    def _addresses(self, rows: np.ndarray) -> np.ndarray:
+        return self._address + rows.astype(np.int64) * self._step
+
+    def _are_resident(self, begin: np.ndarray) -> bool:
+        return all(is_resident(address, self._image_bytes) for address in begin.tolist())
 
     @property
     def _fresh(self) -> float:
@@ -215,6 +231,11 @@ class Arena:
             self._maps = min(self._maps + 2, self._most_maps)
         self._mapped[number] = True
         self._can_look = self._can_look and tells_what_is_resident(self._paths[number])
+
+
+def sample_of(rows: np.ndarray) -> np.ndarray:
+    """A few of them, evenly spread."""
+    return rows[:: max(1, len(rows) // _SAMPLED)]
 
 
 def _maps_in_use() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -129,6 +129,10 @@ class ParticleDataset(Dataset[Particle]):
         """Images that were read for these rows (int64, none negative), with their columns."""
         return ParticleBatch(images, self.pixel_size, Columns(partial(_gather, self.particles, rows)))
 
+    def in_memory(self, rows: np.ndarray) -> bool:
+        """Whether there is nothing to be asked for ahead of reading these rows (int64, none negative), as far as a look can tell."""
+        return self._images().in_memory(rows)
+
     def ask_ahead(self, rows: np.ndarray) -> bool:
         """Start to bring the images of these rows (int64, none negative) into the page cache; False if they were there."""
         return self._images().ask_ahead(rows)
@@ -153,12 +157,21 @@ class ParticleDataset(Dataset[Particle]):
         elif out.shape != shape or out.dtype != dtype or not out.is_cpu or not out.is_contiguous() or out.requires_grad:
             given = f"{out.dtype} {tuple(out.shape)} on {out.device}{', which needs a gradient' if out.requires_grad else ''}"
             raise ArgumentError(f"out has to be a contiguous {dtype} CPU tensor of shape {shape}, not {given}")
-        (self._located or self._images()).reading(rows, out)()
+        images = self._located or self._images()
+        images.reading(rows, images.target(out.numpy()))()
         return out
 
-    def reading(self, rows: np.ndarray, out: Tensor) -> Callable[[], object]:
-        """What is left to be called to read these rows (int64, in range) into ``out``, which fits, as ``read`` does."""
-        return (self._located or self._images()).reading(rows, out)
+    def places(self, rows: np.ndarray) -> Iterable[Tensor | None]:
+        """What ``reading`` takes as the places of each of some batches, (batches, size) of int64 in range: found out for all at once."""
+        return self._images().places(rows)
+
+    def target(self, out: np.ndarray) -> Any:
+        """Memory for (B, H, W) images, contiguous, in the dtype of the files, as ``reading`` takes it."""
+        return self._images().target(out)
+
+    def reading(self, rows: np.ndarray, target: Any, places: Tensor | None = None) -> Callable[[], object]:
+        """What is left to be called to read these rows (int64, in range) into a target for as many."""
+        return (self._located or self._images()).reading(rows, target, places)
 
     def view_rows(self, rows: np.ndarray) -> Tensor | None:
         """The images of these rows (int64, none negative) without a copy, for reading only.

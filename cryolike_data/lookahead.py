@@ -7,12 +7,14 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import repeat
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
+from torch import Tensor
 
 from .pages import waits_for_disk
 
@@ -25,12 +27,23 @@ _LONGEST_WAIT = 0.05
 #: Never more than this is asked for ahead of the reader, however large a batch is (but always one batch).
 MAX_BYTES_AHEAD = 512 << 20
 
+#: A batch: the position in the epoch after it, its rows, and what a data set says of where their images lie.
+Step = tuple[int, np.ndarray, Tensor | None]
+
+
+def nowhere(rows: np.ndarray) -> Iterable[None]:
+    """Of each of some batches, (batches, size), that it is not known where its images lie."""
+    return repeat(None, len(rows))
+
 
 @runtime_checkable
 class AsksAhead(Protocol):
     """A data set that can have the pages of some rows brought into memory."""
 
     image_bytes: int
+
+    def in_memory(self, rows: np.ndarray) -> bool:
+        """Whether the images of these rows (a sample of them) are in the page cache, as far as this is known without waiting."""
 
     def ask_ahead(self, rows: np.ndarray) -> bool:
         """Start to bring the images of these rows into the page cache, or False if they (a sample of them) are there."""
@@ -51,62 +64,74 @@ class LookAhead:
         self._open = True
         self._patience = self._skip = 0
         self._waits = 0
-        self._thread = threading.Thread(target=self._run, name="cryolike-lookahead", daemon=True)
+        self._thread: threading.Thread | None = None  # data that stay in memory need none
 
     @staticmethod
     def over(dataset: Any, batches: int) -> LookAhead | NoLookAhead:
         """A look-ahead over a data set, or none where the data set cannot use it."""
         return LookAhead(dataset, batches) if batches and isinstance(dataset, AsksAhead) else NoLookAhead()
 
-    def pass_on(self, drawn: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
-        """The same items in the same order, each held back until those after it have been asked for."""
-        held: deque[tuple[int, tuple[int, np.ndarray]]] = deque()
-        depth = 0
-        for item in drawn:
-            depth = depth or self._depth(len(item[1]))  # no later batch is larger than the first
-            held.append((self._ask(item[1]), item))
-            if len(held) > depth:
-                request, item = held.popleft()
-                self._wait_for(request)
-                yield item
-        for request, item in held:
+    def pass_on(self, drawn: Iterator[list[Step]]) -> Iterator[list[Step]]:
+        """The same batches in the same order, each held back until those after it have been asked for.
+
+        One at a time while they have to be asked for, and else several, because whoever takes them has less to do for each then.
+        """
+        held: deque[tuple[int, list[Step]]] = deque()
+        depth = n_held = 0
+        for steps in drawn:
+            depth = depth or self._depth(len(steps[0][1]))  # no later batch is larger than the first
+            start = 0
+            while start < len(steps):
+                request, count = self._ask(steps[start][1], len(steps) - start)
+                held.append((request, steps[start : start + count]))
+                start, n_held = start + count, n_held + count
+                while n_held - len(held[0][1]) >= depth:
+                    request, first = held.popleft()
+                    n_held -= len(first)
+                    self._wait_for(request)
+                    yield first
+        for request, first in held:
             self._wait_for(request)
-            yield item
+            yield first
 
     def __enter__(self) -> Self:
-        try:
-            self._thread.start()
-        except BaseException:  # Ctrl-C; there is no __exit__ then
-            self._end()
-            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._end()
-        # Python may collect an abandoned iteration in any thread, this one too, and at its own end, where waiting may take for ever.
-        if self._thread is not threading.current_thread() and not sys.is_finalizing():
-            self._thread.join()
-
-    def _end(self) -> None:
         self._open = False
         self._wake.put(None)
+        # Python may collect an abandoned iteration in any thread, this one too, and at its own end, where waiting may take for ever.
+        thread = self._thread
+        if thread is not None and thread.is_alive() and thread is not threading.current_thread() and not sys.is_finalizing():
+            thread.join()
 
     def _depth(self, batch_size: int) -> int:
         return min(self._batches, max(1, MAX_BYTES_AHEAD // max(1, batch_size * self._dataset.image_bytes)))
 
-    def _ask(self, rows: np.ndarray) -> int:
-        """Let the thread ask for these rows, or not where the last ones were in memory; the number of the request to wait for."""
-        if self._skip > 0:
-            self._skip -= 1
-            if self._skip % _BETWEEN_LOOKS or self._waits == waits_for_disk():
-                return 0
-        self._waits = waits_for_disk()
+    def _ask(self, rows: np.ndarray, batches: int) -> tuple[int, int]:
+        """Let the thread ask for the rows of the first of some batches, unless these, or the last ones, are in memory.
+
+        Returns the number of the request to wait for (0: none), and how many of the batches are seen to.
+        """
+        waits = waits_for_disk()
+        if min(self._skip, self._patience) > 0 and self._waits == waits:
+            count = min(self._skip, _BETWEEN_LOOKS, batches)
+            self._skip -= count
+            return 0, count
+        self._waits = waits
+        if self._dataset.in_memory(rows):
+            self._look_again_later()
+            self._skip = self._patience
+            return 0, 1
         self._skip = self._patience
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="cryolike-lookahead", daemon=True)
+            self._thread.start()
         self._asked += 1
         with self._changing:
             self._waiting.append((self._asked, rows))
         self._wake.put(None)
-        return self._asked
+        return self._asked, 1
 
     def _wait_for(self, request: int) -> None:
         # Pages that a reader finds missing are read with far more around them than is wanted; except at the start, the request is
@@ -123,6 +148,10 @@ class LookAhead:
             while self._waiting and self._waiting[0][0] <= request:
                 self._waiting.popleft()  # too late to be of use
 
+    def _look_again_later(self) -> None:
+        # Data that are in memory are looked at less and less often, because even looking takes time from the reader.
+        self._patience = min(MAX_PATIENCE, 2 * self._patience + 1)
+
     def _run(self) -> None:
         while True:
             self._wake.get()
@@ -132,9 +161,10 @@ class LookAhead:
                 if not self._waiting:
                     continue
                 request, rows = self._waiting.popleft()
-            # Data that are in memory are looked at less and less often, because even looking takes time from the reader.
-            cold = self._dataset.ask_ahead(rows)
-            self._patience = 0 if cold else min(MAX_PATIENCE, 2 * self._patience + 1)
+            if self._dataset.ask_ahead(rows):
+                self._patience = 0
+            else:
+                self._look_again_later()
             self._done = request
             if (told := self._told) is not None:
                 told.put(None)
@@ -143,8 +173,8 @@ class LookAhead:
 class NoLookAhead:
     """In place of a look-ahead where there is nothing to ask for."""
 
-    def pass_on(self, drawn: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
-        """The items as they are."""
+    def pass_on(self, drawn: Iterator[list[Step]]) -> Iterator[list[Step]]:
+        """The batches as they are."""
         return drawn
 
     def __enter__(self) -> Self:

@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import logging
 import os
 import sys
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator
+from itertools import chain
 from queue import Empty, SimpleQueue
 from typing import Any
 
-import numpy as np
 import torch
 
 from .batch import ParticleBatch
 from .dataset import ParticleDataset
-from .ring import BufferRing, rows_apart
+from .ring import BufferRing
 from .sampler import ParticleSampler
 
-log = logging.getLogger(__name__)
-
-#: Small batches are read several at a time, up to so many bytes: Python takes as long for a small one as for a large one, and much
-#: longer after each call that has filled the caches with images.
-_TOGETHER_BYTES = 8 << 20
 #: A consumer that comes back sooner than this, or than this share of the time a read takes, has done nothing that reading
 #: ahead could hide behind.
 _BUSY_SECONDS, _BUSY_SHARE = 2e-4, 0.25
@@ -38,9 +31,6 @@ _LONGEST_START = 1.0
 
 #: A batch, and before it the position in the epoch after it.
 Placed = tuple[int, ParticleBatch]
-
-#: Batches that are read in one call: for each the position in the epoch after it and its rows.
-Steps = Sequence[tuple[int, np.ndarray]]
 
 #: Readers that may have a thread.
 READERS: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -111,22 +101,12 @@ def wait_for_end(thread: threading.Thread, process: int) -> bool:
     return True
 
 
-def all_rows(steps: Steps) -> np.ndarray:
-    """The rows of several batches, one after the other."""
-    return steps[0][1] if len(steps) == 1 else np.concatenate([rows for _, rows in steps])
-
-
-def warn_one_by_one(batches: int, error: Exception) -> None:
-    """Say that several batches which could not be read in one call are read again, each by itself."""
-    if batches > 1:
-        log.warning("Reading %d batches in one call failed, so they are read one by one: %s", batches, error)
-
-
 class Reader:
     """Batches in the order of the sampler, read ahead by a thread while the consumer is busy.
 
-    Batches that are not there when the consumer asks are read by the consumer itself, several small ones in one call: handing
-    them over from a thread would take longer. The thread runs whenever the consumer has something else to do, from the start of
+    A batch that is not there when the consumer asks is read by the consumer itself: handing it over from a thread would take longer.
+    Where the images of a batch lie is found out for many batches at once: after each copy, which has filled the caches with
+    images, Python takes long for the least thing. The thread runs whenever the consumer has something else to do, from the start of
     the iteration until ``close``.
 
     Parameters
@@ -138,8 +118,8 @@ class Reader:
 
     def __init__(self, dataset: ParticleDataset, sampler: ParticleSampler, ahead: int, ring: BufferRing) -> None:
         self._dataset, self._ahead, self._ring = dataset, ahead, ring
-        self._together = max(1, min(_TOGETHER_BYTES // (sampler.batch_size * dataset.image_bytes), 1 + ahead))
-        self._steps = sampler.steps()
+        self._drawn = sampler.steps(dataset.places)
+        self._steps = chain.from_iterable(self._drawn)
         self._filled: deque[Placed] = deque()
         self._reading = threading.RLock()  # whoever holds it reads the next batches, so that they come in order
         self._error: BaseException | None = None
@@ -171,7 +151,7 @@ class Reader:
         if not wait_for_end(self._thread, self._process):
             return
         with self._reading:
-            self._steps.close()
+            self._drawn.close()
             self._filled.clear()
 
     def _fill_up(self) -> None:
@@ -184,7 +164,7 @@ class Reader:
             with self._reading:
                 if not self._filled:
                     self._by_thread = False
-                    self._read(self._together)
+                    self._read()
         try:
             return self._filled.popleft()
         except IndexError:  # the end, or another thread has closed the reader
@@ -204,37 +184,23 @@ class Reader:
             while self._busy and len(self._filled) < self._ahead and not (self._finished or self.closed):
                 with self._reading:
                     self._by_thread = True
-                    self._read(1)
+                    self._read()
 
-    def _read(self, count: int) -> None:
-        """Read the next batches, or find out that there are none; to be called with ``_reading`` held.
+    def _read(self) -> None:
+        """Read the next batch, or find out that there is none; to be called with ``_reading`` held.
 
         An error is for the consumer, with its traceback, after the batches before it.
         """
         try:
-            steps = [] if self._finished or self.closed else list(islice(self._steps, count))
-            self._finished = len(steps) < count
-            if steps:
-                started = time.perf_counter()
-                self._fill(steps)
-                self._read_seconds = time.perf_counter() - started
+            step = None if self._finished or self.closed else next(self._steps, None)
+            if step is None:
+                self._finished = True
+                return
+            started = time.perf_counter()
+            position, rows, places = step
+            images, target = self._ring.lend(len(rows))
+            self._dataset.reading(rows, target, places)()
+            self._filled.append((position, self._dataset.batch_of(rows, images)))
+            self._read_seconds = time.perf_counter() - started
         except BaseException as error:
             self._error, self._finished = error, True
-
-    def _fill(self, steps: Steps) -> None:
-        rows = all_rows(steps)
-        images = self._ring.lend(len(rows))
-        try:
-            self._dataset.reading(rows, images)()
-        except Exception as error:
-            if len(steps) == 1:
-                raise
-            warn_one_by_one(len(steps), error)
-            for step in steps:  # those before the one that fails reach the consumer, and then its error does
-                self._fill([step])
-            return
-        end = 0
-        for position, part in steps:
-            start, end = end, end + len(part)
-            of_part = images if len(steps) == 1 else rows_apart(images, slice(start, end))
-            self._filled.append((position, self._dataset.batch_of(part, of_part)))

@@ -6,20 +6,23 @@ same particles come in the same order whatever the number of ranks or workers, a
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from contextlib import closing
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from .arguments import integer
 from .errors import ArgumentError
-from .lookahead import LookAhead
+from .lookahead import LookAhead, Step, nowhere
 from .order import mix, permute
 
-#: Positions whose order is worked out at a time; a single batch by itself would cost several times as much.
-_DRAWN = 1 << 14
+#: Rows that are drawn at a time, and batches, at most: a single batch by itself would cost several times as much.
+_DRAWN_ROWS, _DRAWN_BATCHES = 1 << 14, 1 << 8
 #: With shuffle="blocks": neighbouring rows read together, and how many such blocks are mixed with each other.
 BLOCK_ROWS = 64
 WINDOW_BLOCKS = 64
@@ -86,22 +89,26 @@ class ParticleSampler(Sampler[list[int]]):
         return f"ParticleSampler({self._n:,} particles {order}, {self.batch_size} a batch{rank}; next is epoch {self.epoch}{start})"
 
     def __iter__(self) -> Iterator[list[int]]:
-        for _, rows in self.steps():
-            yield rows.tolist()
-
-    def steps(self) -> Generator[tuple[int, np.ndarray], None, None]:
-        """The same as iterating, with row numbers as arrays, and before each batch the position in the epoch after it."""
         begun = self._begun = self._next()
-        self.epoch, start = begun
-        self._start, self._position = 0, start
-        with LookAhead.over(self.dataset, self.lookahead) as ahead:
-            for position, rows in ahead.pass_on(self._batches(start)):
+        self.epoch, self._position = begun
+        self._start = 0
+        with closing(self._steps(*begun, nowhere)) as runs:
+            for position, rows, _ in chain.from_iterable(runs):
                 if self._begun is begun:
                     self._position = position
-                yield position, rows
+                yield rows.tolist()
         if self._begun is begun:  # and no other iteration has begun, nor was another epoch or state asked for
             self.epoch += 1
             self._position = 0
+
+    def steps(self, places: Callable[[np.ndarray], Iterable[Tensor | None]] = nowhere) -> Generator[list[Step], None, None]:
+        """The batches of the next iteration as arrays, several at a time; the sampler stays where it is.
+
+        Parameters
+        ----------
+        places : says of some batches of rows, (batches, size), where the images of each lie
+        """
+        return self._steps(*self._next(), places)
 
     def set_epoch(self, epoch: int) -> None:
         """Start the next iteration with the given epoch, from its beginning."""
@@ -167,18 +174,23 @@ class ParticleSampler(Sampler[list[int]]):
     def _stride(self) -> int:
         return self.batch_size * self.world_size
 
-    def _batches(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(position after the step, rows) of each step; the order is worked out for many steps at a time."""
-        n, epoch, stride = self._n, self.epoch, self._stride
+    def _steps(self, epoch: int, start: int, places: Callable[[np.ndarray], Iterable[Tensor | None]]) -> Generator[list[Step], None, None]:
+        drawn = (list(zip(positions, rows, places(rows), strict=True)) for positions, rows in self._draw(epoch, start))
+        with LookAhead.over(self.dataset, self.lookahead) as ahead:
+            yield from ahead.pass_on(drawn)
+
+    def _draw(self, epoch: int, start: int) -> Iterator[tuple[list[int], np.ndarray]]:
+        """The batches of an epoch from a position on, many at a time: the position after each, and (batches, size) rows."""
+        n, stride = self._n, self._stride
         own = self.rank * self.batch_size + np.arange(min(self.batch_size, n))  # a larger batch is never full
-        per_draw = max(1, _DRAWN // self.batch_size)
+        per_draw = max(1, min(_DRAWN_ROWS // self.batch_size, _DRAWN_BATCHES))
         left = (n - start) % stride
         for first in range(start, n - left, per_draw * stride):
             steps = np.arange(first, min(first + per_draw * stride, n - left), stride)
-            yield from zip((steps + stride).tolist(), self.rows(steps[:, None] + own, epoch), strict=True)
+            yield (steps + stride).tolist(), self.rows(steps[:, None] + own, epoch)
         first, last = (n - left + left * r // self.world_size for r in (self.rank, self.rank + 1))
         if last > first and not self._drop_last:
-            yield n, self.rows(np.arange(first, last), epoch)
+            yield [n], self.rows(np.arange(first, last)[None], epoch)
 
 
 def place_among_ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:

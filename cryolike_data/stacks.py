@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -15,8 +15,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from torch import Tensor
 
-from .arena import Arena, NoMoreMapsError, can_map
+from .arena import Arena, NoMoreMapsError, can_map, sample_of
 from .errors import StackError
+from .lookahead import nowhere
 from .map_pool import MapPool
 from .mrc import Check, Mode0, StackHeader, describe_shortfall, read_header, require_alike, require_mode0, require_unchanged
 from .read_each import read_each
@@ -29,17 +30,27 @@ _FEW_RUNS = 8
 _STRETCH = 1 << 16
 
 
+#: Memory for images, and how an arena sees it; None where there is none.
+Target = tuple[np.ndarray, Tensor | None]
+
+
 class Images(Protocol):
-    """The images of a table's rows, wherever they lie."""
+    """The images of a table's rows, wherever they lie. Rows are int64, none of them negative."""
 
-    def reading(self, rows: np.ndarray, out: Tensor) -> Callable[[], object]:
-        """What copies the images of these rows (int64, none negative) into ``out``, (B, H, W) contiguous, when called.
+    def places(self, rows: np.ndarray) -> Iterable[Tensor | None]:
+        """For each of some batches of rows, (batches, size), what ``reading`` takes as its places: found out for all of them at once."""
 
-        All that can be found out before is.
-        """
+    def target(self, out: np.ndarray) -> Any:
+        """Memory for (B, H, W) images, contiguous, as ``reading`` takes it."""
+
+    def reading(self, rows: np.ndarray, target: Any, places: Tensor | None = None) -> Callable[[], object]:
+        """What copies the images of these rows into the target when called. All that can be found out before is."""
 
     def view(self, rows: np.ndarray) -> Tensor | None:
         """The images of these rows without a copy, for reading only; None if they do not lie one after the other in memory."""
+
+    def in_memory(self, rows: np.ndarray) -> bool:
+        """Whether a sample of the images is in the page cache, as far as is known without waiting; True if none can be asked for."""
 
     def ask_ahead(self, rows: np.ndarray) -> bool:
         """Start to bring images into the page cache; returns before they are there. False if there was nothing to do."""
@@ -106,8 +117,9 @@ class Stacks:
                 arena = self._arena
         return arena or None
 
-    def give_up_arena(self) -> None:
+    def give_up_arena(self, error: NoMoreMapsError) -> None:
         """Read all files through the pool from now on."""
+        log.info("%s Files are read one by one.", str(error))  # the error itself, kept with the record, would keep the arena mapped
         self._arena = False
 
     def read_from_pool(self, file: np.ndarray, image: np.ndarray, out: np.ndarray) -> None:
@@ -134,7 +146,11 @@ class Stacks:
         counts = np.where(fits, self.counts, 0)
         # Not a method of this object, which would keep the arena mapped until Python looks for cycles.
         check = None if self._check is None else partial(_check_number, self._check, self.paths, self.headers)
-        return Arena(self.paths, starts, counts, shape=(header.ny, header.nx), dtype=dtype, check=check)
+        try:
+            return Arena(self.paths, starts, counts, shape=(header.ny, header.nx), dtype=dtype, check=check)
+        except NoMoreMapsError as error:
+            self.give_up_arena(error)
+            return False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(Stacks, check=self._check, headers_read=self.headers_read), (self.paths, self.headers)
@@ -154,8 +170,18 @@ class StackImages:
         self._files = np.empty(0, np.int64)
         self._seen_until = -np.inf
 
-    def reading(self, rows: np.ndarray, out: Tensor) -> Callable[[], object]:
-        """What copies the images of these rows into ``out``, (B, H, W) contiguous, in the dtype of the stacks, when called.
+    def places(self, rows: np.ndarray) -> Iterable[Tensor | None]:
+        """Where the images of each of some batches, (batches, size), lie in the arena; None where it does not hold them all."""
+        pieces = self._pieces(rows)
+        return nowhere(rows) if pieces is None else pieces.unbind()
+
+    def target(self, out: np.ndarray) -> Target:
+        """Memory for (B, H, W) images, contiguous, in the dtype of the stacks, as ``reading`` takes it."""
+        located = (self._located or self._locate()) if len(out) else None
+        return out, None if located is None else located[0].numbers_of(out)
+
+    def reading(self, rows: np.ndarray, target: Target, places: Tensor | None = None) -> Callable[[], object]:
+        """What copies the images of these rows into a target for as many when called.
 
         Raises
         ------
@@ -163,11 +189,13 @@ class StackImages:
             here or when that is called, if a file cannot be opened any more, is truncated, or has shrunk (for what remains possible
             then, see ``Arena``)
         """
-        found = self._found(rows) if len(rows) else None
-        if found is None:
-            return partial(self._stacks.read_from_pool, self._file[rows], self._image[rows], out.numpy())
-        arena, places = found
-        return arena.gathering(places, out)
+        out, numbers = target
+        if numbers is not None:
+            pieces = self._pieces(rows) if places is None else places
+            arena = None if pieces is None else self._touched(rows)
+            if arena is not None and pieces is not None:
+                return arena.gathering(pieces, numbers)
+        return partial(self._stacks.read_from_pool, self._file[rows], self._image[rows], out)
 
     def view(self, rows: np.ndarray) -> Tensor | None:
         """The images of these rows (at least one) where the arena has them, for reading only; None if not one after the other there.
@@ -175,40 +203,48 @@ class StackImages:
         A file that shrinks is noticed as by ``reading``, when the view is made and not when it is used.
         """
         found = self._found(rows)
-        return None if found is None else found[0].view(found[1])
+        return None if found is None or self._touched(rows) is None else found[0].view(found[1])
+
+    def in_memory(self, rows: np.ndarray) -> bool:
+        """Whether a sample of these images is in the page cache and their files are mapped; True where no arena holds them."""
+        some = sample_of(rows)
+        found = self._found(some)
+        return found is None or found[0].in_memory(found[1], self._file[some])
 
     def ask_ahead(self, rows: np.ndarray) -> bool:
         """Start to bring images into the page cache; does nothing (False) where they are there or no arena holds them."""
-        if len(rows):
-            # Whatever is wrong with a file, the reader meets it next and says so.
-            with contextlib.suppress(StackError, OSError):
-                found = self._in_arena(rows)
-                return found is not None and found[0].ask_ahead(found[1])
+        # Whatever is wrong with a file, the reader meets it next and says so.
+        with contextlib.suppress(StackError, OSError):
+            found = self._found(rows)
+            return found is not None and self._touched(rows) is not None and found[0].ask_ahead(found[1])
         return False
 
     def _found(self, rows: np.ndarray) -> tuple[Arena, np.ndarray] | None:
-        """The same as ``_in_arena``, until the system maps no further file: then all are read one by one."""
-        try:
-            return self._in_arena(rows)
-        except NoMoreMapsError as error:
-            log.info("%s Files are read one by one.", str(error))  # the error itself, kept with the record, would keep the arena mapped
-            self._stacks.give_up_arena()
-            self._located = None
-            return None
-
-    def _in_arena(self, rows: np.ndarray) -> tuple[Arena, np.ndarray] | None:
-        """Where the images of these rows lie in the arena, ready to be read; None if it does not hold them all."""
+        """Where the images of these rows, at least one, lie in the arena; None if it does not hold them all."""
         located = self._located or self._locate()
-        if located is None:
+        if located is None or not rows.size:
             return None
         arena, everywhere = located
         places = everywhere[rows]
-        if not self._all_located and places.min() < 0:
-            return None
-        if time.monotonic() >= self._seen_until:
-            arena.touch(self._file[rows])
-            self._seen_until = arena.seen_until(self._files)
-        return arena, places
+        return None if not self._all_located and places.min() < 0 else (arena, places)
+
+    def _pieces(self, rows: np.ndarray) -> Tensor | None:
+        """The same as the arena gathers them."""
+        found = self._found(rows)
+        return None if found is None else found[0].pieces_of(found[1])
+
+    def _touched(self, rows: np.ndarray) -> Arena | None:
+        """The arena, in which the files of these rows are mapped and long enough; None, then and for all to come, if it can map no more."""
+        located = self._located or self._locate()
+        if located is not None and time.monotonic() >= self._seen_until:
+            try:
+                located[0].touch(self._file[rows])
+            except NoMoreMapsError as error:
+                self._stacks.give_up_arena(error)
+                self._located = None
+                return None
+            self._seen_until = located[0].seen_until(self._files)
+        return None if located is None else located[0]
 
     def _locate(self) -> tuple[Arena, np.ndarray] | None:
         arena = self._stacks.arena_like(self._stacks.headers[int(self._file[0])])

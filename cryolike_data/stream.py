@@ -64,8 +64,8 @@ def stream(
     Returns
     -------
     An iterable of ``ParticleBatch``, once over the epoch for each ``iter``; see ``ParticleStream``. Each batch is the consumer's for
-    as long as any tensor of it is held: a buffer is used again only after the last of them is gone. Small batches may share a buffer
-    with their neighbours (up to 8 MB; on a GPU, where a unit of up to 32 MB was transformed together, what came of it).
+    as long as any tensor of it is held: a buffer is used again only after the last of them is gone. On a GPU small batches share
+    with their neighbours what came of a unit that was transformed together.
 
     Raises
     ------
@@ -232,7 +232,8 @@ class ParticleStream:
     def _new_ring(self) -> BufferRing:
         # What may be in use at once: read ahead, being read, held by the consumer, and being copied.
         keep = self.prefetch + 2 + UNITS_AHEAD
-        return BufferRing((self.dataset.box, self.dataset.box), self.dataset.dtype, pinned=self._cuda, keep=keep)
+        box, dtype = self.dataset.box, self.dataset.dtype
+        return BufferRing((box, box), dtype, pinned=self._cuda, keep=keep, seen_as=self.dataset.target)
 
     @property
     def _cuda(self) -> bool:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from queue import Empty, SimpleQueue
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from .batch import ParticleBatch
 from .dataset import ParticleDataset
-from .reader import READERS, Steps, all_rows, end_idle_threads, limit_threads, start_reading, wait_for_end, warn_one_by_one
+from .lookahead import Step
+from .reader import READERS, end_idle_threads, limit_threads, start_reading, wait_for_end
 from .ring import BufferRing, outside_inference_mode
 from .sampler import ParticleSampler
+
+log = logging.getLogger(__name__)
 
 #: Small batches go together, up to so many bytes: to start a copy and transforms takes Python about as long as the bus needs for these.
 #: Not more, because a cache of the CPU should hold all units that are under way.
@@ -36,13 +41,13 @@ class _Read:
 
     Attributes
     ----------
-    steps : for each batch, the position in the epoch after it and its rows
+    steps : the batches
     rows, images : all rows, and where their images go
     copy : what copies them; None where something is wrong with a file
     units, error : what came of it
     """
 
-    steps: Steps
+    steps: Sequence[Step]
     rows: np.ndarray
     images: Tensor
     copy: Callable[[], object] | None
@@ -68,7 +73,8 @@ class UnitReader:
         self._lending, self._drawing = threading.Lock(), threading.Lock()
         self._together = max(1, min(_UNIT_BYTES // (sampler.batch_size * dataset.image_bytes), 1 + ahead))
         self._most = max(_UNITS, -(-ahead // self._together))
-        self._steps = sampler.steps()
+        self._runs = sampler.steps()
+        self._steps = chain.from_iterable(self._runs)
         self._under_way = 0
         self._to_copy: SimpleQueue[_Read | None] = SimpleQueue()
         self._copied: SimpleQueue[_Read | None] = SimpleQueue()
@@ -133,22 +139,22 @@ class UnitReader:
         if not wait_for_end(self._thread, self._process):
             return
         with self._drawing:
-            self._steps.close()
+            self._runs.close()
         self._units.clear()
         for queue in (self._to_copy, self._copied):
             while not queue.empty():
                 queue.get_nowait()
         self._copied.put(None)
 
-    def _prepared(self, steps: Steps) -> _Read:
-        rows = all_rows(steps)
-        images = self._lend(len(rows))
+    def _prepared(self, steps: Sequence[Step]) -> _Read:
+        rows = steps[0][1] if len(steps) == 1 else np.concatenate([rows for _, rows, _ in steps])
+        images, target = self._lend(len(rows))
         copy = None
         try:
             with outside_inference_mode():  # in which the thread is not
-                copy = self._dataset.reading(rows, images)
+                copy = self._dataset.reading(rows, target)
         except Exception as error:
-            warn_one_by_one(len(steps), error)
+            _warn_one_by_one(len(steps), error)
         return _Read(steps, rows, images, copy)
 
     def _copy_all(self) -> None:
@@ -168,17 +174,25 @@ class UnitReader:
             try:
                 read.copy()
             except Exception as error:
-                warn_one_by_one(len(read.steps), error)
+                _warn_one_by_one(len(read.steps), error)
             else:
                 read.units.append(self._unit(read.steps, read.rows, read.images))
                 return
         for step in read.steps:  # those before the one that fails reach the consumer, and then its error does
             rows = step[1]
-            read.units.append(self._unit([step], rows, self._dataset.read_rows(rows, self._lend(len(rows)))))
+            images, target = self._lend(len(rows))
+            self._dataset.reading(rows, target)()
+            read.units.append(self._unit([step], rows, images))
 
-    def _unit(self, steps: Steps, rows: np.ndarray, images: Tensor) -> Unit:
-        return [(position, len(part)) for position, part in steps], self._dataset.batch_of(rows, images)
+    def _unit(self, steps: Sequence[Step], rows: np.ndarray, images: Tensor) -> Unit:
+        return [(position, len(part)) for position, part, _ in steps], self._dataset.batch_of(rows, images)
 
-    def _lend(self, images: int) -> Tensor:
+    def _lend(self, images: int) -> tuple[Tensor, Any]:
         with self._lending:
             return self._ring.lend(images)
+
+
+def _warn_one_by_one(batches: int, error: Exception) -> None:
+    """Say that several batches which could not be read in one call are read again, each by itself."""
+    if batches > 1:
+        log.warning("Reading %d batches in one call failed, so they are read one by one: %s", batches, error)

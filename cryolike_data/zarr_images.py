@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from .errors import StackError
+from .lookahead import nowhere
 from .zarr_layout import require_all_keys
 from .zarr_store import Stamp, is_url, open_group, require_same, rust_works
 
@@ -106,12 +107,24 @@ class ZarrRows:
     def __init__(self, store: ZarrImages, image: np.ndarray) -> None:
         self._store, self._image = store, image
 
-    def reading(self, rows: np.ndarray, out: Tensor) -> Callable[[], None]:
-        """What copies the images of these rows into ``out``, (B, H, W) contiguous, when called: nothing is done before."""
-        return partial(self._store.read_into, self._image[rows], out.numpy())
+    def places(self, rows: np.ndarray) -> Iterable[None]:
+        """Nothing is known before."""
+        return nowhere(rows)
+
+    def target(self, out: np.ndarray) -> np.ndarray:
+        """The memory as it is."""
+        return out
+
+    def reading(self, rows: np.ndarray, target: np.ndarray, places: Tensor | None = None) -> Callable[[], None]:
+        """What copies the images of these rows into an array for as many when called: nothing is done before."""
+        return partial(self._store.read_into, self._image[rows], target)
 
     def view(self, rows: np.ndarray) -> None:
         """No image lies in memory as it is."""
+
+    def in_memory(self, rows: np.ndarray) -> bool:
+        """Nothing can be asked for."""
+        return True
 
     def ask_ahead(self, rows: np.ndarray) -> bool:
         """Nothing to do: zarr opens and reads what it needs by itself."""

@@ -350,8 +350,14 @@ def run_python(code: str, *arguments: object, timeout: float = 60) -> subprocess
 
 
 def read_images(stacks: Any, file: np.ndarray, image: np.ndarray, out: np.ndarray) -> None:
-    """Image ``image[k]`` of file ``file[k]`` of some stacks into ``out[k]``, in one call."""
-    stacks.locate(file, image).reading(np.arange(len(file)), torch.from_numpy(out))()
+    """Image ``image[k]`` of file ``file[k]`` of some stacks into ``out[k]``, in one call; as batches of a stream they are the same."""
+    images, rows = stacks.locate(file, image), np.arange(len(file))
+    images.reading(rows, images.target(out))()
+    batches = np.stack([rows, rows[::-1]])
+    for batch, places in zip(batches, images.places(batches), strict=True):
+        again = np.empty_like(out)
+        images.reading(batch, images.target(again), places)()
+        np.testing.assert_array_equal(again, out[batch])
 
 
 #: Arguments of ``plan_export`` by format that make units of five images of 16 px float32.

@@ -19,7 +19,7 @@ from support import another_thread_at, mapped_files, numbered_images, open_files
 import cryolike_data.arena as arena_module
 import cryolike_data.file_size as file_size_module
 import cryolike_data.stacks as stacks_module
-from cryolike_data.arena import Arena
+from cryolike_data.arena import Arena, NoMoreMapsError
 from cryolike_data.errors import StackError
 from cryolike_data.pages import page_runs
 from cryolike_data.stacks import Stacks, open_stacks
@@ -78,7 +78,7 @@ def test_images_go_to_any_place_of_a_buffer(tmp_path: Path, box: int, before: in
     paths, (images,) = written(tmp_path, [3], box)
     buffer = torch.full((before + images.size + 2,), 7.0)
     located = open_stacks(paths).locate(np.zeros(3, np.int64), np.arange(3))
-    located.reading(np.array([2, 0, 1]), buffer[before:-2].view(images.shape))()
+    located.reading(np.array([2, 0, 1]), located.target(buffer[before:-2].view(images.shape).numpy()))()
     np.testing.assert_array_equal(buffer[before:-2].view(images.shape), images[[2, 0, 1]])
     assert (buffer[:before] == 7).all()
     assert (buffer[-2:] == 7).all()
@@ -266,7 +266,7 @@ def test_running_out_of_maps_falls_back_to_the_pool(tmp_path: Path, monkeypatch:
 LIMITED = """
     import os, resource, sys, numpy as np
     from pathlib import Path
-    from support import numbered_images, read_images, write_stack
+    from support import numbered_images, write_stack
     from cryolike_data.stacks import open_stacks
     n, images = 200, numbered_images(200, 8)
     paths = [write_stack(Path(sys.argv[1]) / f"{k}.mrc", images[k : k + 1], nz=30_000) for k in range(n)]
@@ -276,7 +276,9 @@ LIMITED = """
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (400 << 20), -1))
     out = np.empty((n, 8, 8), "f4")
-    read_images(stacks, np.arange(n), np.zeros(n, int), out)
+    located = stacks.locate(np.arange(n), np.zeros(n, int))
+    assert list(located.places(np.arange(n)[None])) == [None]
+    located.reading(np.arange(n), located.target(out))()
     assert np.array_equal(out, images)
     assert stacks._arena is False
 """
@@ -294,7 +296,7 @@ def test_another_thread_that_gives_the_arena_up_does_not_disturb_a_read(tmp_path
     rows_of = Arena.rows_of
 
     def give_up(self: Arena, file: np.ndarray, image: np.ndarray) -> np.ndarray:
-        stacks.give_up_arena()  # as another thread does when it meets NoMoreMapsError just now
+        stacks.give_up_arena(NoMoreMapsError())  # as another thread does when it meets NoMoreMapsError just now
         return rows_of(self, file, image)
 
     monkeypatch.setattr(Arena, "rows_of", give_up)
@@ -397,13 +399,14 @@ def test_looking_at_one_file_does_not_put_off_the_look_at_another(tmp_path: Path
     now = [100.0]
     monkeypatch.setattr(arena_module.time, "monotonic", lambda: now[0])
     images = open_stacks(paths).locate(np.repeat([0, 1], 2), np.tile([0, 1], 2))
-    images.reading(np.arange(2), torch.empty(2, 8, 8))()
+    of_two, of_four = (images.target(np.empty((count, 8, 8), "f4")) for count in (2, 4))
+    images.reading(np.arange(2), of_two)()
     now[0] += 0.9
-    images.reading(np.arange(4), torch.empty(4, 8, 8))()
+    images.reading(np.arange(4), of_four)()
     paths[0].unlink()
     now[0] += 0.2
     with pytest.raises(StackError, match=r"0\.mrc is gone"):
-        images.reading(np.arange(2), torch.empty(2, 8, 8))()
+        images.reading(np.arange(2), of_two)()
 
 
 SHRUNK = """
@@ -705,7 +708,7 @@ def test_views_outlive_the_arena(tmp_path: Path) -> None:
     file, image = np.array([1, 1, 1]), np.arange(3)
     view = stacks.locate(file, image).view(np.arange(3))
     assert view is not None
-    stacks.give_up_arena()
+    stacks.give_up_arena(NoMoreMapsError())
     np.testing.assert_array_equal(read(stacks, file, image), images[1][:3])
     del stacks
     gc.collect()

@@ -82,7 +82,7 @@ def _bytes_of_system_calls() -> int:
 def test_each_cold_run_begins_with_nothing_in_memory(demo: DemoProject, monkeypatch: pytest.MonkeyPatch) -> None:
     did: list[Any] = []
     reading = IndexedDataset.reading
-    monkeypatch.setattr(IndexedDataset, "reading", lambda self, rows, out: did.append(self) or reading(self, rows, out))
+    monkeypatch.setattr(IndexedDataset, "reading", lambda self, *of: did.append(self) or reading(self, *of))
     monkeypatch.setattr("cryolike_data.diagnose._forget", lambda files: not did.append("forget"))
     monkeypatch.setattr("cryolike_data.diagnose._read_through", lambda files, size: did.append(size))
     diagnose(IndexedDataset(demo.indexed), batch_size=60, max_bytes=1)
@@ -145,7 +145,7 @@ def test_no_more_is_read_than_allowed(demo: DemoProject, monkeypatch: pytest.Mon
     dataset = IndexedDataset(demo.indexed)
     longest: list[int] = []
     reading = IndexedDataset.reading
-    monkeypatch.setattr(IndexedDataset, "reading", lambda self, rows, out: longest.append(len(self)) or reading(self, rows, out))
+    monkeypatch.setattr(IndexedDataset, "reading", lambda self, *of: longest.append(len(self)) or reading(self, *of))
     diagnose(dataset, batch_size=4, max_bytes=10 * dataset.image_bytes, cold=False)
     assert set(longest) == {10}
 

@@ -22,18 +22,22 @@ import pytest
 from support import another_thread_at, forget, own_threads, residence, run_python, wait_until, write_particles
 
 import cryolike_data.lookahead as lookahead
-from cryolike_data import IndexedDataset, arena, export_zarr, pages
+from cryolike_data import IndexedDataset, ZarrDataset, arena, export_zarr, pages, stream
 from cryolike_data.export import pixels
-from cryolike_data.lookahead import MAX_PATIENCE, LookAhead
+from cryolike_data.lookahead import MAX_PATIENCE, LookAhead, NoLookAhead, Step
 from cryolike_data.pages import blocks_read, is_resident, waits_for_disk
 from cryolike_data.sampler import ParticleSampler
 
 
 class Asked:
-    """A data set that notes what is asked of it, and can make the asking thread wait."""
+    """A data set that notes what is asked of it, and can make the asking thread wait.
 
-    def __init__(self, n: int = 100, *, image_bytes: int = 1, cold: bool = True) -> None:
-        self.n, self.image_bytes, self.cold = n, image_bytes, cold
+    ``cold`` is whether images are on the disk alone, and ``tells`` whether this can be known without asking for them.
+    """
+
+    def __init__(self, n: int = 100, *, image_bytes: int = 1, cold: bool = True, tells: bool = True) -> None:
+        self.n, self.image_bytes, self.cold, self.tells = n, image_bytes, cold, tells
+        self.looks: list[list[int]] = []
         self.calls: list[list[int]] = []
         self.threads: set[str] = set()
         self.go_on = threading.Event()
@@ -42,6 +46,10 @@ class Asked:
 
     def __len__(self) -> int:
         return self.n
+
+    def in_memory(self, rows: np.ndarray) -> bool:
+        self.looks.append(rows.tolist())
+        return self.tells and not self.cold
 
     def ask_ahead(self, rows: np.ndarray) -> bool:
         with self.called:
@@ -61,16 +69,23 @@ class Asked:
             assert self.called.wait_for(lambda: [2 * batch, 2 * batch + 1] in self.calls, 10)
 
 
-def batches(number: int, size: int = 2) -> Iterator[tuple[int, np.ndarray]]:
-    return iter([(k, np.arange(k * size, (k + 1) * size)) for k in range(number)])
+def batches(number: int, size: int = 2, *, at_a_time: int = 5) -> Iterator[list[Step]]:
+    steps: list[Step] = [(k, np.arange(k * size, (k + 1) * size), None) for k in range(number)]
+    return (steps[first : first + at_a_time] for first in range(0, number, at_a_time))
 
 
-@pytest.mark.parametrize("ahead", [1, 3, 50])
-def test_batches_come_in_the_same_order(ahead: int) -> None:
-    with LookAhead.over(Asked(), ahead) as look:
-        passed = list(look.pass_on(batches(10)))
-    assert [k for k, _ in passed] == list(range(10))
-    assert [rows.tolist() for _, rows in passed] == [rows.tolist() for _, rows in batches(10)]
+def passed_on(look: LookAhead | NoLookAhead, drawn: Iterator[list[Step]]) -> Iterator[tuple[int, list[int]]]:
+    """Number and rows of each batch that a look-ahead hands out."""
+    return ((k, rows.tolist()) for k, rows, _ in itertools.chain.from_iterable(look.pass_on(drawn)))
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3, 50])
+@pytest.mark.parametrize("at_a_time", [1, 7, 60])
+@pytest.mark.parametrize("cold", [True, False])
+def test_batches_come_in_the_same_order(ahead: int, at_a_time: int, cold: bool) -> None:
+    with LookAhead.over(Asked(cold=cold), ahead) as look:
+        passed = list(passed_on(look, batches(50, at_a_time=at_a_time)))
+    assert passed == [(k, [2 * k, 2 * k + 1]) for k in range(50)]
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 4, 100])
@@ -81,7 +96,7 @@ def test_the_order_of_a_sampler_does_not_depend_on_looking_ahead(ahead: int) -> 
 def test_the_batches_after_one_are_asked_for_before_it_is_handed_out() -> None:
     data = Asked()
     with LookAhead.over(data, 3) as look:
-        next(iter(look.pass_on(batches(10))))
+        next(look.pass_on(batches(10)))
         data.wait_for_calls(3)
     # The first batch itself is read at once; whether the thread was quick enough to ask for it does not matter.
     assert [rows for rows in data.calls if rows != [0, 1]] == [[2, 3], [4, 5], [6, 7]]
@@ -90,15 +105,15 @@ def test_the_batches_after_one_are_asked_for_before_it_is_handed_out() -> None:
 def test_every_batch_after_the_first_is_asked_for_once_while_data_are_cold() -> None:
     data = Asked()
     with LookAhead.over(data, 2) as look:
-        for k, _ in look.pass_on(batches(12)):
+        for k, _ in passed_on(look, batches(12)):
             data.wait_for(min(11, k + 2))
-    assert [rows for rows in data.calls if rows != [0, 1]] == [rows.tolist() for _, rows in batches(12)][1:]
+    assert [rows for rows in data.calls if rows != [0, 1]] == [[2 * k, 2 * k + 1] for k in range(1, 12)]
 
 
 def test_it_asks_from_a_thread_of_its_own() -> None:
     data = Asked()
     with LookAhead.over(data, 2) as look:
-        next(iter(look.pass_on(batches(3))))
+        next(look.pass_on(batches(3)))
         data.wait_for_calls(1)
     assert data.threads == {"cryolike-lookahead"}
 
@@ -106,9 +121,8 @@ def test_it_asks_from_a_thread_of_its_own() -> None:
 def test_a_batch_is_handed_out_after_its_request_is_done() -> None:
     data = Asked()
     with LookAhead.over(data, 1) as look:
-        for k, (_, rows) in enumerate(look.pass_on(batches(10))):
-            assert rows.tolist() == [2 * k, 2 * k + 1]
-            assert rows.tolist() in data.calls
+        for _, rows in passed_on(look, batches(10)):
+            assert rows in data.calls
 
 
 def test_a_slow_disk_does_not_hold_the_reader_up_and_old_requests_are_forgotten() -> None:
@@ -139,7 +153,7 @@ def test_a_reader_that_is_held_up_for_longer_than_it_waits_goes_on(monkeypatch: 
     data = Asked()
     data.go_on.clear()
     with LookAhead.over(data, 1) as look:
-        assert len(list(look.pass_on(batches(3)))) == 3
+        assert len(list(passed_on(look, batches(3)))) == 3
         data.go_on.set()
 
 
@@ -153,14 +167,14 @@ def test_a_reader_that_waits_for_a_request_is_told_when_it_is_done(monkeypatch: 
             return super().ask_ahead(rows)
 
     with LookAhead(Awaited(), 1) as look:
-        assert len(list(look.pass_on(batches(3)))) == 3
+        assert len(list(passed_on(look, batches(3)))) == 3
 
 
 def test_a_disk_that_was_slow_for_a_while_is_asked_on() -> None:
     data = Asked()
     data.go_on.clear()
     with LookAhead.over(data, 1) as look:
-        drawn = look.pass_on(batches(12))
+        drawn = passed_on(look, batches(12))
         for _ in range(4):
             next(drawn)
         data.go_on.set()
@@ -175,59 +189,84 @@ def test_no_more_than_a_bounded_number_of_bytes_is_asked_for_ahead(
     monkeypatch.setattr(lookahead, "MAX_BYTES_AHEAD", 500)
     data = Asked(image_bytes=image_bytes)
     with LookAhead.over(data, 4) as look:
-        for k, _ in look.pass_on(batches(12)):
+        for k, _ in passed_on(look, batches(12)):
             data.wait_for(min(11, k + expected))
             assert max(rows[0] // 2 for rows in data.calls) <= k + expected
 
 
-def test_data_in_memory_are_asked_about_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_in_memory_are_looked_at_less_and_less_often_and_need_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookahead, "MAX_PATIENCE", 20)
     data = Asked(cold=False)
-    at: list[int] = []
     with LookAhead.over(data, 1) as look:
-        for k, _ in look.pass_on(batches(120)):
-            due = look._skip == look._patience  # a request was made with this item
-            if due and len(data.calls) <= len(at):
-                data.wait_for_calls(len(at) + 1)
-            at = [call[0] // 2 for call in data.calls]
-            assert k >= 0
-    gaps = np.diff(at)
+        assert len(list(passed_on(look, batches(120)))) == 120
+        assert own_threads() == []
+    gaps = np.diff([rows[0] // 2 for rows in data.looks]).tolist()
+    assert gaps[:4] == [2, 4, 8, 16]
+    assert set(gaps[4:]) == {21}
+    assert data.calls == []
+
+
+def test_data_that_nobody_can_look_at_are_asked_for_less_and_less_often_once_they_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookahead, "MAX_PATIENCE", 20)
+    data = Asked(cold=False, tells=False)
+    with LookAhead(data, 1) as look:
+        for _ in passed_on(look, batches(120)):
+            wait_until(lambda: look._done == look._asked)
+    gaps = np.diff([rows[0] // 2 for rows in data.calls])
     assert gaps.max() <= 21
-    assert len(at) < 40
+    assert len(data.calls) < 20
 
 
-def test_cold_data_after_warm_ones_are_asked_about_each_time_again() -> None:
+def test_batches_that_need_no_look_are_handed_out_several_at_a_time() -> None:
+    with LookAhead.over(Asked(cold=False), 2) as look:
+        sizes = [len(run) for run in look.pass_on(batches(100, at_a_time=100))]
+    assert sizes[:8] == [1, 1, 1, 3, 1, 7, 1, 8]
+    assert max(sizes) == 8
+    with LookAhead.over(Asked(cold=True), 2) as look:
+        assert {len(run) for run in look.pass_on(batches(100, at_a_time=100))} == {1}
+
+
+def test_cold_data_after_warm_ones_are_asked_for_each_time_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = itertools.count()  # somebody has to wait for each batch that was not asked for
+    monkeypatch.setattr(lookahead, "waits_for_disk", waits.__next__)
     data = Asked(cold=False)
-    look = LookAhead(data, 1)
-    with look:
-        look._ask(np.arange(2))
-        data.wait_for_calls(1)
+    with LookAhead(data, 1) as look:
+        drawn = passed_on(look, batches(100, at_a_time=100))
+        for _ in range(40):
+            next(drawn)
         data.cold = True
-        while len(data.calls) < 2:
-            look._ask(np.arange(2))
-        for number in range(3, 6):
-            # The answer to the last request is in once the thread waits again.
-            deadline = time.monotonic() + 10
-            while look._patience and time.monotonic() < deadline:
-                pass
-            look._skip = min(look._skip, look._patience)
-            look._ask(np.arange(2))
-            data.wait_for_calls(number)
+        left = [rows for _, rows in drawn]
+    assert len(left) == 60
+    assert data.calls[-50:] == left[-50:]
 
 
-def test_data_that_leave_memory_are_asked_for_soon_after_somebody_had_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cold_data_that_nobody_can_look_at_are_asked_for_each_time_again() -> None:
+    data = Asked(cold=False, tells=False)
+    with LookAhead(data, 1) as look:
+        look._ask(np.arange(2), 1)
+        wait_until(lambda: look._done == 1)
+        look._patience = look._skip = MAX_PATIENCE
+        data.cold = True
+        look._skip = 0
+        look._ask(np.arange(2), 1)
+        wait_until(lambda: look._patience == 0)
+        for number in range(3, 6):  # although what was known at the last request would have been reason to skip many
+            assert look._ask(np.arange(2), 9) == (number, 1)
+
+
+def test_data_that_leave_memory_are_looked_at_as_soon_as_somebody_had_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     waits = [3]
     monkeypatch.setattr(lookahead, "waits_for_disk", lambda: waits[0])
     data = Asked(cold=False)
     with LookAhead(data, 1) as look:
-        look._ask(np.arange(2))
-        wait_until(lambda: look._done == 1)
+        look._ask(np.arange(2), 1)
         look._patience = look._skip = MAX_PATIENCE
-        assert not any(look._ask(np.arange(2)) for _ in range(20))  # all is in memory
+        assert [look._ask(np.arange(2), 20) for _ in range(3)] == [(0, 8)] * 3  # all is in memory
+        assert len(data.looks) == 1
         waits[0] += 1
-        for _ in range(lookahead._BETWEEN_LOOKS):
-            look._ask(np.arange(2))
-        data.wait_for_calls(2)
+        data.cold = True
+        assert look._ask(np.arange(2), 20) == (1, 1)
+        data.wait_for_calls(1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="nobody says here what is in memory")
@@ -309,20 +348,27 @@ def test_the_thread_ends_when_its_start_is_broken_off(monkeypatch: pytest.Monkey
         start(thread)
         raise error
 
-    look = LookAhead(Asked(), 2)
     monkeypatch.setattr(threading.Thread, "start", start_and_fail)
-    with pytest.raises(type(error)), look:
-        raise AssertionError("nothing is to be done inside")
-    look._thread.join(10)
+    with pytest.raises(type(error)), LookAhead(Asked(), 2) as look:
+        next(look.pass_on(batches(3)))
     assert own_threads() == []
 
 
+def begun(look: LookAhead) -> threading.Thread:
+    """The thread of a look-ahead, which has something to ask for; who waits for its end does not wait for ever."""
+    look._ask(np.arange(2), 1)
+    thread = look._thread
+    assert thread is not None
+    thread.join = partial(thread.join, 10)  # type: ignore[method-assign]
+    return thread
+
+
 def test_the_thread_ends_when_it_wakes_before_the_end_goes_on() -> None:
-    look = LookAhead(Asked(), 1)
-    look._thread.join = partial(look._thread.join, 10)  # type: ignore[method-assign]
-    with another_thread_at(1, LookAhead._end, lambda: wait_until(look._wake.empty)), look:
-        pass
-    assert not look._thread.is_alive()
+    with LookAhead(Asked(), 1) as look:
+        thread = begun(look)
+        with another_thread_at(1, LookAhead.__exit__, lambda: wait_until(look._wake.empty)):
+            look.__exit__(None, None, None)
+    assert not thread.is_alive()
 
 
 def test_the_thread_ends_wherever_ctrl_c_comes_in() -> None:
@@ -337,10 +383,9 @@ def test_the_thread_ends_wherever_ctrl_c_comes_in() -> None:
                 raise KeyboardInterrupt
             return interrupt
 
-        look = LookAhead(Asked(), 1)
-        look._thread.join = partial(look._thread.join, 10)  # type: ignore[method-assign]
         try:
-            with look:
+            with LookAhead(Asked(), 1) as look:
+                thread = begun(look)
                 sys.settrace(interrupt)
                 try:
                     list(look.pass_on(batches(3)))
@@ -349,7 +394,7 @@ def test_the_thread_ends_wherever_ctrl_c_comes_in() -> None:
                     sys.settrace(before)
         except KeyboardInterrupt:
             pass
-        assert not look._thread.is_alive()
+        assert not thread.is_alive()
         if not broken_off:
             break
     assert line > 20
@@ -369,10 +414,9 @@ def test_an_iteration_closed_by_the_garbage_collector_in_the_asking_thread_ends_
 
     data = Closing()
     look = LookAhead(data, 1)
-    look._thread.start()
-    look._ask(np.arange(2))
-    look._thread.join(10)
-    assert not look._thread.is_alive()
+    thread = begun(look)
+    thread.join()
+    assert not thread.is_alive()
     assert errors == []
 
 
@@ -434,6 +478,38 @@ def test_pages_that_are_there_are_not_asked_for(written: IndexedDataset) -> None
     assert not written.ask_ahead(np.arange(64))
 
 
+def test_a_look_tells_whether_images_are_in_memory(written: IndexedDataset) -> None:
+    read_first_stack(written)
+    first = np.flatnonzero(written.particles.file == 0)
+    rows, _ = cold(written)
+    assert written.in_memory(first)
+    assert not written.in_memory(rows)
+    written.read(rows)
+    assert written.in_memory(rows)
+
+
+def test_a_look_waits_for_no_file_that_is_yet_to_be_mapped(written: IndexedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_first_stack(written)
+    monkeypatch.setattr(arena, "open_to_map", None)
+    monkeypatch.setattr(arena, "file_size", None)
+    monkeypatch.setattr(arena, "CHECK_EVERY", -1.0)
+    assert not written.in_memory(np.arange(64))
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_look_at_images_that_cannot_be_asked_for_finds_nothing_to_do(tmp_path: Path, order: str) -> None:
+    swapped = IndexedDataset(write_particles(tmp_path, 64, box=64, stacks=3, order=order)[0])
+    assert swapped.in_memory(np.arange(64)) == (order == ">")  # which an arena does not hold; of the others no file is mapped
+    export_zarr(swapped, tmp_path / "store", compression="zstd", progress=False)
+    assert ZarrDataset(tmp_path / "store").in_memory(np.arange(64))
+
+
+def test_an_epoch_over_data_in_memory_needs_no_thread_that_asks(written: IndexedDataset) -> None:
+    loader = stream(written, batch_size=4, shuffle=True)
+    list(loader)
+    assert [own_threads() for _ in loader] == [["cryolike-reader"]] * 16
+
+
 @pytest.fixture
 def untold(monkeypatch: pytest.MonkeyPatch) -> None:
     """As Linux has it with files that belong to another user, who lets nobody write to them."""
@@ -447,6 +523,12 @@ def test_pages_are_asked_for_where_the_system_does_not_tell_what_is_there(writte
     rows, paths = cold(written)
     assert written.ask_ahead(rows)
     assert all_come(paths)
+
+
+@pytest.mark.usefixtures("untold")
+def test_where_the_system_does_not_tell_what_is_there_no_look_tells_it(written: IndexedDataset) -> None:
+    written.read(np.arange(64))
+    assert not written.in_memory(np.arange(64))
 
 
 @pytest.mark.usefixtures("untold")

@@ -146,7 +146,7 @@ def test_resuming_works_out_nothing_of_what_came_before(monkeypatch: pytest.Monk
 
 def test_the_state_after_the_last_batch_leaves_nothing_and_then_the_next_epoch() -> None:
     sampler = ParticleSampler(Rows(10), 4)
-    states = [sampler.state_dict() for _ in sampler.steps()]
+    states = [sampler.state_dict() for _ in sampler]
     other = ParticleSampler(Rows(10), 3)
     other.load_state_dict(states[-1])
     assert (len(other), list(other), other.epoch) == (0, [], 1)
@@ -244,7 +244,7 @@ def test_a_state_after_the_epoch_was_set_is_the_beginning_of_that_epoch() -> Non
 @pytest.mark.parametrize("kind", [np.int64, np.uint32])
 def test_integers_of_numpy_give_the_same_order_and_state(kind: Any) -> None:
     sampler = ParticleSampler(Rows(30), kind(7), seed=kind(3))
-    states = [sampler.state_dict() for _ in sampler.steps()]
+    states = [sampler.state_dict() for _ in sampler]
     assert {type(value) for state in states for value in state.values()} == {int}
     sampler.set_epoch(kind(0))
     assert list(sampler) == list(ParticleSampler(Rows(30), 7, seed=3))

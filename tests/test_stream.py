@@ -30,6 +30,7 @@ from support import (
     same_batch,
     wait_until,
     write_particles,
+    write_stack,
 )
 from torch.utils.data import DataLoader
 from tqdm import TMonitor
@@ -37,6 +38,7 @@ from tqdm import TMonitor
 import cryolike_data.reader as reader_module
 import cryolike_data.ring as ring_module
 from cryolike_data import Collate, Downsample, IndexedDataset, Normalize, ParticleBatch, ZarrDataset, export_zarr
+from cryolike_data.arena import Arena, NoMoreMapsError
 from cryolike_data.errors import ArgumentError, IterationError, StackError
 from cryolike_data.reader import Reader
 from cryolike_data.ring import BufferRing
@@ -91,6 +93,35 @@ def test_batches_are_those_of_the_data_set_in_the_order_of_the_sampler(tmp_path:
     wanted = expected(dataset, sampler)
     for batch, reference in zip(stream(dataset, sampler=sampler), wanted, strict=True):
         same_batch(batch, reference)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_batches_of_stacks_that_no_arena_holds_are_those_of_the_data_set(tmp_path: Path, order: str) -> None:
+    # Of one stack alone, and of all: where the images of a batch lie is then not known beforehand.
+    dataset = IndexedDataset(write_particles(tmp_path, 23, stacks=3, order=order)[0])
+    first = np.flatnonzero(dataset.particles.file == 0)
+    in_order = first[np.argsort(dataset.particles.slice[first])]
+    write_stack(Path(dataset.particles.paths[0]), dataset.read(in_order).numpy(), order="<>".replace(order, ""))
+    dataset = IndexedDataset(tmp_path / "J1/particles.cs")
+    sampler = ParticleSampler(dataset, 5, seed=3)
+    for batch, reference in zip(stream(dataset, sampler=sampler), expected(dataset, sampler), strict=True):
+        same_batch(batch, reference)
+
+
+def test_a_stream_goes_on_without_the_arena_that_its_batches_were_found_in(ds: IndexedDataset) -> None:
+    wanted = expected(ds, ParticleSampler(ds, 3, shuffle=False))
+    batches = iter(stream(ds, batch_size=3))
+    same_batch(next(batches), wanted[0])
+    ds._images()._seen_until = -np.inf  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Arena, "touch", no_more_maps)
+        for batch, reference in zip(batches, wanted[1:], strict=True):
+            same_batch(batch, reference)
+    assert ds.source._arena is False  # type: ignore[attr-defined]
+
+
+def no_more_maps(*_: Any) -> None:
+    raise NoMoreMapsError("none is left")
 
 
 def test_without_a_sampler_every_particle_comes_once_in_order(ds: IndexedDataset) -> None:
@@ -268,7 +299,6 @@ def test_the_memory_of_many_batches_goes_when_they_are_let_go_of(ds: IndexedData
         return buffer
 
     monkeypatch.setattr(ring_module, "_aligned", note)
-    monkeypatch.setattr(reader_module, "_TOGETHER_BYTES", 0)
     loader = stream(ds, batch_size=2, prefetch=3)
     held = []
     for k, batch in enumerate(loader):
@@ -309,27 +339,13 @@ def test_batches_are_read_ahead_of_a_slow_consumer(ds: IndexedDataset) -> None:
 def test_no_more_than_prefetch_batches_are_read_ahead(ds: IndexedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[int] = []
     reading = IndexedDataset.reading
-    monkeypatch.setattr(IndexedDataset, "reading", lambda self, rows, out: reads.append(len(rows)) or reading(self, rows, out))
+    monkeypatch.setattr(IndexedDataset, "reading", lambda self, rows, *to: reads.append(len(rows)) or reading(self, rows, *to))
     loader = stream(ds, batch_size=2, prefetch=3)
     for k, _ in enumerate(loader):
         wait_until(lambda k=k: len(loader._reader._filled) == read_ahead(k, 3) or loader._reader._finished)
         assert sum(reads) <= 2 * (k + 1 + 3)
         if k == 10:
             break
-
-
-def test_small_batches_are_read_several_at_a_time_by_a_consumer_that_waits(ds: IndexedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    reads: list[int] = []
-    reading = IndexedDataset.reading
-    monkeypatch.setattr(IndexedDataset, "reading", lambda self, rows, out: reads.append(len(rows)) or reading(self, rows, out))
-    monkeypatch.setattr(reader_module, "_BUSY_SECONDS", 10.0)
-    for batch, reference in zip(stream(ds, batch_size=7), expected(ds, ParticleSampler(ds, 7, shuffle=False)), strict=True):
-        same_batch(batch, reference)
-    assert 28 in reads
-    reads.clear()
-    monkeypatch.setattr(reader_module, "_TOGETHER_BYTES", 2 * 7 * 16 * 16 * 4)
-    assert rows_of(list(stream(ds, batch_size=7))) == list(range(N))
-    assert max(reads) == 14
 
 
 def finish(loader: ParticleStream) -> None:
@@ -417,10 +433,10 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, row: int, error: BaseException) -> 
     """Make reading the given row fail."""
     reading = IndexedDataset.reading
 
-    def fail_while_reading(self: IndexedDataset, rows: np.ndarray, out: torch.Tensor) -> Callable[[], object]:
+    def fail_while_reading(self: IndexedDataset, rows: np.ndarray, *to: Any) -> Callable[[], object]:
         if row in rows:
             raise error
-        return reading(self, rows, out)
+        return reading(self, rows, *to)
 
     monkeypatch.setattr(IndexedDataset, "reading", fail_while_reading)
 
@@ -447,21 +463,6 @@ def test_an_error_while_reading_comes_after_the_batches_before_it_and_shows_its_
     assert "fail_while_reading" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
     assert own_threads() == []
     assert loader.state_dict()["position"] == 3 * batch
-
-
-def test_an_error_that_does_not_come_again_is_logged(
-    ds: IndexedDataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    reading, failures = IndexedDataset.reading, iter([OSError("a hiccup")])
-
-    def fail_once(self: IndexedDataset, rows: np.ndarray, out: torch.Tensor) -> Callable[[], object]:
-        for error in failures:
-            raise error
-        return reading(self, rows, out)
-
-    monkeypatch.setattr(IndexedDataset, "reading", fail_once)
-    assert rows_of(list(stream(ds, batch_size=7))) == list(range(N))
-    assert "a hiccup" in caplog.text
 
 
 def test_after_an_error_the_epoch_can_be_taken_up_where_it_stopped(ds: IndexedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1029,16 +1030,15 @@ def test_two_threads_may_close_a_stream_at_once(ds: IndexedDataset, line: int) -
 # Python 3.12 and newer warn of any fork beside threads.
 FORK = """
     import os, signal, sys, threading, warnings
-    from cryolike_data import IndexedDataset, reader
+    from cryolike_data import IndexedDataset
     from cryolike_data.stream import stream
-    reader._TOGETHER_BYTES = 0
     waiting, go_on, reading = threading.Event(), threading.Event(), IndexedDataset.reading
 
-    def wait(self, rows, out):
+    def wait(self, *of):
         if threading.current_thread().name == "cryolike-reader":
             waiting.set()
             go_on.wait(10)
-        return reading(self, rows, out)
+        return reading(self, *of)
 
     IndexedDataset.reading = wait
     loader = stream(IndexedDataset(sys.argv[1]), batch_size=7, prefetch=3)
@@ -1181,17 +1181,16 @@ def test_a_reader_closed_by_the_garbage_collector_in_its_own_thread_ends_in_peac
     ds: IndexedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Garbage collection may run in any thread, and closes generators that are part of a cycle there.
-    monkeypatch.setattr(reader_module, "_TOGETHER_BYTES", 0)
     errors: list[BaseException] = []
     reading = IndexedDataset.reading
 
-    def close_while_reading(self: IndexedDataset, rows: np.ndarray, out: torch.Tensor) -> Callable[[], object]:
+    def close_while_reading(self: IndexedDataset, *of: Any) -> Callable[[], object]:
         if threading.current_thread().name == "cryolike-reader":
             try:
                 loader._reader.close()
             except BaseException as error:
                 errors.append(error)
-        return reading(self, rows, out)
+        return reading(self, *of)
 
     monkeypatch.setattr(IndexedDataset, "reading", close_while_reading)
     loader = stream(ds, batch_size=2)
@@ -1231,7 +1230,7 @@ def test_cuda_streams_fill_page_locked_buffers(ds: IndexedDataset) -> None:
     loader = stream(ds, batch_size=3, device="cuda")
     batches = iter(loader)
     next(batches)
-    assert loader._reader._ring.lend(1).is_pinned()
+    assert loader._reader._ring.lend(1)[0].is_pinned()
     batches.close()
 
 
