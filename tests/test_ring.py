@@ -70,6 +70,24 @@ def test_the_buffer_given_back_last_is_lent_first() -> None:
     assert [lent.data_ptr() for lent in again] == addresses
 
 
+def test_what_fills_a_buffer_is_worked_out_once_for_each() -> None:
+    made: list[np.ndarray] = []
+
+    def see(array: np.ndarray) -> np.ndarray:
+        made.append(array)
+        return array.reshape(-1)
+
+    source = BufferRing((5, 5), torch.float32, pinned=False, keep=KEEP, seen_as=see)
+    for _ in range(3):
+        (first, one), (second, other) = source.lend(4), source.lend(4)
+        one.fill(1)
+        other.fill(2)
+        assert (first == 1).all()
+        assert (second == 2).all()
+        del first, second
+    assert len(made) == 2
+
+
 def memory(source: BufferRing) -> list[weakref.ref[np.ndarray]]:
     """What owns the memory of each buffer that is lent."""
     return [weakref.ref(loan.buffer.array.base) for loan in source._lent.values()]

@@ -144,6 +144,16 @@ def test_resuming_works_out_nothing_of_what_came_before(monkeypatch: pytest.Monk
     assert sum(positions.size for positions in asked) < 1 << 15
 
 
+@pytest.mark.parametrize(("batch_size", "batches"), [(1, 256), (64, 256), (256, 64), (1 << 15, 1)])
+def test_no_more_is_drawn_at_a_time_than_is_soon_used(monkeypatch: pytest.MonkeyPatch, batch_size: int, batches: int) -> None:
+    sampler = ParticleSampler(Rows(10**9), batch_size)
+    asked: list[tuple[int, ...]] = []
+    rows = sampler.rows
+    monkeypatch.setattr(sampler, "rows", lambda positions, epoch: asked.append(positions.shape) or rows(positions, epoch))
+    next(iter(sampler))
+    assert asked == [(batches, batch_size)]
+
+
 def test_the_state_after_the_last_batch_leaves_nothing_and_then_the_next_epoch() -> None:
     sampler = ParticleSampler(Rows(10), 4)
     states = [sampler.state_dict() for _ in sampler]
