@@ -71,6 +71,19 @@ def test_large_images_are_read_whole_however_they_can_be_cut(tmp_path: Path, box
     check(open_stacks(paths), images, through_arena=True)
 
 
+@pytest.mark.parametrize("box", [8, 600])
+def test_batches_whose_places_are_known_are_read_without_looking_them_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, box: int) -> None:
+    paths, (one, other) = written(tmp_path, [2, 3], box)
+    located = open_stacks(paths).locate(np.array([1, 0, 1]), np.array([2, 1, 0]))
+    batches = np.array([[0, 1], [2, 2]])
+    places = list(located.places(batches))
+    monkeypatch.setattr(located, "_found", None)
+    for batch, of_batch, wanted in zip(batches, places, ([other[2], one[1]], [other[0]] * 2), strict=True):
+        out = np.empty((2, box, box), "f4")
+        located.reading(batch, located.target(out), of_batch)()
+        np.testing.assert_array_equal(out, np.stack(wanted))
+
+
 @pytest.mark.parametrize("before", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize("box", [8, 600])
 def test_images_go_to_any_place_of_a_buffer(tmp_path: Path, box: int, before: int) -> None:

@@ -437,6 +437,13 @@ def test_a_repr_tells_what_one_holds(ds: IndexedDataset) -> None:
     assert "extract/stack_" in lines[4]
 
 
+def test_no_rows_are_read_as_no_images(ds: IndexedDataset) -> None:
+    for none in ([], np.empty(0, np.int64), slice(3, 3), np.zeros(len(ds), bool)):
+        assert ds.read(none).shape == (0, BOX, BOX)
+    assert ds.read([], torch.empty(0, BOX, BOX)).shape == (0, BOX, BOX)
+    assert (len(ds.batch([])), len(ds.batch([]).uid)) == (0, 0)
+
+
 def test_an_empty_selection_has_a_repr(ds: IndexedDataset) -> None:
     assert repr(ds[:0]).startswith("IndexedDataset: 0 particles in 0 files")
 

@@ -325,6 +325,14 @@ def drop(sampler: ParticleSampler) -> None:
     del steps
 
 
+def fail_inside(sampler: ParticleSampler) -> None:
+    steps = iter(sampler)
+    next(steps)
+    with pytest.raises(KeyboardInterrupt) as error:
+        steps.throw(KeyboardInterrupt)  # type: ignore[attr-defined]
+    assert own_threads() == [], error  # which is kept
+
+
 def fail(sampler: ParticleSampler) -> None:
     def consume() -> None:
         for _ in sampler:
@@ -334,7 +342,7 @@ def fail(sampler: ParticleSampler) -> None:
         consume()
 
 
-@pytest.mark.parametrize("stop", [exhaust, break_off, close_early, drop, fail])
+@pytest.mark.parametrize("stop", [exhaust, break_off, close_early, drop, fail_inside, fail])
 def test_the_thread_ends_however_the_iteration_ends(stop: Callable[[ParticleSampler], None]) -> None:
     stop(ParticleSampler(Asked(), 2))
     assert own_threads() == []
@@ -486,6 +494,14 @@ def test_a_look_tells_whether_images_are_in_memory(written: IndexedDataset) -> N
     assert not written.in_memory(rows)
     written.read(rows)
     assert written.in_memory(rows)
+
+
+def test_a_look_is_at_a_few_images_however_many_are_asked_about(written: IndexedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    written.read(np.arange(64))
+    looks: list[int] = []
+    monkeypatch.setattr(arena, "is_resident", lambda address, length: looks.append(address) or True)
+    assert written.in_memory(np.arange(64))
+    assert len(set(looks)) == len(looks) == 8
 
 
 def test_a_look_waits_for_no_file_that_is_yet_to_be_mapped(written: IndexedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
