@@ -19,7 +19,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import another_thread_at, forget, own_threads, residence, run_python, wait_until, write_particles
+from support import (
+    another_thread_at,
+    forget,
+    numbered_images,
+    own_threads,
+    residence,
+    run_python,
+    wait_until,
+    write_particles,
+    write_stack,
+)
 
 import cryolike_data.lookahead as lookahead
 from cryolike_data import IndexedDataset, ZarrDataset, arena, export_zarr, pages, stream
@@ -551,6 +561,18 @@ def test_where_the_system_does_not_tell_what_is_there_no_look_tells_it(written: 
 def test_where_the_system_does_not_tell_what_is_there_nothing_that_is_read_counts_as_being_there(written: IndexedDataset) -> None:
     written.read(np.arange(64))
     assert not written.ask_ahead(np.arange(64))
+
+
+@pytest.mark.usefixtures("untold")
+@pytest.mark.parametrize("mixed", [False, True])
+def test_of_no_images_there_is_nothing_to_ask(written: IndexedDataset, mixed: bool) -> None:
+    if mixed:  # one stack is none for the arena
+        path = Path(written.particles.paths[0])
+        write_stack(path, numbered_images(22, 64, dtype="i2"))
+        written = IndexedDataset(path.parents[1] / "particles.cs")
+    written.read(np.arange(64))
+    assert written.in_memory(np.empty(0, np.int64))
+    assert not written.ask_ahead(np.empty(0, np.int64))
 
 
 NOT_TO_BE_WRITTEN = """

@@ -113,15 +113,18 @@ def test_a_stream_goes_on_without_the_arena_that_its_batches_were_found_in(ds: I
     batches = iter(stream(ds, batch_size=3))
     same_batch(next(batches), wanted[0])
     ds._images()._seen_until = -np.inf  # type: ignore[attr-defined]
+    tried: list[np.ndarray] = []
+
+    def no_more_maps(self: Arena, file: np.ndarray) -> None:
+        tried.append(file)
+        raise NoMoreMapsError("none is left")
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Arena, "touch", no_more_maps)
         for batch, reference in zip(batches, wanted[1:], strict=True):
             same_batch(batch, reference)
     assert ds.source._arena is False  # type: ignore[attr-defined]
-
-
-def no_more_maps(*_: Any) -> None:
-    raise NoMoreMapsError("none is left")
+    assert len(tried) == 1
 
 
 def test_without_a_sampler_every_particle_comes_once_in_order(ds: IndexedDataset) -> None:
