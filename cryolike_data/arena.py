@@ -179,9 +179,9 @@ class Arena:
                 self._map(number)
         self._seen[due] = now
 
-    def in_memory(self, rows: np.ndarray, file: np.ndarray) -> bool:
-        """Whether all the images at ``rows`` are known to be in memory, in which case their files are mapped."""
-        return self._can_look and bool(self._mapped[file].all()) and self._are_resident(self._addresses(rows))
+    def in_memory(self, rows: np.ndarray) -> bool:
+        """Whether all the images at ``rows`` are known to be in memory; those of a file that is yet to be mapped are not."""
+        return self._can_look and self._are_resident(self._addresses(rows))
 
     def ask_ahead(self, rows: np.ndarray) -> bool:
         """Have the pages of the images (their files touched) read into memory, unless a sample is there; returns before they are.

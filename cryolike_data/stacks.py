@@ -207,9 +207,8 @@ class StackImages:
 
     def in_memory(self, rows: np.ndarray) -> bool:
         """Whether a sample of these images is in the page cache and their files are mapped; True where no arena holds them."""
-        some = sample_of(rows)
-        found = self._found(some)
-        return found is None or found[0].in_memory(found[1], self._file[some])
+        found = self._found(sample_of(rows))
+        return found is None or found[0].in_memory(found[1])
 
     def ask_ahead(self, rows: np.ndarray) -> bool:
         """Start to bring images into the page cache; does nothing (False) where they are there or no arena holds them."""

@@ -127,6 +127,14 @@ def test_a_stream_goes_on_without_the_arena_that_its_batches_were_found_in(ds: I
     assert len(tried) == 1
 
 
+def test_where_images_lie_is_known_before_they_are_read(ds: IndexedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    known: list[Any] = []
+    reading = IndexedDataset.reading
+    monkeypatch.setattr(IndexedDataset, "reading", lambda self, *of: known.append(of[2]) or reading(self, *of))
+    list(stream(ds, batch_size=7, shuffle=True))
+    assert [places is not None for places in known] == [True] * 9
+
+
 def test_without_a_sampler_every_particle_comes_once_in_order(ds: IndexedDataset) -> None:
     batches = list(stream(ds, batch_size=7))
     assert rows_of(batches) == list(range(N))
@@ -842,9 +850,10 @@ def test_the_mode_in_which_one_batch_is_taken_is_not_that_of_the_others(
     batches = iter(stream(ds, batch_size=7, **options))
     with mode():
         next(batches)
-    gain = torch.nn.Parameter(torch.ones(()))
-    (next(batches).images.mul_(gain)).sum().backward()
-    assert gain.grad is not None
+    for batch in batches:  # also those in the buffer of the first
+        gain = torch.nn.Parameter(torch.ones(()))
+        batch.images.mul_(gain).sum().backward()
+        assert gain.grad is not None
 
 
 def test_epochs_follow_each_other_as_the_sampler_says(ds: IndexedDataset) -> None:
