@@ -220,8 +220,8 @@ class StackImages:
 
     def _found(self, rows: np.ndarray) -> tuple[Arena, np.ndarray] | None:
         """Where the images of these rows, at least one, lie in the arena; None if it does not hold them all."""
-        located = self._located or self._locate()
-        if located is None or not rows.size:
+        located = (self._located or self._locate()) if rows.size else None
+        if located is None:
             return None
         arena, everywhere = located
         places = everywhere[rows]
