@@ -145,7 +145,7 @@ class Arena:
         return torch.from_numpy(out.reshape(len(out) * self._pieces, -1).view(self._number))
 
     def gathering(self, pieces: Tensor, numbers: Tensor) -> Callable[[], Tensor]:
-        """What copies images, their files touched."""
+        """What copies images, their files touched, from where ``pieces_of`` says to memory as ``numbers_of`` gives it."""
         return partial(torch.index_select, self._rows, 0, pieces, out=numbers)
 
     def view(self, rows: np.ndarray) -> Tensor | None:

@@ -112,7 +112,6 @@ def test_a_stream_goes_on_without_the_arena_that_its_batches_were_found_in(ds: I
     wanted = expected(ds, ParticleSampler(ds, 3, shuffle=False))
     batches = iter(stream(ds, batch_size=3))
     same_batch(next(batches), wanted[0])
-    ds._images()._seen_until = -np.inf  # type: ignore[attr-defined]
     tried: list[np.ndarray] = []
 
     def no_more_maps(self: Arena, file: np.ndarray) -> None:
@@ -121,6 +120,7 @@ def test_a_stream_goes_on_without_the_arena_that_its_batches_were_found_in(ds: I
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Arena, "touch", no_more_maps)
+        ds._images()._seen_until = -np.inf  # type: ignore[attr-defined]
         for batch, reference in zip(batches, wanted[1:], strict=True):
             same_batch(batch, reference)
     assert ds.source._arena is False  # type: ignore[attr-defined]
