@@ -239,8 +239,8 @@ def test_a_truncated_csdat_table_is_an_error(tmp_path: Path, part: float) -> Non
 
 @pytest.mark.parametrize(
     "header",
-    ['{"length": Infinity}', '{"length": 1, "dtype": [["uid", "01u8"]]}', "[" * 100_000],
-    ids=["rows without end", "a type that is none", "brackets"],
+    ['{"length": Infinity}', '{"length": -1, "dtype": [["uid", "<u8"]]}', '{"length": 1, "dtype": [["uid", "01u8"]]}', "[" * 100_000],
+    ids=["rows without end", "less than no rows", "a type that is none", "brackets"],
 )
 def test_a_csdat_table_with_a_garbled_header_is_a_table_error(tmp_path: Path, header: str) -> None:
     (tmp_path / "t.cs").write_bytes(b"\x95CSDAT" + struct.pack("<I", len(header)) + header.encode() + bytes(100))

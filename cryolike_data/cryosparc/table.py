@@ -241,7 +241,8 @@ def _read_csdat(path: Path, file: IO[bytes]) -> Table:
     try:
         file.seek(len(_CSDAT))
         header = json.loads(_sized(file))
-        rows = int(header["length"])
+        if (rows := int(header["length"])) < 0:
+            raise ValueError(f"{rows} rows")
         specs = [(str(spec[0]), str(spec[1]), tuple(spec[2]) if len(spec) > 2 else ()) for spec in header["dtype"]]
         packed = set(header.get("compressed_fields") or ()) if header.get("compression") else set()
         columns: dict[str, np.ndarray] = {}
