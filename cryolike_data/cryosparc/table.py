@@ -244,7 +244,7 @@ def _read_csdat(path: Path, file: IO[bytes]) -> Table:
         if (rows := int(header["length"])) < 0:
             raise ValueError(f"{rows} rows")
         specs = [(str(spec[0]), str(spec[1]), tuple(spec[2]) if len(spec) > 2 else ()) for spec in header["dtype"]]
-        packed = set(header.get("compressed_fields") or ()) if header.get("compression") else set()
+        packed = set(header.get("compressed_fields") or ())
         columns: dict[str, np.ndarray] = {}
         for name, code, shape in specs if rows else ():
             dtype = np.dtype("<u8") if code == "|O" else np.dtype(code)
