@@ -66,7 +66,7 @@ def convert_particle_stacks_from_indexed_cryosparc_file(
     The ``.npz`` files, one per stack.
     """
     dataset = IndexedDataset(
-        file_cs, folder=folder_cryosparc or None, index_base=index_base, pixel_size=_given_pixel_size(pixel_size), select=select
+        file_cs, folder=folder_cryosparc, index_base=index_base, pixel_size=_given_pixel_size(pixel_size), select=select
     )
     return _convert(
         dataset,
@@ -115,9 +115,7 @@ def convert_particle_stacks_from_cryosparc_job_directory(
     -------
     The ``.npz`` files, one per stack.
     """
-    dataset = JobDirectoryDataset(
-        os.fspath(folder_cryosparc) or ".", job_number, pairing=pairing, pixel_size=_given_pixel_size(pixel_size), select=select
-    )
+    dataset = JobDirectoryDataset(folder_cryosparc, job_number, pairing=pairing, pixel_size=_given_pixel_size(pixel_size), select=select)
     return _convert(
         dataset,
         params_input,
@@ -150,7 +148,7 @@ def _convert(
 ) -> list[Path]:
     if isinstance(downsample_factor, bool) or not isinstance(downsample_factor, Real) or downsample_factor < 1:
         raise ArgumentError(f"downsample_factor is 1 (none) or a larger integer, not {downsample_factor!r}")
-    folder = Path(os.fspath(folder_output) or ".").expanduser()
+    folder = Path(folder_output).expanduser()
     if os.path.isfile(folder / MANIFEST) and not skip_exist and not overwrite:
         raise ExportExistsError(
             f"{folder} holds an export already ({MANIFEST}). Choose another folder, or pass skip_exist=True to keep the stacks that are "
