@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,6 +88,33 @@ def test_the_un_suffixed_name_is_the_same_function():
     assert convert_particle_stacks_from_indexed_cryosparc is convert_particle_stacks_from_indexed_cryosparc_file
 
 
+#: Of CryoLike's own functions (commit d209d6b), from ``folder_output`` on but for ``pixel_size``.
+DEFAULTS: dict[str, Any] = {
+    "batch_size": 1024,
+    "n_stacks_max": -1,
+    "downsample_factor": 1,
+    "downsample_type": "mean",
+    "skip_exist": False,
+    "flag_plots": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "own"),
+    [
+        (convert_particle_stacks_from_indexed_cryosparc_file, {"folder_cryosparc": "", "folder_output": "", "pixel_size": None}),
+        (
+            convert_particle_stacks_from_cryosparc_job_directory,
+            {"folder_cryosparc": "", "job_number": 0, "folder_output": "", "pixel_size": -1.0},
+        ),
+    ],
+    ids=["indexed", "job"],
+)
+def test_arguments_of_cryolike_have_its_defaults(function, own):
+    of_cryolike = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    assert {p.name: p.default for p in of_cryolike if p.default is not p.empty} == DEFAULTS | own
+
+
 def test_indexed_all_five_images_in_one_output_with_its_pictures(indexed):
     convert_particle_stacks_from_indexed_cryosparc(
         params_input="my_params_file.npz", file_cs="MyFile.cs", folder_output="OUTDIR", index_base=1
@@ -136,6 +165,13 @@ def test_indexed_stacks_moved_to_another_folder_give_the_same_result(indexed):
     assert_images("OUTDIR", 0, indexed)
 
 
+def test_indexed_only_the_particles_that_are_selected(indexed):
+    convert_particle_stacks_from_indexed_cryosparc(
+        "my_params_file.npz", "MyFile.cs", folder_output="OUTDIR", index_base=1, select=[4, 2], flag_plots=False
+    )
+    assert_images("OUTDIR", 0, indexed[[4, 2]])
+
+
 def test_indexed_batches_of_three_land_in_the_current_directory(indexed):
     convert_particle_stacks_from_indexed_cryosparc(
         params_input="my_params_file.npz", file_cs="MyFile.cs", batch_size=3, index_base=1, flag_plots=False
@@ -151,6 +187,43 @@ def test_job_all_twelve_restacked_images_in_one_stack(job):
     )
     assert stacks_in("OUTDIR") == names_of(1)
     assert_images("OUTDIR", 0, job)
+
+
+def test_job_in_the_working_directory(job, monkeypatch):
+    monkeypatch.chdir("cryosparc")
+    convert_particle_stacks_from_cryosparc_job_directory("../my_params.npz", job_number=4, folder_output="OUTDIR", flag_plots=False)
+    assert_images("OUTDIR", 0, job)
+
+
+def test_job_only_the_particles_that_are_selected(job):
+    convert_particle_stacks_from_cryosparc_job_directory(
+        "my_params.npz", "cryosparc", 4, folder_output="OUTDIR", select=[7, 2], flag_plots=False
+    )
+    assert_images("OUTDIR", 0, job[[7, 2]])
+
+
+@pytest.mark.parametrize("pixel_size", [PIXEL_SIZE, (PIXEL_SIZE, PIXEL_SIZE)], ids=["number", "pair"])
+def test_job_without_pixel_sizes_takes_the_one_that_is_given(job, pixel_size):
+    for k in range(3):
+        write_stack(Path(f"cryosparc/J4/restack/batch_{k:06d}_restacked.mrc"), job[4 * k : 4 * k + 4])
+    convert_particle_stacks_from_cryosparc_job_directory(
+        "my_params.npz", "cryosparc", 4, folder_output="OUTDIR", pixel_size=pixel_size, flag_plots=False
+    )
+    assert_images("OUTDIR", 0, job)
+
+
+def test_job_whose_record_has_another_order_is_converted_by_uid(job):
+    write_table(
+        Path("cryosparc/J4/restacked_particles.cs"),
+        uid=uids(12)[::-1],  # image k is that of the k-th row from the end
+        blob__path=[f"J4/restack/batch_{k // 4:06d}_restacked.mrc" for k in range(12)],
+        blob__idx=np.arange(12, dtype="u4") % 4,
+    )
+    convert_particle_stacks_from_cryosparc_job_directory(
+        "my_params.npz", "cryosparc", 4, folder_output="OUTDIR", pairing="uid", flag_plots=False
+    )
+    assert_images("OUTDIR", 0, job[::-1])
+    np.testing.assert_array_equal(load_cryolike_stack(Path("OUTDIR"))[2]["uid"], uids(12))
 
 
 def test_job_rows_beyond_the_images_are_told_and_left_out(job):
