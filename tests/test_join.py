@@ -107,6 +107,13 @@ def test_stacks_are_looked_for_from_the_table_that_names_them(tmp_path: Path, or
     np.testing.assert_array_equal(ds.read(range(N)).numpy(), images)
 
 
+def test_image_numbers_with_a_fraction_are_said_to_lie_in_the_table_that_has_them(tmp_path: Path) -> None:
+    cs, _ = write_particles(tmp_path, N, blob__idx=np.full(N, 0.5))
+    optics = write_table(tmp_path / "J2/optics.cs", uid=uids(N), **ctf_columns(N))
+    with pytest.raises(TableError, match=rf"blob/idx of {cs} holds 0\.5 in row 0"):
+        IndexedDataset(optics, passthrough=cs)
+
+
 @pytest.mark.parametrize(("n_left", "n_right"), [(2, 0), (0, 2), (2, 3)])
 def test_rows_without_a_partner_are_an_error_with_both_counts_and_the_first_uids(tmp_path: Path, n_left: int, n_right: int) -> None:
     left, right = [1, 2, 3, *range(100, 100 + n_left)], [3, 2, 1, *range(200, 200 + n_right)]

@@ -160,3 +160,4 @@ def test_columns_are_copied_whatever_lies_between_and_beside_them(formats: list[
         if rows.dtype[name].kind in "SU":
             values, numbers = kinds.values(name)
             assert (values, numbers.tolist()) == one_by_one(rows[name].tolist())
+            assert numbers.dtype == np.int32

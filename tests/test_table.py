@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import gzip
 import io
 import json
@@ -8,6 +9,7 @@ import pickle
 import stat
 import struct
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +92,19 @@ def test_columns_are_copies_and_no_views_of_the_mapped_file(tmp_path: Path, rows
     assert all(table[name].flags.writeable for name in table.fields)
 
 
-def test_columns_of_big_endian_tables_come_in_native_byte_order(tmp_path: Path) -> None:
-    path = write_table(tmp_path / "t.cs", uid=uids(4).astype(">u8"), ctf__df1_A=np.arange(4, dtype=">f4"))
+def test_columns_of_a_csdat_table_may_be_changed_and_the_table_stays(tmp_path: Path) -> None:
+    (tmp_path / "t.cs").write_bytes(csdat({"uid": uids(4)}))
+    table = read_table(tmp_path / "t.cs")
+    table["uid"][:] = 0
+    np.testing.assert_array_equal(table["uid"], uids(4))
+
+
+@pytest.mark.parametrize("container", ["numpy", "csdat"])
+def test_columns_of_big_endian_tables_come_in_native_byte_order(tmp_path: Path, container: str) -> None:
+    columns = {"uid": uids(4).astype(">u8"), "ctf/df1_A": np.arange(4, dtype=">f4")}
+    path = write_table(tmp_path / "t.cs", **columns)
+    if container == "csdat":
+        path.write_bytes(csdat(columns))
     table = read_table(path)
     assert [table[name].dtype.isnative for name in table.fields] == [True, True]
     np.testing.assert_array_equal(table["uid"], uids(4))
@@ -170,6 +183,28 @@ def test_a_table_read_in_blocks_and_by_several_threads_is_the_same(
         np.testing.assert_array_equal(numbered[name], stored[name], err_msg=name)
         for rows in (shuffled, np.arange(9, 45), np.array([48, 2]), np.arange(0)):
             np.testing.assert_array_equal(table.load(lambda _: True, rows=rows)[name], stored[name][rows], err_msg=name)
+
+
+def test_rows_that_are_larger_than_a_block_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "_BLOCK_BYTES", 1)
+    table = read_table(write_table(tmp_path / "t.cs", uid=uids(7)))
+    np.testing.assert_array_equal(table["uid"], uids(7))
+
+
+@pytest.mark.parametrize("container", ["numpy", "csdat"])
+def test_of_columns_that_are_only_numbered_none_is_kept(tmp_path: Path, container: str) -> None:
+    path = write_table(tmp_path / "t.cs", **some_columns(5))
+    if container == "csdat":
+        path.write_bytes(csdat({"blob/path": ["a", "b", "a", "a", "b"], "blob/idx": np.arange(5, dtype="u4")}))
+    numbered, _, _ = read_table(path).load_numbered(lambda name: name == "blob/idx", "blob/path", few=("blob/shape",))
+    assert list(numbered.fields) == ["blob/idx"]
+
+
+def test_a_column_that_is_taken_out_of_a_loaded_table_is_not_kept_there(tmp_path: Path) -> None:
+    loaded = read_table(write_table(tmp_path / "t.cs", **some_columns(5))).load(lambda _: True)
+    column = weakref.ref(loaded.pop("uid"))
+    gc.collect()
+    assert column() is None
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes cannot be kept from processors here")
