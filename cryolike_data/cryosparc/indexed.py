@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -66,7 +65,7 @@ class IndexedDataset(ParticleDataset):
     ) -> None:
         if index_base not in (0, 1):
             raise ArgumentError(f"index_base is 0 or 1, not {index_base!r}")
-        table = load_table(Path(file_cs).expanduser(), passthrough=passthrough, unmatched=unmatched)
+        table = load_table(file_cs, passthrough=passthrough, unmatched=unmatched)
         require_images(table)
         require_known_columns(table)
         blob, values, file = table.load_numbered(says_where, "blob/path", few=("blob/shape", "blob/psize_A", "blob/sign"))
