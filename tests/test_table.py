@@ -80,6 +80,18 @@ def test_a_table_says_what_it_holds_in_one_line(tmp_path: Path) -> None:
     assert repr(read_table(path)) == f"Table({path}: 7 rows, 3 fields in blob/*, ctf/*)"
 
 
+def test_a_table_is_found_from_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_table(tmp_path / "t.cs", uid=uids(7))
+    assert len(read_table("~/t.cs")) == 7
+
+
+def test_the_file_of_a_table_is_known_wherever_the_working_directory_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_table(Path("t.cs"), uid=uids(7))
+    assert read_table("t.cs").files == (str(tmp_path / "t.cs"),)
+
+
 def test_columns_are_contiguous(tmp_path: Path) -> None:
     table = read_table(write_table(tmp_path / "t.cs", **some_columns(7)))
     assert all(table[name].flags.c_contiguous for name in table.fields)
@@ -130,6 +142,11 @@ def test_tables_with_hundreds_of_fields_are_read(tmp_path: Path, fields: int) ->
     assert table["alignments_class3D_0399/class_posterior"].tolist() == [0.25, 0.5]
 
 
+def test_field_names_in_latin_1_keep_their_letters(tmp_path: Path) -> None:
+    path = save_quietly(tmp_path / "t.cs", np.zeros(2, [("uid", "<u8"), ("user/größe", "<f4")]))
+    assert list(read_table(path).fields) == ["uid", "user/größe"]
+
+
 @pytest.mark.filterwarnings("ignore:Stored array in format 3.0:UserWarning")
 def test_field_names_beyond_latin_1_keep_their_letters(tmp_path: Path) -> None:
     path = save_quietly(tmp_path / "t.cs", np.zeros(2, [("uid", "<u8"), ("user/αβ", "<f4")]))
@@ -164,6 +181,9 @@ def test_a_missing_column_is_an_error_that_names_the_groups_there_are(tmp_path: 
     with pytest.raises(TableError, match=r"no column 'location/center_x_frac'.*blob/\*, alignments3D/\*, ctf/\*"):
         table["location/center_x_frac"]
     assert table.get("location/center_x_frac") is None
+    of_no_group = read_table(write_table(tmp_path / "u.cs", uid=uids(2)))
+    with pytest.raises(TableError, match=r"no column 'blob/path'\. It has no columns of any known group\."):
+        of_no_group["blob/path"]
 
 
 @pytest.mark.parametrize("block", [3, 4, 7, 100])
@@ -300,11 +320,25 @@ def test_csdat_without_lz4_says_what_to_install(tmp_path: Path, monkeypatch: pyt
         (b"", "not a CryoSPARC table"),
         (b"\x93NUM", "not a CryoSPARC table"),
         (b"data_\n\nloop_\n_rlnImageName #1\n", "a RELION star file"),
+        (b"\ndata_particles\n\nloop_\n", "a RELION star file"),
+        (b"# version 30001\n\ndata_optics\n", "a RELION star file"),
+        (b"\n# version 30001\n\ndata_optics\n", "a RELION star file"),
         (pickle.dumps({"uid": [1]}), "pickle, which could run code"),
         (gzip.compress(b"\x93NUMPY"), "gunzip"),
         (b"\x89HDF\r\n\x1a\n", "HDF5"),
     ],
-    ids=["snappy", "empty", "cut inside the magic", "star", "pickle", "gzip", "hdf5"],
+    ids=[
+        "snappy",
+        "empty",
+        "cut inside the magic",
+        "star",
+        "star after an empty line",
+        "star with its version",
+        "star with version after an empty line",
+        "pickle",
+        "gzip",
+        "hdf5",
+    ],
 )
 def test_files_that_are_no_tables_are_refused_with_what_they_are(tmp_path: Path, start: bytes, said: str) -> None:
     (tmp_path / "t.cs").write_bytes(start)
@@ -337,8 +371,9 @@ def test_plain_arrays_are_refused(tmp_path: Path, array: np.ndarray) -> None:
 @pytest.mark.parametrize("lost", [1, 100])
 def test_a_table_shorter_than_its_header_says_is_truncated(tmp_path: Path, lost: int) -> None:
     path = write_table(tmp_path / "t.cs", **some_columns(20))
+    size = 20 * np.load(path).itemsize
     path.write_bytes(path.read_bytes()[:-lost])
-    with pytest.raises(TableError, match="truncated: 20 rows need"):
+    with pytest.raises(TableError, match=rf"truncated: 20 rows need {size} bytes and {size - lost} are there"):
         read_table(path)
 
 
@@ -405,6 +440,17 @@ def test_a_missing_table_and_a_folder_are_told_apart(tmp_path: Path) -> None:
         read_table(tmp_path / "moved.cs")
     with pytest.raises(MissingStackError, match=r"it is a folder; give the \.cs file in it"):
         read_table(tmp_path)
+    (tmp_path / "zarr.json").touch()
+    with pytest.raises(MissingStackError, match=r"it is a Zarr store; open it with ZarrDataset"):
+        read_table(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a\0b.cs", "file/t.cs", "loop.cs", os.devnull], ids=["zero byte", "inside a file", "loop", "device"])
+def test_what_cannot_be_a_table_is_missing(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop.cs").symlink_to("loop.cs")
+    (tmp_path / "file").touch()
+    with pytest.raises(MissingStackError, match="There is no table"):
+        read_table(tmp_path / name)
 
 
 @pytest.mark.shared
