@@ -77,8 +77,9 @@ def test_values_that_share_a_place_are_told_apart(monkeypatch: pytest.MonkeyPatc
     check(np.random.default_rng(0).permutation(np.repeat([f"{k:040d}".encode() for k in range(50)], 9)))
 
 
-@pytest.mark.usefixtures("small_blocks")
-def test_values_that_look_alike_to_the_keys_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def alike_to_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All values meet at one place."""
     made = numbering_module.Numbering.__init__
 
     def without_keys(self: Any, *arguments: Any) -> None:
@@ -86,6 +87,10 @@ def test_values_that_look_alike_to_the_keys_are_told_apart(monkeypatch: pytest.M
         self._keys[:] = 0
 
     monkeypatch.setattr(numbering_module.Numbering, "__init__", without_keys)
+
+
+@pytest.mark.usefixtures("small_blocks", "alike_to_the_keys")
+def test_values_that_look_alike_to_the_keys_are_told_apart() -> None:
     check(np.random.default_rng(0).permutation(np.repeat([f"{k:040d}".encode() for k in range(50)], 9)))
 
 
@@ -95,6 +100,14 @@ def test_a_word_that_changes_where_hardly_any_row_does_tells_later_values_apart(
     first, last = [value + b"a" * 8 for value in varied], [value + b"b" * 8 for value in varied]
     between = [first[-1]] * 8 + [last[-1]] * 8
     check(np.array(first + between + last))
+
+
+@pytest.mark.usefixtures("alike_to_the_keys")
+def test_a_word_that_begins_to_vary_is_not_compared_with_what_its_memory_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(np, "empty", np.zeros)  # as the second word of short strings is
+    varied = [f"{k % 8:08d}".encode() for k in range(16)]
+    check(np.array([value + b"a" * 8 for value in varied] + varied))
 
 
 PATHS = [f"J7/{k:09d}_particles.mrc".encode() for k in range(700)]
