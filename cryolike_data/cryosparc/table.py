@@ -158,9 +158,8 @@ class _Loaded:
         return self.origins[name]
 
 
-def read_table(path: str | os.PathLike[str]) -> Table:
+def read_table(path: Path) -> Table:
     """Open one table, of any container format; groups are for ``load_table``, which says more."""
-    path = Path(path).expanduser()
     try:
         # Not by way of pathlib, which in newer Pythons takes what is closed to this user for not there.
         opened = path.open("rb") if stat.S_ISREG(os.stat(path).st_mode) else None
