@@ -176,6 +176,11 @@ def test_a_table_without_rows_has_its_columns(tmp_path: Path) -> None:
     assert (len(table), table["alignments3D/pose"].shape, table["uid"].dtype) == (0, (0, 3), np.uint64)
 
 
+def test_a_table_whose_columns_hold_no_bytes_is_read(tmp_path: Path) -> None:
+    table = read_table(save_quietly(tmp_path / "t.cs", np.zeros(3, [("user/nothing", "S0")])))
+    assert (len(table), table["user/nothing"].tolist()) == (3, [b""] * 3)
+
+
 def test_a_missing_column_is_an_error_that_names_the_groups_there_are(tmp_path: Path) -> None:
     table = read_table(write_table(tmp_path / "t.cs", **some_columns(2)))
     with pytest.raises(TableError, match=r"no column 'location/center_x_frac'.*blob/\*, alignments3D/\*, ctf/\*"):

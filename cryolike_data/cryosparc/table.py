@@ -213,8 +213,7 @@ def _read_numpy(path: Path, file: IO[bytes]) -> Table:
     if found < expected:
         raise TableError(f"{path} is truncated: {shape[0]} rows need {expected} bytes and {found} are there. Copy it again.")
     fields = {name: dtype[name] for name in names}
-    empty = shape[0] == 0 or dtype.itemsize == 0
-    source = np.empty(shape, dtype) if empty else RowsOnDisk(path.absolute(), dtype, start, shape[0], stamp_of(file))
+    source = RowsOnDisk(path.absolute(), dtype, start, shape[0], stamp_of(file)) if expected else np.empty(shape, dtype)
     return Table(path, fields, shape[0], source)
 
 
