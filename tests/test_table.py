@@ -310,10 +310,11 @@ def test_a_truncated_csdat_table_tells_how_many_bytes_were_found(tmp_path: Path)
         '{"length": -1, "dtype": [["uid", "<u8"]]}',
         '{"length": 1}',
         '{"length": 1, "dtype": [["uid", "01u8"]]}',
+        '{"length": 0, "dtype": [["uid", "V"]]}',
         "[]",
         "[" * 100_000,
     ],
-    ids=["rows without end", "less than no rows", "no columns", "a type that is none", "a list", "brackets"],
+    ids=["rows without end", "less than no rows", "no columns", "a type that is none", "a type of no size", "a list", "brackets"],
 )
 def test_a_csdat_table_with_a_garbled_header_is_a_table_error(tmp_path: Path, header: str) -> None:
     (tmp_path / "t.cs").write_bytes(b"\x95CSDAT" + struct.pack("<I", len(header)) + header.encode() + bytes(100))
@@ -380,7 +381,11 @@ def test_object_columns_are_refused_by_name_and_never_unpickled(tmp_path: Path) 
         read_table(path)
 
 
-@pytest.mark.parametrize("array", [np.zeros((3, 4)), np.zeros(5), np.zeros((2, 2), [("uid", "<u8")])], ids=["2-D", "1-D", "2-D structured"])
+@pytest.mark.parametrize(
+    "array",
+    [np.zeros((3, 4)), np.zeros(5), np.zeros((2, 2), [("uid", "<u8")]), np.zeros(2, [])],
+    ids=["2-D", "1-D", "2-D structured", "no columns"],
+)
 def test_plain_arrays_are_refused(tmp_path: Path, array: np.ndarray) -> None:
     with pytest.raises(TableError, match="not a table"):
         read_table(save_quietly(tmp_path / "t.cs", array))
@@ -438,9 +443,10 @@ def test_a_table_with_a_garbled_header_is_a_table_error(tmp_path: Path, junk: by
         (2, "{'descr': " + "-" * 60_000 + "1}"),
         (2, "1+" * 20_000 + "1"),
         (1, "{[]: 1}"),
+        (1, "{'descr': (), 'fortran_order': False, 'shape': (0,)}"),
         (3, "{'descr': [('a\xfe', '<u8'), ('a\xff', '<u8')], 'fortran_order': False, 'shape': (0,)}"),
     ],
-    ids=["signs", "sums", "a list for a name", "names that are no UTF-8"],
+    ids=["signs", "sums", "a list for a name", "a type of nothing", "names that are no UTF-8"],
 )
 def test_a_header_that_python_cannot_take_in_is_a_table_error(tmp_path: Path, version: int, header: str) -> None:
     raw = header.encode("latin1") + b"\n"

@@ -200,7 +200,7 @@ def _what_is_there(path: Path) -> str:
 def _read_numpy(path: Path, file: IO[bytes]) -> Table:
     shape, dtype = _numpy_header(path, file)
     names = dtype.names
-    if names is None or len(shape) != 1 or shape[0] < 0:
+    if not names or len(shape) != 1 or shape[0] < 0:
         raise TableError(f"{path} holds a plain array of shape {shape}, not a table with named columns.")
     objects = [name for name in names if dtype[name].hasobject]
     if objects:
@@ -225,7 +225,7 @@ def _numpy_header(path: Path, file: IO[bytes]) -> tuple[tuple[int, ...], np.dtyp
         shape, _, dtype = read(file, max_header_size=_MAX_HEADER_BYTES)
         if version >= (3, 0) and dtype.names:
             dtype.names = tuple(name.encode("latin1").decode("utf-8", "replace") for name in dtype.names)
-    except (ValueError, EOFError, TypeError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError) as error:
+    except (ValueError, LookupError, TypeError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError) as error:
         raise TableError(f"{path} has a damaged NumPy header: {error}") from error
     return shape, dtype
 
@@ -256,9 +256,9 @@ def _read_csdat(path: Path, file: IO[bytes]) -> Table:
                 columns[name] = np.empty((0, *shape), "S1" if code == "|O" else code)
             elif code == "|O":
                 columns[name] = np.array([heap[start : heap.index(b"\0", start)] for start in columns[name].tolist()])
+        fields = {name: np.dtype((column.dtype, column.shape[1:])) for name, column in columns.items()}
     except (ValueError, LookupError, TypeError, SyntaxError, OverflowError, RecursionError, struct.error, lz4.block.LZ4BlockError) as error:
         raise TableError(f"{path} is a damaged or truncated CSDAT table ({error}). Copy or save it again.") from error
-    fields = {name: np.dtype((column.dtype, column.shape[1:])) for name, column in columns.items()}
     return Table(path, fields, rows, columns)
 
 
