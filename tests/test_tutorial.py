@@ -212,6 +212,14 @@ def test_job_without_pixel_sizes_takes_the_one_that_is_given(job, pixel_size):
     assert_images("OUTDIR", 0, job)
 
 
+@pytest.mark.parametrize("pixel_size", [-1, -2.5, None])
+def test_job_with_pixel_sizes_needs_none_to_be_given(job, pixel_size):
+    convert_particle_stacks_from_cryosparc_job_directory(
+        "my_params.npz", "cryosparc", 4, folder_output="OUTDIR", pixel_size=pixel_size, flag_plots=False
+    )
+    assert_images("OUTDIR", 0, job)
+
+
 def test_job_whose_record_has_another_order_is_converted_by_uid(job):
     write_table(
         Path("cryosparc/J4/restacked_particles.cs"),
