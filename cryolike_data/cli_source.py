@@ -19,7 +19,7 @@ from .cryosparc.table import Table
 from .dataset import ParticleDataset
 from .errors import ArgumentError
 from .mrc import Mode0
-from .on_disk import is_file, is_folder
+from .on_disk import expanded, is_file, is_folder
 from .particles import Particles, Selection
 from .selection import choose
 from .zarr_dataset import ZarrDataset
@@ -53,7 +53,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
 def _location(text: str) -> Path | str:
     """A path, or a URL as it is."""
-    return text if "://" in text else Path(text).expanduser()
+    return text if "://" in text else expanded(text)
 
 
 def refuse(options: argparse.Namespace, names: Sequence[str], what: str) -> None:

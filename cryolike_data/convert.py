@@ -18,6 +18,7 @@ from .descriptor import ImageDescriptor
 from .errors import ArgumentError, ExportExistsError
 from .export import export_cryolike
 from .export.folder import MANIFEST
+from .on_disk import expanded
 from .particles import Selection
 from .transforms import Downsample
 
@@ -148,7 +149,7 @@ def _convert(
 ) -> list[Path]:
     if isinstance(downsample_factor, bool) or not isinstance(downsample_factor, Real) or downsample_factor < 1:
         raise ArgumentError(f"downsample_factor is 1 (none) or a larger integer, not {downsample_factor!r}")
-    folder = Path(folder_output).expanduser()
+    folder = expanded(folder_output)
     if os.path.isfile(folder / MANIFEST) and not skip_exist and not overwrite:
         raise ExportExistsError(
             f"{folder} holds an export already ({MANIFEST}). Choose another folder, or pass skip_exist=True to keep the stacks that are "

@@ -36,7 +36,7 @@ from .descriptor import read_npz_without_pickles
 from .errors import ArgumentError, ExportError, ExportExistsError
 from .files import unfinished, whole_folder
 from .mrc import HEADER_BYTES
-from .on_disk import is_file, is_folder
+from .on_disk import expanded, is_file, is_folder
 from .particles import Selection, resolve_rows
 from .rotations import rotation_matrices
 from .transforms.downsample import crop_fourier
@@ -118,7 +118,7 @@ def write_project(
         if it may not be written to, or the disk is full
     """
     _check_arguments(n_particles, box, pixel_size, seed, snr, n_stacks, dtype)
-    place = Path(folder).expanduser().resolve()
+    place = expanded(folder).resolve()
     try:
         _check_place(place, overwrite)
         with whole_folder(place, _PARTS) as project:
@@ -173,7 +173,7 @@ def clean_images(project: DemoProject | str | os.PathLike[str], rows: Selection)
     MissingStackError, ArgumentError
         if there is no truth, or it cannot be read
     """
-    path = project.truth if isinstance(project, DemoProject) else Path(project).expanduser()
+    path = project.truth if isinstance(project, DemoProject) else expanded(project)
     truth: dict[str, Any] = read_npz_without_pickles(path / "truth.npz" if is_folder(path) else path)
     chosen = resolve_rows(rows, len(truth["uid"]))
     images = torch.empty(len(chosen), int(truth["box"]), int(truth["box"]), device="cpu")

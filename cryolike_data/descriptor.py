@@ -11,7 +11,6 @@ import os
 import zipfile
 import zlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
 import numpy as np
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from .errors import ArgumentError, ExportError, ExportExistsError, MissingStackError
 from .files import whole_file
-from .on_disk import is_file, is_folder
+from .on_disk import expanded, is_file, is_folder
 from .transforms.polar import EPS
 from .transforms.polar_grid import PolarGrid
 
@@ -152,7 +151,7 @@ class ImageDescriptor:
         ExportExistsError
             if there is such a file and ``overwrite`` is false
         """
-        target = Path(filename).expanduser()
+        target = expanded(filename)
         if target.suffix != ".npz":
             raise ArgumentError(f"{target} must end in .npz: CryoLike loads descriptors from such names only.")
         if not is_folder(target.parent):
@@ -239,7 +238,7 @@ def read_npz_without_pickles(path: str | os.PathLike[str]) -> dict[str, NDArray[
     ArgumentError
         if it is not an npz file, or holds an array of objects
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not is_file(path):
         raise MissingStackError(f"{path} does not exist or is not a file.")
     try:

@@ -5,11 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from pathlib import Path
 
 from .errors import MissingStackError
 
 #: What the system says where nothing can be, by a name that is too long or by links that lead to each other.
 _NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path with the home folder that ``~`` stands for; as it is where there is no such user, which for pathlib is an error."""
+    return Path(os.path.expanduser(path))
 
 
 def is_file(path: str | os.PathLike[str]) -> bool:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ArgumentError, MissingDependencyError, MissingStackError, StackError
-from .on_disk import is_folder
+from .on_disk import expanded, is_folder
 
 if TYPE_CHECKING:
     import zarr
@@ -40,7 +39,7 @@ def is_url(location: Location) -> bool:
 
 def absolute(location: Location) -> str:
     """A location that stays the same when the working directory changes."""
-    return os.fspath(location) if is_url(location) else str(Path(location).expanduser().absolute())
+    return os.fspath(location) if is_url(location) else str(expanded(location).absolute())
 
 
 def stamp_of(location: str) -> Stamp:

@@ -109,6 +109,15 @@ def test_the_home_directory_is_expanded_in_the_name_of_the_table(tmp_path: Path,
     assert len(IndexedDataset("~/J1/particles.cs")) == N
 
 
+def test_a_tilde_that_is_nobodys_home_is_part_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MissingStackError, match=r"There is no table ~nobody-by-this-name/particles\.cs"):
+        IndexedDataset("~nobody-by-this-name/particles.cs")
+    table, _ = write_particles(tmp_path, N)
+    table.rename(tmp_path / "~particles.cs")
+    assert len(IndexedDataset("~particles.cs")) == N
+
+
 def test_stacks_in_a_folder_of_their_own_are_read(tmp_path: Path) -> None:
     cs, images = write_particles(tmp_path, N)
     (tmp_path / "J1/extract").rename(tmp_path / "moved")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy as np
 from ..dataset import ParticleDataset
 from ..errors import ArgumentError, MissingStackError, PairingError
 from ..mrc import Mode0, require_mode0
+from ..on_disk import expanded
 from ..particles import Selection
 from ..stacks import Stacks, images_needed, open_stacks
 from .assemble import assemble
@@ -73,7 +73,7 @@ class JobDirectoryDataset(ParticleDataset):
         require_mode0(mode0)
         if isinstance(job_number, str):
             raise ArgumentError(f"job_number is the number in the name of the job folder, such as 4 of J4, not {job_number!r}")
-        job = Path(folder).expanduser().absolute() / f"J{job_number}"
+        job = expanded(folder).absolute() / f"J{job_number}"
         table = read_passthrough(job, job_number)
         stacks = find_stacks(job)
         require_known_columns(table)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import ArgumentError, MissingDependencyError, MissingStackError, PairingError, TableError
-from ..on_disk import is_file
+from ..on_disk import expanded, is_file
 from .columns import require_known_columns
 from .paths import folders_around
 from .table import Table, read_table
@@ -179,7 +179,7 @@ def usable_uid(table: Table) -> np.ndarray:
 
 
 def _read_any(path: str | os.PathLike[str], unmatched: Unmatched) -> Table:
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.suffix.lower() != ".csg":
         return read_table(path)
     tables = [take_slots(read_table(file), slots) for file, slots in csg_files(path).items()]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ArgumentError, MissingStackError
-from ..on_disk import is_folder
+from ..on_disk import expanded, is_folder
 from .rows import number_rows
 
 _SWAPPED = {".mrc": ".mrcs", ".mrcs": ".mrc"}
@@ -61,7 +61,7 @@ def resolve_paths(
         if two different paths would be read from one file
     """
     if folder is not None:
-        folder = Path(folder).expanduser()
+        folder = expanded(folder)
         if not is_folder(folder):
             raise MissingStackError(f"folder={str(folder)!r} is not a folder; it should hold the {len(names)} stacks that {table} names.")
     places = partial(_places, roots=_roots(table), folder=None if folder is None else os.path.abspath(folder))

@@ -23,6 +23,7 @@ from ..dataset import ParticleDataset
 from ..descriptor import ImageDescriptor
 from ..errors import ArgumentError
 from ..memory import kept_tensor
+from ..on_disk import expanded
 from ..transforms import Downsample, Normalize, PolarTransform, normalize_polar
 from ..transforms.finufft_plan import require_finufft
 from ..transforms.polar_grid import describe_aliases
@@ -140,7 +141,7 @@ def plan_cryolike(
             f"descriptor is an ImageDescriptor of this package or the path of a params file, not a {kind}; CryoLike's own writes such a "
             "file by its save()."
         )
-    given = descriptor if isinstance(descriptor, ImageDescriptor) else ImageDescriptor.load(Path(descriptor).expanduser())
+    given = descriptor if isinstance(descriptor, ImageDescriptor) else ImageDescriptor.load(expanded(descriptor))
     grid = given.for_images(source_box=dataset.box, source_pixel_size=dataset.pixel_size, box=pixels.box, pixel_size=pixels.pixel_size)
     if n_stacks_max != -1:
         dataset = dataset.select(slice(0, n_stacks_max * batch_size))

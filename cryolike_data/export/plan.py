@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 from ..dataset import ParticleDataset
 from ..errors import ArgumentError, ExportError
 from ..fingerprint import fingerprint, fingerprint_of_names
+from ..on_disk import expanded
 from ..zarr_store import is_url
 from .place import Place, WrittenFile
 from .state import Manifest, UnitRecord, to_bytes
@@ -134,7 +134,7 @@ def make_plan(dataset: ParticleDataset, target: str | os.PathLike[str], layout: 
     if os.fspath(target).startswith("local://"):  # fsspec would make no folders in it
         raise ArgumentError(f"{os.fspath(target)} is a local folder; pass its path without local:// in front.")
     try:
-        place = str(target) if is_url(target) else str(Path(target).expanduser().resolve())
+        place = str(target) if is_url(target) else str(expanded(target).resolve())
     except (OSError, RuntimeError) as error:  # a loop of links, or nobody's home
         raise ExportError(f"{os.fspath(target)} cannot be found: {error}; choose another place.") from error
     about = {

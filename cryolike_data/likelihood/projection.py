@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, MissingStackError
 from ..mrc import HEADER_BYTES, parse_header
-from ..on_disk import is_file
+from ..on_disk import expanded, is_file
 from ..rotations import rotation_matrices, rotation_vectors
 from ..transforms import PolarGrid
 from ..transforms.finufft_plan import require_finufft
@@ -44,9 +44,9 @@ def read_volume(path: str | os.PathLike[str]) -> tuple[Tensor, float]:
         if it is not an MRC file, not a cube, its axes are not in the usual order, its voxel size is zero or not the same along all axes,
         or a voxel is not a finite number
     """
-    path = os.path.expanduser(path)
+    path = expanded(path)
     if not is_file(path):
-        raise MissingStackError(f"{os.fspath(path)} is not a file; read_volume needs the path of an MRC map.")
+        raise MissingStackError(f"{path} is not a file; read_volume needs the path of an MRC map.")
     try:
         with mrcfile.open(path, header_only=True) as mrc:  # so that a stack given by mistake is not read into memory
             box, voxel_size = _box_and_voxel_size(mrc.header, path)

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +18,7 @@ from ..ctf import CtfTerm, require_optics
 from ..dataset import ParticleDataset
 from ..errors import ArgumentError, ExportError
 from ..fingerprint import fingerprint, fingerprint_of_files
+from ..on_disk import expanded
 from ..polar_batch import PolarBatch, PolarCollate
 from ..progress import Progress
 from ..sampler import ParticleSampler, place_among_ranks
@@ -131,7 +131,7 @@ def stream_likelihood(
     require_fit(chosen.grid, box, pixel_size, chosen, memory_bytes)
     require_within_nyquist(chosen.grid, box)
     require_optics(dataset.describe([0]).ctf, collate.ctf_terms)
-    folder = None if output is None else Path(output).expanduser().resolve()
+    folder = None if output is None else expanded(output).resolve()
     offset_A = moved_centre_A(downsample, dataset.box, dataset.pixel_size)
     settings = {
         "batch_size": batch_size,
