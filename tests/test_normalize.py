@@ -71,6 +71,13 @@ def test_constant_images_become_zeros_and_are_counted_once(method):
     assert bool(normalized.isfinite().all())
 
 
+@pytest.mark.parametrize(("leading", "told"), [((), "1 of 1 images"), ((2, 3), "6 of 6 images")], ids=str)
+def test_the_warning_counts_images_of_any_leading_shape_and_points_at_the_call(leading, told):
+    with pytest.warns(UserWarning, match=told) as caught:
+        Normalize("std")(torch.ones(*leading, 8, 8))
+    assert caught[0].filename == __file__
+
+
 def test_every_constant_image_of_a_large_batch_is_counted():
     with pytest.warns(UserWarning, match="600 of 601 images are constant"):
         Normalize("max")(torch.cat([torch.ones(600, 64, 64), noise(1, 64, 64)]))
@@ -141,6 +148,15 @@ def test_shape_and_dtype_are_kept_and_the_input_is_untouched(method, dtype):
     normalized = Normalize(method)(images)
     assert (normalized.shape, normalized.dtype) == (images.shape, dtype)
     assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("offset", [0, 30])
+def test_half_precision_costs_no_more_than_the_rounding_of_the_result(method, dtype, offset):
+    images = (noise(3, 24, 24) + offset).to(dtype)
+    exact = Normalize(method)(images.double())
+    torch.testing.assert_close(Normalize(method)(images), exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)

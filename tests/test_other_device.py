@@ -51,7 +51,7 @@ from cryolike_data.polar_batch import polar_ctf
 from cryolike_data.precision import full_precision
 from cryolike_data.ring import BufferRing
 from cryolike_data.stream import ParticleStream
-from cryolike_data.transforms import normalize_polar, to_polar, to_polar_exact
+from cryolike_data.transforms import PolarTransform, normalize_polar, to_polar, to_polar_exact
 from cryolike_data.unit_reader import UnitReader
 
 pytestmark = [
@@ -828,3 +828,7 @@ def test_one_transform_is_kept_for_each_device(queues: Queues) -> None:
             assert found.device == OTHER
             torch.testing.assert_close(found.cpu(), expected)
     assert torch.equal(to_polar(images, GRID, eps=1e-12), expected)
+
+
+def test_a_transform_on_the_cpu_takes_images_of_another_device_and_gives_their_transforms_there() -> None:
+    same_there(PolarTransform(GRID, 32), random_images(3, 32, 32))

@@ -211,6 +211,20 @@ def test_normalised_transforms_integrate_to_one(dtype):
     assert normalized.dtype == dtype
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e25])  # squares are beyond single precision
+def test_very_faint_and_very_bright_transforms_are_normalised_like_others(scale):
+    grid = PolarGrid(4.0, 0.5, 6)
+    fourier = torch.complex(noise(3, grid.n_shells, 6), noise(3, grid.n_shells, 6))
+    torch.testing.assert_close(normalize_polar(scale * fourier, grid), normalize_polar(fourier, grid))
+
+
+def test_a_conjugate_view_is_normalised_as_the_numbers_that_it_shows():
+    grid = PolarGrid(4.0, 0.5, 6)
+    fourier = torch.complex(noise(3, grid.n_shells, 6), noise(3, grid.n_shells, 6))
+    assert fourier.conj().is_conj()
+    assert torch.equal(normalize_polar(fourier.conj(), grid), normalize_polar(fourier, grid).conj())
+
+
 def test_numbers_of_a_grid_are_those_of_python():
     numbers = vars(PolarGrid(np.int64(8), np.float32(0.25), np.int32(32)))
     assert json.loads(json.dumps(numbers)) == {"radius_max": 8.0, "dist_radii": 0.25, "n_inplanes": 32}
@@ -224,16 +238,40 @@ def test_impossible_grids_are_refused(arguments):
         PolarGrid(*arguments)
 
 
+@pytest.mark.parametrize("factor", [0, -1, float("inf"), float("nan")])
+def test_a_resolution_that_is_none_is_refused_by_the_name_it_was_given_by(factor):
+    with pytest.raises(ArgumentError, match=rf"resolution_factor={factor} must be positive"):
+        PolarGrid.of_box(16, resolution_factor=factor)
+
+
 @pytest.mark.parametrize("images", [torch.zeros(8, 8), torch.zeros(2, 9, 9), torch.zeros(2, 8, 9), torch.zeros(1, 2, 8, 8)])
 def test_images_of_another_shape_are_refused(images):
     with pytest.raises(ArgumentError, match=r"\(B, 8, 8\)|square"):
         PolarTransform(PolarGrid(2.0, 0.5, 4), 8, eps=1e-6)(images)
 
 
-@pytest.mark.parametrize("wrong", [{"box": 0}, {"eps": 0}, {"n_trans": 0}])
+@pytest.mark.parametrize("wrong", [{"box": 0}, {"eps": 0}, {"eps": float("nan")}, {"n_trans": 0}])
 def test_impossible_plans_are_refused(wrong):
     with pytest.raises(ArgumentError, match="must all be positive"):
         PolarTransform(PolarGrid(2.0, 0.5, 4), **{"box": 8, "eps": 1e-6} | wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex32])
+def test_a_dtype_that_transforms_do_not_have_is_refused(dtype):
+    with pytest.raises(ArgumentError, match=rf"torch\.complex64 or torch\.complex128, not {dtype}"):
+        to_polar(noise(1, 8, 8), PolarGrid(2.0, 0.5, 4), dtype=dtype)
+
+
+@pytest.mark.parametrize("images", [torch.zeros(8, 8), torch.zeros(1, 2, 8, 8)])
+def test_the_exact_transform_refuses_what_the_fast_one_refuses(images):
+    with pytest.raises(ArgumentError, match=r"takes \(B, 8, 8\) images"):
+        to_polar_exact(images, PolarGrid(2.0, 0.5, 4))
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ArgumentError, match=r"device='cuda' needs a GPU"):
+        PolarTransform(PolarGrid(2.0, 0.5, 4), 8, device="cuda")
 
 
 def test_normalising_with_another_grid_is_refused():
@@ -292,6 +330,18 @@ def test_cufinufft_finds_the_libraries_that_pip_put_somewhere_else(monkeypatch, 
     assert require_cufinufft().__name__ == "cufinufft"
     assert asked == [str(path) for path in reversed(there)]
     monkeypatch.delitem(sys.modules, "cufinufft")
+
+
+def test_a_library_of_cuda_that_cannot_be_loaded_is_a_missing_dependency(monkeypatch, tmp_path):
+    (tmp_path / "cufinufft.py").write_text("raise ImportError('no CUDA')")
+    library = tmp_path / "nvidia/cufft/lib/libcufft.so.11"
+    library.parent.mkdir(parents=True)
+    library.write_text("no library")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for name in ("cufinufft", "nvidia"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(MissingDependencyError, match=r"cannot be loaded: .*libcufft.*transform on the CPU"):
+        require_cufinufft()
 
 
 def test_without_finufft_the_error_names_the_extra(monkeypatch):
