@@ -160,6 +160,19 @@ def test_half_precision_costs_no_more_than_the_rounding_of_the_result(method, dt
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_a_tensor_that_is_given_for_the_result_gets_it(method):
+    images = noise(4, 12, 12)
+    images[1] += 300
+    images[2] = 7
+    room = torch.full_like(images, torch.nan)
+    normalized, constant = Normalize(method).apply(images, out=room)
+    assert normalized.data_ptr() == room.data_ptr()
+    assert constant == 1
+    expected, _ = Normalize(method).apply(images)
+    assert torch.equal(room, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_an_empty_batch_stays_empty(method):
     assert Normalize(method)(torch.zeros(0, 8, 8)).shape == (0, 8, 8)
 
@@ -170,6 +183,7 @@ def test_an_empty_batch_stays_empty(method):
         ({"method": "l2"}, "'max', 'std', 'background'"),
         ({"method": "background", "background_radius": 0}, "fraction of the box"),
         ({"method": "background", "background_radius": 0.71}, "fraction of the box"),
+        ({"method": "background", "background_radius": 0.5 * 2**0.5}, "fraction of the box"),  # as far away as the corners
         ({"method": "background", "background_radius": float("nan")}, "fraction of the box"),
         ({"method": "std", "background_radius": 0.3}, "Leave it out"),
     ],

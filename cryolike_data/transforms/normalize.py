@@ -27,7 +27,7 @@ class Normalize:
     method : "max": subtract the mean, divide by the largest magnitude (what CryoLike does to images before its transform);
         "std": mean 0 and population standard deviation 1;
         "background": the same, measured over the pixels farther than ``background_radius`` from the centre pixel (box // 2, box // 2)
-    background_radius : radius of the particle as a fraction of the box, 0 < radius <= 0.5 sqrt(2); for "background" only
+    background_radius : radius of the particle as a fraction of the box, 0 < radius < 0.5 sqrt(2); for "background" only
 
     Raises
     ------
@@ -41,9 +41,9 @@ class Normalize:
     def __post_init__(self) -> None:
         if self.method not in get_args(NormalizeMethod):
             raise ArgumentError(f"method={self.method!r} is unknown; choose one of {', '.join(map(repr, get_args(NormalizeMethod)))}.")
-        if not 0 < self.background_radius <= 0.5 * math.sqrt(2):
+        if not 0 < self.background_radius < 0.5 * math.sqrt(2):
             raise ArgumentError(
-                f"background_radius={self.background_radius!r} is a fraction of the box: more than 0, at most 0.5 sqrt(2) = 0.707; "
+                f"background_radius={self.background_radius!r} is a fraction of the box: more than 0, less than 0.5 sqrt(2) = 0.707; "
                 f"the usual value is {_DEFAULT_RADIUS}."
             )
         if self.method != "background" and self.background_radius != _DEFAULT_RADIUS:
