@@ -95,7 +95,6 @@ class PolarTransform:
 
     def _transform(self, images: Tensor) -> Tensor:
         pixels = images.detach().to(self.device)
-        pixels = pixels if pixels.dtype in (torch.float32, torch.float64) else pixels.to(self.dtype.to_real())
         # Pairing images of very different scale would leave the fainter one with the error of the brighter one.
         scale = pixels.abs().amax((-2, -1), keepdim=True).to(self.dtype.to_real())
         inverse = scale.reciprocal()
@@ -117,8 +116,7 @@ class PolarTransform:
         more = len(images) - count
         torch.mul(images[:count], inverse[:count], out=self._packed.real[:count])
         torch.mul(images[count:], inverse[count:], out=self._packed.imag[:more])
-        self._packed.imag[more:] = 0
-        self._packed[count:] = 0
+        self._packed.imag[more:count] = 0  # what earlier images left beyond is transformed as well, and not looked at
         self._execute(self._packed, self._spectra)
         spectra = self._spectra[:count].view(count, self.grid.n_shells, self.grid.n_inplanes)
         if not self._paired:
