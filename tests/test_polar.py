@@ -100,6 +100,12 @@ def test_one_transform_serves_batches_of_any_count():
         torch.testing.assert_close(transform(images[:count]), exact[:count], rtol=0, atol=1e-9)
 
 
+def test_no_images_have_no_transforms():
+    grid = PolarGrid(4.0, 0.5, 8)
+    for transform in (to_polar, to_polar_exact):
+        assert transform(torch.zeros(0, 16, 16), grid).shape == (0, 9, 8)
+
+
 def test_a_faint_image_keeps_its_accuracy_beside_a_bright_one():
     grid = PolarGrid(4.0, 0.5, 8)
     images = noise(2, 16, 16, dtype=torch.float64) * torch.tensor([1e8, 1e-8]).reshape(2, 1, 1)
@@ -191,6 +197,12 @@ def test_a_ring_of_angles_sums_to_a_bessel_function():
     grid = PolarGrid(4.0, 0.5, 64)
     mean = to_polar(image, grid, eps=1e-12)[0].mean(-1).numpy()
     np.testing.assert_allclose(mean, np.pi / 4 * jv(0, 4 * np.pi / 16 * grid.radii * 3), atol=1e-11)
+
+
+def test_a_transform_tells_what_it_does():
+    transform = PolarTransform(PolarGrid(2.0, 0.5, 4), 8, n_trans=3, dtype=torch.complex64)
+    told = "PolarTransform(PolarGrid(radius_max=2.0, dist_radii=0.5, n_inplanes=4), box=8, eps=1e-06, n_trans=3, complex64, cpu)"
+    assert repr(transform) == told
 
 
 def test_images_and_their_dtype_are_left_alone():
@@ -313,11 +325,13 @@ def test_the_accuracy_is_cryolikes_for_the_dtype_where_none_is_given(dtype, eps)
 def test_cufinufft_finds_the_libraries_that_pip_put_somewhere_else(monkeypatch, tmp_path):
     """Where it cannot be loaded, those of CUDA 12 are, each after those that it needs, and it is tried again."""
     (tmp_path / "cufinufft.py").write_text("import ctypes\nif not hasattr(ctypes, 'loaded'): raise ImportError('no CUDA')")
-    there = [tmp_path / "nvidia" / name for name in ("cufft/lib/libcufft.so.11", "nvjitlink/lib/libnvJitLink.so.12")]
+    # In two folders of packages, as where an environment sees those of the system.
+    names = ("cufft/lib/libcufft.so.11", "cuda_runtime/lib/libcudart.so.12", "nvjitlink/lib/libnvJitLink.so.12")
+    there = [tmp_path / folder / "nvidia" / name for folder, name in zip((".", "system", "system"), names, strict=True)]
     for path in there:
         path.parent.mkdir(parents=True)
         path.touch()
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(sys, "path", [str(tmp_path), str(tmp_path / "system")])
     for name in ("cufinufft", "nvidia"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     asked = []

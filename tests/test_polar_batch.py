@@ -240,6 +240,7 @@ def test_without_optics_in_the_table_there_is_no_ctf(tmp_path: Path) -> None:
     assert found.to("meta").polar_ctf is None
     assert "and CTF" not in repr(found)
     same_polar_batch(pickle.loads(pickle.dumps(found)), found)
+    same_polar_batch(torch.utils.data.default_collate([found[:3][2], found[3:][0]]), found[2:4])  # of two batches
 
 
 def test_a_term_whose_column_is_not_in_the_table_is_an_error_that_names_it(tmp_path: Path) -> None:
