@@ -76,11 +76,8 @@ def _import_cufinufft() -> Any:
     try:
         return importlib.import_module("cufinufft")
     except ImportError:
-        libraries = _installed_by_pip(_CUDA_12)
-        if not libraries:
-            raise
-    for library in libraries:
-        ctypes.CDLL(str(library))
+        for library in _installed_by_pip(_CUDA_12):
+            ctypes.CDLL(str(library))
     return importlib.import_module("cufinufft")
 
 
