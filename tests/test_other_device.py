@@ -819,14 +819,23 @@ def test_streamed_likelihoods(particles: IndexedDataset, templates: Templates, q
     np.testing.assert_array_equal(found["template"], expected["template"])
 
 
-def test_one_transform_is_kept_for_each_device(queues: Queues) -> None:
+def test_one_transform_is_kept_for_each_device(queues: Queues, monkeypatch: pytest.MonkeyPatch) -> None:
     images = random_images(4, 32, 32)
     expected = to_polar(images, GRID, eps=1e-12)
-    with queues():
+    made: list[torch.device] = []
+    with queues(), monkeypatch.context() as patch:
+        make = polar_module.make_plan
+
+        def noted(*arguments: Any) -> Callable[..., object]:
+            made.append(arguments[-1])
+            return make(*arguments)
+
+        patch.setattr(polar_module, "make_plan", noted)
         for _ in range(2):
             found = to_polar(images.to(OTHER), GRID, eps=1e-12)
             assert found.device == OTHER
             torch.testing.assert_close(found.cpu(), expected)
+    assert made == [OTHER]
     assert torch.equal(to_polar(images, GRID, eps=1e-12), expected)
 
 

@@ -243,7 +243,11 @@ def test_numbers_of_a_grid_are_those_of_python():
 
 
 @pytest.mark.parametrize(
-    "arguments", [(0.0, 0.25, 4), (4.0, 0.0, 4), (float("inf"), 0.25, 4), (float("nan"), 0.25, 4), (4.0, 0.25, 0), (4.0, 0.25, 2.5)]
+    "arguments",
+    [
+        *[(0.0, 0.25, 4), (4.0, 0.0, 4), (float("inf"), 0.25, 4), (float("nan"), 0.25, 4)],
+        *[(4.0, 0.25, n_inplanes) for n_inplanes in (0, 2.5, float("inf"), float("nan"))],
+    ],
 )
 def test_impossible_grids_are_refused(arguments):
     with pytest.raises(ArgumentError, match="must be"):
