@@ -3,6 +3,7 @@
 import ctypes
 import json
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import jv, roots_jacobi
 
+import cryolike_data.transforms.polar as polar_module
 from cryolike_data.errors import ArgumentError, MissingDependencyError
 from cryolike_data.transforms import Normalize, PolarGrid, PolarTransform, normalize_polar, to_polar, to_polar_exact
 from cryolike_data.transforms.finufft_plan import require_cufinufft
@@ -168,6 +170,41 @@ def test_each_grid_accuracy_dtype_and_box_has_its_own_plan():
     smaller = images[:, :10, :10]
     for part, points in ((images, grid), (smaller, grid), (smaller, PolarGrid(1.5, 0.25, 12))):
         torch.testing.assert_close(to_polar(part, points, eps=1e-12), to_polar_exact(part, points), rtol=0, atol=1e-9)
+
+
+def plans_made(monkeypatch):
+    """A list that grows by the thread of each plan that ``to_polar`` makes from now on; what it has kept is for something else."""
+    to_polar(noise(1, 2, 2), PolarGrid(0.5, 0.25, 2))
+    made, make = [], polar_module.make_plan
+
+    def noted(*arguments):
+        made.append(threading.current_thread().name)
+        return make(*arguments)
+
+    monkeypatch.setattr(polar_module, "make_plan", noted)
+    return made
+
+
+@pytest.mark.parametrize("name", ["stream_of", "os.getpid", "torch.get_num_threads"])
+def test_a_plan_serves_no_other_stream_process_or_number_of_threads(name, monkeypatch):
+    current, counts = [0], []
+    made = plans_made(monkeypatch)
+    monkeypatch.setattr(f"cryolike_data.transforms.polar.{name}", lambda *device: current[0])
+    for current[0] in (1, 1, 2):
+        to_polar(noise(2, 12, 12), PolarGrid(2.0, 0.25, 12))
+        counts.append(len(made))
+    assert counts == [1, 1, 2]
+
+
+def test_a_plan_serves_no_other_thread(monkeypatch):
+    images, grid = noise(2, 12, 12), PolarGrid(2.0, 0.25, 14)
+    made = plans_made(monkeypatch)
+    to_polar(images, grid)
+    other = threading.Thread(target=to_polar, args=(images, grid), name="other")
+    other.start()
+    other.join()
+    to_polar(images, grid)
+    assert made == [threading.current_thread().name, "other"]
 
 
 def test_a_nan_stays_in_its_image():

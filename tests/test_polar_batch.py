@@ -299,6 +299,11 @@ def test_a_grid_beyond_the_nyquist_frequency_of_what_is_left_of_the_images_is_re
         PolarCollate(PolarGrid(2.001, 0.25, 12), downsample=Downsample(box=8))(ds.batch(range(2)))
 
 
+def test_a_grid_that_is_rounded_beyond_the_nyquist_frequency_is_taken(ds: IndexedDataset) -> None:
+    grid = PolarGrid(float(np.nextafter(BOX / 4, np.inf)), 0.25, 12)
+    assert PolarCollate(grid)(ds.batch(range(2))).grid == grid
+
+
 def test_batches_on_different_grids_do_not_collate(batch: PolarBatch) -> None:
     other = PolarCollate(PolarGrid(4.0, 0.5, 8))(ParticleBatch(batch.images, batch.pixel_size, batch.columns))
     with pytest.raises(MixedParticlesError, match="different grids"):
