@@ -236,6 +236,12 @@ def test_a_ring_of_angles_sums_to_a_bessel_function():
     np.testing.assert_allclose(mean, np.pi / 4 * jv(0, 4 * np.pi / 16 * grid.radii * 3), atol=1e-11)
 
 
+@pytest.mark.parametrize("short", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_pixels_of_every_shorter_type_are_transformed(short):
+    images, grid = noise(3, 8, 8).to(short), PolarGrid(2.0, 0.5, 4)
+    torch.testing.assert_close(to_polar(images, grid, eps=1e-12), to_polar_exact(images.double(), grid), rtol=0, atol=1e-10)
+
+
 def test_a_transform_tells_what_it_does():
     transform = PolarTransform(PolarGrid(2.0, 0.5, 4), 8, n_trans=3, dtype=torch.complex64)
     told = "PolarTransform(PolarGrid(radius_max=2.0, dist_radii=0.5, n_inplanes=4), box=8, eps=1e-06, n_trans=3, complex64, cpu)"

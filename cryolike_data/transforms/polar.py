@@ -95,6 +95,7 @@ class PolarTransform:
 
     def _transform(self, images: Tensor) -> Tensor:
         pixels = images.detach().to(self.device)
+        pixels = pixels if pixels.dtype in (torch.float32, torch.float64) else pixels.to(self.dtype.to_real())
         # Pairing images of very different scale would leave the fainter one with the error of the brighter one.
         scale = pixels.abs().amax((-2, -1), keepdim=True).to(self.dtype.to_real())
         inverse = scale.reciprocal()
