@@ -34,6 +34,22 @@ def plain_sum(image, grid):
     return 4 * np.pi / box * out
 
 
+@pytest.mark.parametrize("grid", [None, 16, PolarGrid])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda grid: to_polar(noise(1, 8, 8), grid),
+        lambda grid: to_polar_exact(noise(1, 8, 8), grid),
+        lambda grid: normalize_polar(noise(1, 4, 4).to(torch.complex64), grid),
+        lambda grid: PolarTransform(grid, 8),
+    ],
+    ids=["to_polar", "to_polar_exact", "normalize_polar", "PolarTransform"],
+)
+def test_what_is_no_grid_is_refused(use, grid):
+    with pytest.raises(ArgumentError, match=r"grid is a PolarGrid, such as PolarGrid\.of_box\(64\), not"):
+        use(grid)
+
+
 @pytest.mark.parametrize("count", [1, 2, 17, 129, 400])
 def test_shells_are_gauss_jacobi_nodes(count):
     grid = PolarGrid(radius_max=float(count - 1) or 0.5, dist_radii=1.0 if count > 1 else 1e9, n_inplanes=4)

@@ -19,7 +19,7 @@ from ..compiled import not_compiled
 from ..errors import ArgumentError
 from .downsample import square_box
 from .finufft_plan import make_plan, stream_of
-from .polar_grid import PolarGrid
+from .polar_grid import PolarGrid, require_grid
 
 #: Transforms that one call of finufft takes: on a CPU (False) so few that the numbers of a call stay in the cache.
 _N_TRANS = {False: 8, True: 64}
@@ -66,6 +66,7 @@ class PolarTransform:
         dtype: torch.dtype = torch.complex128,
         device: torch.device | str = "cpu",
     ) -> None:
+        require_grid(grid)
         if dtype not in EPS:
             raise ArgumentError(f"dtype of a transform is torch.complex64 or torch.complex128, not {dtype}")
         eps = EPS[dtype] if eps is None else eps
@@ -160,6 +161,7 @@ def to_polar_exact(images: Tensor, grid: PolarGrid) -> Tensor:
     -------
     (B, n_shells, n_inplanes) complex128 tensor
     """
+    require_grid(grid)
     box = square_box(images)
     _check_batch(images, box)
     offset = torch.arange(box, dtype=torch.float64, device=images.device) - box // 2
@@ -192,6 +194,7 @@ def normalize_polar(fourier: Tensor, grid: PolarGrid, *, out: Tensor | None = No
     ArgumentError
         if the tensor does not have the shape of the grid
     """
+    require_grid(grid)
     shape = (grid.n_shells, grid.n_inplanes)
     if tuple(fourier.shape[-2:]) != shape:
         raise ArgumentError(f"The transform is {tuple(fourier.shape)}, but the grid has {shape[0]} shells x {shape[1]} angles.")
@@ -208,6 +211,7 @@ def normalize_polar(fourier: Tensor, grid: PolarGrid, *, out: Tensor | None = No
 
 
 def _kept_transform(images: Tensor, grid: PolarGrid, eps: float | None, dtype: torch.dtype) -> PolarTransform:
+    require_grid(grid)
     box, device = square_box(images), images.device
     a_transform = 2 if grid.n_inplanes % 2 == 0 else 1
     n_trans = max(1, min(_N_TRANS[images.is_cuda], -(-len(images) // a_transform)))
