@@ -53,7 +53,12 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
 def _location(text: str) -> Path | str:
     """A path, or a URL as it is."""
-    return text if "://" in text else expanded(text)
+    if "://" in text:
+        return text
+    try:
+        return expanded(text)
+    except ArgumentError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def refuse(options: argparse.Namespace, names: Sequence[str], what: str) -> None:

@@ -7,15 +7,25 @@ import os
 import stat
 from pathlib import Path
 
-from .errors import MissingStackError
+from .errors import ArgumentError, MissingStackError
 
 #: What the system says where nothing can be, by a name that is too long or by links that lead to each other.
 _NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """A path with the home folder that ``~`` stands for; as it is where there is no such user, which for pathlib is an error."""
-    return Path(os.path.expanduser(path))
+    """A path with the home folder that ``~`` stands for, unless something here has a name that begins so.
+
+    Raises
+    ------
+    ArgumentError
+        if it is nobody's home: what is written there would lie in a folder of that name
+    """
+    place = Path(os.path.expanduser(path))
+    first = place.parts[0] if place.parts else ""
+    if first.startswith("~") and not os.path.lexists(first):
+        raise ArgumentError(f"{place} cannot be found: {first} is no user's home folder, and nothing here has that name.")
+    return place
 
 
 def is_file(path: str | os.PathLike[str]) -> bool:

@@ -150,6 +150,13 @@ def test_a_tilde_is_the_home_of_the_user_where_no_shell_has_said_so(one_group, t
     assert "4 particles" in out(capsys)
 
 
+def test_a_table_in_nobodys_home_is_told_of(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run("info", "~nobody-by-this-name/particles.cs")
+    assert ended.value.code == 2
+    assert "~nobody-by-this-name is no user's home folder" in capsys.readouterr().err
+
+
 def test_nobody_has_to_read_what_is_told(one_group):
     ran = subprocess.run(["bash", "-c", f"{SCRIPT} info {one_group} >&-"], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")

@@ -246,6 +246,15 @@ def test_a_subset_is_refused_with_what_to_pass_instead(dataset, tmp_path, kind):
     assert plan_of(kind, dataset.select(subset.indices), tmp_path / "out").dataset.particles.row.tolist() == [7, 3]
 
 
+@each_format
+def test_an_export_into_nobodys_home_is_refused_and_makes_no_folder(dataset, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ArgumentError, match="~nobody-by-this-name is no user's home folder"):
+        run(plan_of(kind, dataset, "~nobody-by-this-name/out"))
+    assert contents(tmp_path) == before
+
+
 def test_a_target_that_is_a_loop_of_links_is_refused(dataset, tmp_path):
     (tmp_path / "one").symlink_to(tmp_path / "other")
     (tmp_path / "other").symlink_to(tmp_path / "one")

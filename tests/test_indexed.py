@@ -109,13 +109,17 @@ def test_the_home_directory_is_expanded_in_the_name_of_the_table(tmp_path: Path,
     assert len(IndexedDataset("~/J1/particles.cs")) == N
 
 
-def test_a_tilde_that_is_nobodys_home_is_part_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_whose_name_begins_with_a_tilde_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(MissingStackError, match=r"There is no table ~nobody-by-this-name/particles\.cs"):
-        IndexedDataset("~nobody-by-this-name/particles.cs")
     table, _ = write_particles(tmp_path, N)
     table.rename(tmp_path / "~particles.cs")
     assert len(IndexedDataset("~particles.cs")) == N
+
+
+@pytest.mark.parametrize("name", ["~nobody-by-this-name/particles.cs", "~nobody-by-this-name"])
+def test_a_table_in_nobodys_home_is_an_error_that_says_so(name: str) -> None:
+    with pytest.raises(ArgumentError, match=f"{name} cannot be found: ~nobody-by-this-name is no user's home folder"):
+        IndexedDataset(name)
 
 
 def test_stacks_in_a_folder_of_their_own_are_read(tmp_path: Path) -> None:

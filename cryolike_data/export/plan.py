@@ -135,7 +135,7 @@ def make_plan(dataset: ParticleDataset, target: str | os.PathLike[str], layout: 
         raise ArgumentError(f"{os.fspath(target)} is a local folder; pass its path without local:// in front.")
     try:
         place = str(target) if is_url(target) else str(expanded(target).resolve())
-    except (OSError, RuntimeError) as error:  # a loop of links, or nobody's home
+    except (OSError, RuntimeError) as error:  # a loop of links
         raise ExportError(f"{os.fspath(target)} cannot be found: {error}; choose another place.") from error
     about = {
         "format": layout.kind,
